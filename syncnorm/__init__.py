@@ -1,0 +1,22 @@
+"""Synchronized BatchNorm for PyTorch: the statistics of the whole batch, over NCCL, Gloo or MPI."""
+
+from . import functional, testing
+from .bootstrap import init
+from .communicators import Communicator, communicator
+from .convert import convert_sync_batchnorm, register_conversion, revert_sync_batchnorm
+from .modules import LazySyncBatchNorm, SyncBatchNorm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Communicator",
+    "LazySyncBatchNorm",
+    "SyncBatchNorm",
+    "communicator",
+    "convert_sync_batchnorm",
+    "functional",
+    "init",
+    "register_conversion",
+    "revert_sync_batchnorm",
+    "testing",
+]

@@ -1,0 +1,101 @@
+"""Groups of ranks: this process alone, a `torch.distributed` process group, or an mpi4py communicator.
+
+`communicator` resolves all that a `process_group` argument may be.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch.distributed as dist
+
+from .base import Communicator
+from .local import LocalCommunicator
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Communicator", "LocalCommunicator", "ProcessGroupLike", "communicator", "set_default"]
+
+ProcessGroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | MPI.Comm | Communicator | None"
+
+_default: Communicator | None = None  # what syncnorm.init() made
+
+
+def set_default(made: Communicator | None) -> None:
+    """Set the communicator that `process_group=None` stands for; None takes it back."""
+    global _default
+    _default = made
+
+
+def communicator(process_group: ProcessGroupLike = None) -> Communicator:
+    """Return the communicator that `process_group` stands for. Issues no collective.
+
+    Args:
+        process_group: a `torch.distributed.ProcessGroup`, a one-dimensional `DeviceMesh`, an `mpi4py.MPI.Comm`, a
+            `Communicator` (returned as it is), or None: the communicator that `syncnorm.init()` made, else
+            torch.distributed's default group, else this process alone.
+
+    Raises:
+        ValueError: this rank is not a member of the group, or the mesh has more than one dimension.
+        TypeError: `process_group` is something else.
+    """
+    if process_group is None:
+        return _default or _torch_default() or LocalCommunicator()
+    if dist.is_available():
+        if isinstance(process_group, dist.ProcessGroup):
+            return _of_process_group(process_group)
+        if process_group is dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
+            raise ValueError(
+                f"expected a process group that this rank is a member of, got one without rank {dist.get_rank()}"
+            )
+        if isinstance(process_group, _device_mesh_type()):
+            return _of_process_group(_group_of_mesh(process_group))
+    mpi = sys.modules.get("mpi4py.MPI")  # whoever holds a Comm has imported it
+    if mpi is not None and isinstance(process_group, mpi.Comm):
+        if process_group == mpi.COMM_NULL:
+            raise ValueError(
+                f"expected an MPI communicator that this rank is a member of, got MPI.COMM_NULL on rank "
+                f"{mpi.COMM_WORLD.rank} of MPI.COMM_WORLD"
+            )
+        from .mpi import MpiCommunicator
+
+        return MpiCommunicator(process_group)
+    if isinstance(process_group, Communicator):
+        return process_group
+    raise TypeError(
+        "expected process_group to be a torch.distributed ProcessGroup, a one-dimensional DeviceMesh, an "
+        f"mpi4py Comm, a syncnorm Communicator or None, got {type(process_group).__name__}"
+    )
+
+
+def _torch_default() -> Communicator | None:
+    if dist.is_available() and dist.is_initialized():
+        return _of_process_group(dist.distributed_c10d._get_default_group())
+    return None
+
+
+def _of_process_group(group: dist.ProcessGroup) -> Communicator:
+    from .process_group import ProcessGroupCommunicator
+
+    return ProcessGroupCommunicator(group)
+
+
+def _device_mesh_type() -> type:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh
+
+
+def _group_of_mesh(mesh: Any) -> dist.ProcessGroup:
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"expected a one-dimensional DeviceMesh, got one of shape {tuple(mesh.shape)}: pass the axis along "
+            'which the batch is sharded, for example mesh["dp"]'
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"expected a DeviceMesh that holds this rank, got {mesh} on rank {dist.get_rank()}")
+    group: dist.ProcessGroup = mesh.get_group()
+    return group

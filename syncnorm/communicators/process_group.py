@@ -1,0 +1,66 @@
+"""A `torch.distributed` process group as a communicator: NCCL, Gloo or any other backend registered there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["ProcessGroupCommunicator"]
+
+
+class ProcessGroupCommunicator:
+    """The ranks of a `torch.distributed.ProcessGroup`.
+
+    Args:
+        group: a process group that this process is a member of.
+    """
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.rank: int = group.rank()
+        self.size: int = group.size()
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over the ranks in place: one `dist.all_reduce`."""
+        dense = tensor.contiguous()
+        dist.all_reduce(dense, group=self.group)
+        return _write_back(tensor, dense)
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
+        """Replace `tensor` by that of `root` (a rank of this group) in place: one `dist.broadcast`."""
+        dense = tensor.contiguous()
+        dist.broadcast(dense, src=dist.get_global_rank(self.group, root), group=self.group)
+        return _write_back(tensor, dense)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all ranks: one `dist.all_gather`."""
+        dense = tensor.detach().contiguous()
+        gathered = [torch.empty_like(dense) for _ in range(self.size)]
+        dist.all_gather(gathered, dense, group=self.group)
+        return gathered
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        """Return the objects of all ranks, pickled on the way: one `dist.all_gather_object`."""
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, obj, group=self.group)
+        return gathered
+
+    def barrier(self) -> None:
+        """Wait for all ranks: one `dist.barrier`."""
+        on_gpu = dist.get_backend(self.group) == "nccl"
+        dist.barrier(group=self.group, device_ids=[torch.cuda.current_device()] if on_gpu else None)
+
+    def __repr__(self) -> str:
+        backend = dist.get_backend(self.group)
+        return f"ProcessGroupCommunicator({backend}, rank={self.rank}, size={self.size})"
+
+
+def _write_back(tensor: Tensor, dense: Tensor) -> Tensor:
+    """Collectives work on contiguous memory; strided tensors get their result by a copy."""
+    if dense is not tensor:
+        with torch.no_grad():
+            tensor.copy_(dense)
+    return tensor

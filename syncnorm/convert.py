@@ -1,0 +1,145 @@
+"""Convert a model's BatchNorm layers to SyncBatchNorm, and back to exactly what they were."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.module import _WrappedHook
+from torch.nn.utils.parametrize import is_parametrized
+
+from .communicators import ProcessGroupLike
+from .modules import LazySyncBatchNorm, ProcessGroupReference, SyncBatchNorm
+
+__all__ = ["convert_sync_batchnorm", "register_conversion", "revert_sync_batchnorm"]
+
+Converter = Callable[[Any, ProcessGroupLike], nn.Module]
+
+_registered: dict[type[nn.Module], Converter] = {}
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # those that SyncBatchNorm.forward stands for
+_ORIGIN = "_converted_from"  # attribute of a converted layer: its class and torch process group before
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: ProcessGroupLike = None) -> nn.Module:
+    """Return `module` with every BatchNorm layer in it replaced by a `SyncBatchNorm`.
+
+    Replaced are BatchNorm1d, 2d and 3d, their Lazy forms, torch.nn.SyncBatchNorm, subclasses of them that keep their
+    forward, and classes given to `register_conversion`. The new layer has the same parameter and buffer objects,
+    hooks (whose handles go on working), training flag and other attributes; a layer that stands in several places is
+    converted once. InstanceNorm and everything else stays. Containers are changed in place; the result is `module`
+    itself unless that is a BatchNorm layer.
+
+    Args:
+        module: the model, or one layer. Convert before wrapping it in DistributedDataParallel.
+        process_group: of the new layers, as in `SyncBatchNorm`; where it is None, a torch.nn.SyncBatchNorm keeps its
+            own.
+
+    Collectives: none.
+
+    Raises:
+        TypeError: a subclass of BatchNorm has a forward of its own, or a layer is parametrized, which the conversion
+            would drop; nothing was changed.
+    """
+    _check_convertible(module)
+    return _replace(module, lambda layer: _to_sync(layer, process_group), {})
+
+
+def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Return `module` with every layer that `convert_sync_batchnorm` made turned back into its original class.
+
+    Parameters and buffers, as trained since, stay the same objects; so do hooks and attributes. A lazy layer that met
+    its first input in between becomes the BatchNorm that it would have become. A SyncBatchNorm that was constructed
+    as one stays, and so does what a registered converter made. Collectives: none. """ return _replace(module,
+    _from_sync, {})
+
+
+def register_conversion(original: type[nn.Module], converter: Converter) -> None:
+    """Teach `convert_sync_batchnorm` a class of layers.
+
+    Args:
+        original: converted are modules of exactly this class.
+        converter: called with the module and the process group; returns the module to put in its place. It may return a
+            module that holds a SyncBatchNorm, or the module itself to leave it alone.
+    """
+    _registered[original] = converter
+
+
+def _replace(
+    module: nn.Module, exchange: Callable[[nn.Module], nn.Module], done: dict[nn.Module, nn.Module]
+) -> nn.Module:
+    """Exchange `module` and all below it, each once however often it occurs."""
+    if module not in done:
+        done[module] = new = exchange(module)
+        if new is module:
+            for name, child in module._modules.items():
+                if child is not None:
+                    module._modules[name] = _replace(child, exchange, done)
+    return done[module]
+
+
+def _check_convertible(module: nn.Module) -> None:
+    for path, layer in module.named_modules():
+        kind = type(layer)
+        if not isinstance(layer, _BatchNorm) or isinstance(layer, SyncBatchNorm) or kind in _registered:
+            continue
+        if kind.forward not in _FORWARDS:
+            what = "one with a forward of its own"
+        elif is_parametrized(layer):
+            what = "a parametrized one (convert before parametrizing)"
+        else:
+            continue
+        raise TypeError(
+            f"expected BatchNorm layers that torch's forward describes, got {what} at {path or 'the root'!r}: "
+            f"{kind.__qualname__}; tell how to convert it with "
+            f"syncnorm.register_conversion({kind.__qualname__}, converter)"
+        )
+
+
+def _to_sync(layer: nn.Module, process_group: ProcessGroupLike) -> nn.Module:
+    if type(layer) in _registered:
+        return _registered[type(layer)](layer, process_group)
+    if not isinstance(layer, _BatchNorm) or isinstance(layer, SyncBatchNorm):
+        return layer
+    new: SyncBatchNorm = _become(layer, LazySyncBatchNorm if isinstance(layer, _LazyNormBase) else SyncBatchNorm)
+    own = new.__dict__.pop("process_group", None)  # a torch.nn.SyncBatchNorm's
+    new.process_group = own if process_group is None else process_group
+    new.__dict__[_ORIGIN] = type(layer), ProcessGroupReference(own)
+    return new
+
+
+def _from_sync(layer: nn.Module) -> nn.Module:
+    if _ORIGIN not in layer.__dict__:
+        return layer
+    kind, own = layer.__dict__[_ORIGIN]
+    if issubclass(kind, _LazyNormBase) and type(layer) is SyncBatchNorm:
+        kind = kind.cls_to_become
+    old: nn.Module = _become(layer, kind)
+    del old.__dict__[_ORIGIN], old.__dict__["_group"]
+    if issubclass(kind, nn.SyncBatchNorm):
+        old.process_group = own.given
+    return old
+
+
+def _become(layer: nn.Module, kind: type[nn.Module]) -> Any:
+    """Return a module of another class with all that `layer` holds. The hook tables are shared: handles point there."""
+    new = kind.__new__(kind)
+    new.__dict__.update(layer.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[name] = layer.__dict__[name].copy()
+    for name, table in new.__dict__.items():
+        if name.endswith("_hooks"):
+            for key, hook in table.items():
+                table[key] = _rebind(hook, layer, new)
+    return new
+
+
+def _rebind(hook: Any, layer: nn.Module, new: nn.Module) -> Any:
+    """Return the hook with `new` in the place of `layer`, where it is bound to that module."""
+    if isinstance(hook, _WrappedHook):
+        return _WrappedHook(_rebind(hook.hook, layer, new), new if hook.with_module else None)
+    if inspect.ismethod(hook) and hook.__self__ is layer and hasattr(new, hook.__name__):
+        return getattr(new, hook.__name__)
+    return hook

@@ -1,0 +1,50 @@
+"""Running statistics: the update rule.
+
+Shapes: running_mean and running_var (C,); num_batches_tracked () int64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .moments import Moments
+
+__all__ = ["update"]
+
+
+@torch.no_grad()
+def update(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    moments: Moments,
+    momentum: float | None,
+) -> None:
+    """Move the buffers, in place, towards the moments of the whole batch.
+
+        running = (1 - momentum) * running + momentum * batch        (variance: unbiased, by the global count)
+
+    momentum=None weighs all batches equally: momentum = 1 / num_batches_tracked, the current batch counted. A batch
+    without values moves nothing. It is computed on the device, in float64, from moments that are bit for bit the same
+    on every rank, so the buffers stay so too. In a recomputation of the forward pass (`torch.utils.checkpoint`)
+    nothing
+    moves: the batch was counted by the first one.
+    """
+    if running_mean is None or running_var is None or _recomputing():
+        return
+    seen = moments.count > 0  # () bool
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(seen)
+    if momentum is None:
+        assert num_batches_tracked is not None  # validated by functional
+        factor = seen / num_batches_tracked.clamp_min(1).double()
+    else:
+        factor = seen * torch.full_like(moments.count, momentum)
+    running_mean.copy_(torch.lerp(running_mean.double(), moments.mean, factor))
+    running_var.copy_(torch.lerp(running_var.double(), moments.unbiased_variance, factor))
+
+
+def _recomputing() -> bool:
+    """Whether this forward runs inside a backward pass, as activation checkpointing does."""
+    return torch._C._current_graph_task_id() != -1
