@@ -52,8 +52,9 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
     Parameters and buffers, as trained since, stay the same objects; so do hooks and attributes. A lazy layer that met
     its first input in between becomes the BatchNorm that it would have become. A SyncBatchNorm that was constructed
-    as one stays, and so does what a registered converter made. Collectives: none. """ return _replace(module,
-    _from_sync, {})
+    as one stays, and so does what a registered converter made. Collectives: none.
+    """
+    return _replace(module, _from_sync, {})
 
 
 def register_conversion(original: type[nn.Module], converter: Converter) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import bootstrap, running, validate
-from .communicators import ProcessGroupLike, communicator
+from .communicators import LocalCommunicator, ProcessGroupLike, communicator
 from .moments import Moments, count_per_channel
 from .normalize import normalize, normalize_by_constants
 
@@ -69,7 +69,7 @@ def sync_batch_norm(
         assert running_var is not None
         return normalize_by_constants(input, running_mean, running_var, weight, bias, eps)
     group = communicator(process_group)
-    if process_group is None and group.size == 1:
+    if process_group is None and isinstance(group, LocalCommunicator):
         bootstrap.warn_if_alone_in_a_larger_job()
 
     moments = Moments.of(input.detach())

@@ -50,8 +50,9 @@ class SyncBatchNorm(_BatchNorm):
 
     Raises:
         ValueError: the input has not C channels; this rank is not in the group; the whole batch has one value per
-            channel. TypeError: the input is not floating point. RuntimeError: a parameter is on another device than
-            the input.
+            channel.
+        TypeError: the input is not floating point.
+        RuntimeError: a parameter is on another device than the input.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015.
     """
@@ -144,7 +145,8 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
     """A `SyncBatchNorm` that takes `num_features` from its first input, (N, C, *), and becomes a SyncBatchNorm then.
 
     Arguments, shapes, collectives and errors are those of `SyncBatchNorm`, without num_features. An empty shard tells
-    C as well as a full one does."""
+    C as well as a full one does.
+    """
 
     cls_to_become = SyncBatchNorm
 

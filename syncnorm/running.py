@@ -28,8 +28,7 @@ def update(
     momentum=None weighs all batches equally: momentum = 1 / num_batches_tracked, the current batch counted. A batch
     without values moves nothing. It is computed on the device, in float64, from moments that are bit for bit the same
     on every rank, so the buffers stay so too. In a recomputation of the forward pass (`torch.utils.checkpoint`)
-    nothing
-    moves: the batch was counted by the first one.
+    nothing moves: the batch was counted by the first one.
     """
     if running_mean is None or running_var is None or _recomputing():
         return

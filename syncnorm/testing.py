@@ -25,6 +25,11 @@ __all__ = ["Call", "CountingCommunicator", "RankError", "run_ranks"]
 
 GRACE = 5.0  # seconds beyond the timeout after which a rank that did not end itself is killed
 MPI_RANK = "from syncnorm import _rank; _rank.main_under_mpirun()"
+PRELOADED = [  # what every rank would import: torch with us, what its backward imports late, and the test runner
+    "syncnorm._rank",
+    "torch.fx.experimental.symbolic_shapes",
+    *({"pytest"} & sys.modules.keys()),
+]
 MPIRUN_ENVIRONMENT = {  # as root, and with more ranks than cores, on Open MPI 4 and 5
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -158,7 +163,7 @@ class _Mpirun:
 
 def _start(directory: Path, world_size: int) -> list[_Process]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["syncnorm._rank"])
+    context.set_forkserver_preload(PRELOADED)
     return [_Forked(context, directory, rank) for rank in range(world_size)]
 
 

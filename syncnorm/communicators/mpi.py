@@ -32,6 +32,7 @@ DATATYPES = {
     torch.int8: MPI.INT8_T,
     torch.uint8: MPI.UINT8_T,
 }
+_ABANDONED: list[Any] = []  # what timed out, since MPI may still write to its memory
 WITHOUT_DATATYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # dtype -> summed in
 
 
@@ -56,20 +57,20 @@ class MpiCommunicator:
         if dtype not in DATATYPES:
             raise TypeError(f"expected a tensor of a dtype that MPI can sum, got {tensor.dtype}")
         message = _stage(tensor, dtype)
-        self._run("all_reduce", "Allreduce", MPI.IN_PLACE, [_memory(message), message.numel(), DATATYPES[dtype]])
+        self._run("Allreduce", MPI.IN_PLACE, message, datatype=DATATYPES[dtype])
         return _write_back(tensor, message)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Replace `tensor` by that of `root` in place: one `MPI_Bcast`."""
         message = _stage(tensor, tensor.dtype)
-        self._run("broadcast", "Bcast", [_memory(message), MPI.BYTE], root)
+        self._run("Bcast", message, root=root)
         return _write_back(tensor, message)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks: one `MPI_Allgather`."""
         message = _stage(tensor, tensor.dtype)
         gathered = message.new_empty((self.size, *message.shape))
-        self._run("all_gather", "Allgather", [_memory(message), MPI.BYTE], [_memory(gathered), MPI.BYTE])
+        self._run("Allgather", message, gathered)
         return list(gathered.to(tensor.device).unbind(0))
 
     def all_gather_object(self, obj: Any) -> list[Any]:
@@ -79,19 +80,22 @@ class MpiCommunicator:
 
     def barrier(self) -> None:
         """Wait for all ranks: one `MPI_Barrier`."""
-        self._run("barrier", "Barrier")
+        self._run("Barrier")
 
-    def _run(self, name: str, function: str, *arguments: Any) -> None:
-        """Call the MPI function, blocking, or as its non-blocking form under the timeout."""
+    def _run(self, function: str, *messages: Any, datatype: MPI.Datatype = MPI.BYTE, **options: Any) -> None:
+        """Call the MPI function on the memory of the messages: blocking, or under the timeout as it is non-blocking."""
+        arguments = [[_memory(message), datatype] if isinstance(message, Tensor) else message for message in messages]
         if self.timeout is None:
-            getattr(self.comm, function)(*arguments)
+            getattr(self.comm, function)(*arguments, **options)
             return
-        request = getattr(self.comm, "I" + function.lower())(*arguments)
-        deadline = time.monotonic() + self.timeout.total_seconds()
+        request = getattr(self.comm, "I" + function.lower())(*arguments, **options)
+        limit = self.timeout.total_seconds()
+        deadline = time.monotonic() + limit
         while not request.Test():
             if time.monotonic() > deadline:
+                _ABANDONED.append((request, messages))
                 raise TimeoutError(
-                    f"{name} on rank {self.rank} of {self.size} waited {self.timeout.total_seconds():g} s for its peers"
+                    f"MPI_{function} on rank {self.rank} of {self.size} waited {limit:g} s for its peers"
                 )
             time.sleep(0)  # ranks may share a core
 

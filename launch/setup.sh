@@ -1,0 +1,50 @@
+# Sourced by the scripts beside it: the virtual environment .venv, installed if it is not yet, and the launchers' settings.
+# Needs Python 3.10 or later and nothing else. Set PYTHON to choose the interpreter.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+die() { echo "$*" >&2; exit 1; }
+
+find_python() {
+    local python
+    for python in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+        if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            command -v "$python"
+            return
+        fi
+    done
+    die "expected Python 3.10 or later as python3 (or in PYTHON), found none"
+}
+
+make_venv() {
+    local python=$1
+    "$python" -m venv .venv && return
+    # Debian packs venv's pip apart from Python
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || die "python3 -m venv failed: install your system's python3-venv"
+    apt-get update -qq && apt-get install -y -qq python3-venv
+    "$python" -m venv --clear .venv
+}
+
+install() {
+    local wanted
+    wanted=$(cksum pyproject.toml launch/setup.sh)
+    [ -x .venv/bin/python ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] && return
+    local python
+    python=$(find_python)
+    echo "installing into .venv (torch takes a while)"
+    [ -x .venv/bin/python ] || make_venv "$python"
+    .venv/bin/python -m pip install --quiet torch==2.13.0 # the tested version
+    .venv/bin/python -m pip install --quiet --editable '.[mpi,examples,test]'
+    echo "$wanted" >.venv/installed
+}
+
+install
+export PATH="$PWD/.venv/bin:$PATH"
+
+# One thread per rank unless the user says otherwise: ranks share the cores, and sums do not depend on their number.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Open MPI 4 and 5: as root, and with more ranks than cores.
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+export OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+export OMPI_MCA_mpi_yield_when_idle=1

@@ -1,0 +1,255 @@
+"""One contract for every communicator; and what `process_group` may be."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import syncnorm
+from syncnorm.communicators import LocalCommunicator
+from syncnorm.testing import CountingCommunicator
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+]
+SHAPES = [(5,), (), (0,), (2, 3), (0, 4)]
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+
+
+def contribution(rank, shape, dtype, device):
+    """Return small integers, which every dtype holds and sums exactly."""
+    return (torch.arange(torch.Size(shape).numel()).reshape(shape) + 2 * rank + 1).to(device, dtype)
+
+
+def strided(tensor):
+    """Return the same values with every axis but the first non-contiguous."""
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+class Contract:
+    """The promises of `syncnorm.Communicator`; each method is called on every rank of a group."""
+
+    @staticmethod
+    def has_rank_and_size(group):
+        assert isinstance(group, syncnorm.Communicator)
+        assert group.all_gather_object((group.rank, group.size)) == [(r, group.size) for r in range(group.size)]
+
+    @staticmethod
+    def all_reduce_sums_in_place(group):
+        for device in DEVICES:
+            for dtype in DTYPES:
+                for shape in SHAPES:
+                    mine = contribution(group.rank, shape, dtype, device)
+                    total = sum(contribution(r, shape, dtype, device) for r in range(group.size))
+                    assert group.all_reduce(mine) is mine
+                    assert torch.equal(mine, total), (dtype, shape)
+
+    @staticmethod
+    def all_reduce_gives_the_same_bits_everywhere(group):
+        torch.manual_seed(group.rank)
+        mine = torch.randn(1001, dtype=torch.float64) * 10.0 ** torch.randint(-9, 9, (1001,))
+        totals = group.all_gather(group.all_reduce(mine))
+        assert all(torch.equal(total, mine) for total in totals)
+
+    @staticmethod
+    def strided_tensors_are_written_in_place(group):
+        mine = strided(contribution(group.rank, (2, 3), torch.float32, "cpu"))
+        total = sum(contribution(r, (2, 3), torch.float32, "cpu") for r in range(group.size))
+        assert not mine.is_contiguous()
+        assert group.all_reduce(mine) is mine
+        assert torch.equal(mine, total)
+        mine = strided(contribution(group.rank, (2, 3), torch.float16, "cpu"))
+        assert group.broadcast(mine) is mine
+        assert torch.equal(mine, contribution(0, (2, 3), torch.float16, "cpu"))
+
+    @staticmethod
+    def tensors_that_require_grad_are_written_in_place(group):
+        mine = torch.ones(3, requires_grad=True)
+        with torch.no_grad():
+            group.all_reduce(mine)
+        assert torch.equal(mine.detach(), torch.full((3,), float(group.size)))
+
+    @staticmethod
+    def broadcast_takes_every_root(group):
+        for device in DEVICES:
+            for dtype in [*DTYPES, torch.bool]:
+                for shape in SHAPES:
+                    for root in range(group.size):
+                        mine = contribution(group.rank, shape, dtype, device)
+                        assert group.broadcast(mine, root) is mine
+                        assert torch.equal(mine, contribution(root, shape, dtype, device)), (dtype, shape)
+
+    @staticmethod
+    def all_gather_is_in_rank_order(group):
+        for device in DEVICES:
+            for dtype in DTYPES:
+                for shape in SHAPES:
+                    mine = contribution(group.rank, shape, dtype, device)
+                    gathered = group.all_gather(mine)
+                    expected = [contribution(r, shape, dtype, device) for r in range(group.size)]
+                    assert all(torch.equal(*pair) for pair in zip(gathered, expected, strict=True)), (dtype, shape)
+                    assert torch.equal(mine, expected[group.rank])
+                    assert all(t.device == mine.device for t in gathered)
+
+    @staticmethod
+    def all_gather_object_takes_unequal_objects(group):
+        objects = group.all_gather_object({"rank": group.rank, "payload": "x" * 1000 * group.rank})
+        assert [len(o["payload"]) for o in objects] == [1000 * r for r in range(group.size)]
+
+    @staticmethod
+    def barrier_returns(group):
+        assert group.barrier() is None
+
+
+PROMISES = [name for name in vars(Contract) if not name.startswith("_")]
+
+
+def keep(promise):
+    getattr(Contract, promise)(syncnorm.communicator())
+
+
+def keep_counting(promise):
+    getattr(Contract, promise)(CountingCommunicator(syncnorm.communicator()))
+
+
+@pytest.mark.parametrize("promise", PROMISES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_contract(run, world_size, promise):
+    run(keep, world_size, promise)
+
+
+@pytest.mark.parametrize("promise", PROMISES)
+def test_contract_of_this_process_alone(promise):
+    getattr(Contract, promise)(LocalCommunicator())
+
+
+@pytest.mark.parametrize("promise", PROMISES)
+def test_contract_through_a_counter(promise):
+    getattr(Contract, promise)(CountingCommunicator(LocalCommunicator()))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("promise", PROMISES)
+def test_contract_of_mpi_with_a_timeout(promise):
+    from mpi4py import MPI
+
+    from syncnorm.communicators.mpi import MpiCommunicator
+
+    getattr(Contract, promise)(MpiCommunicator(MPI.COMM_WORLD, timedelta(seconds=30)))
+
+
+@pytest.mark.mpi
+def test_mpi_refuses_to_sum_what_it_has_no_type_for():
+    from mpi4py import MPI
+
+    with pytest.raises(TypeError, match=r"expected a tensor of a dtype that MPI can sum, got torch\.bool"):
+        syncnorm.communicator(MPI.COMM_SELF).all_reduce(torch.ones(2, dtype=torch.bool))
+
+
+@pytest.mark.mpi
+def test_an_mpi_collective_whose_peers_stay_away_times_out():
+    from mpi4py import MPI
+
+    from syncnorm.communicators.mpi import MpiCommunicator
+
+    own = MPI.COMM_WORLD.Dup()
+    group = MpiCommunicator(own, timedelta(seconds=0.2))
+    if group.rank == 0:
+        with pytest.raises(TimeoutError, match=r"MPI_Allreduce on rank 0 of \d waited 0.2 s for its peers"):
+            group.all_reduce(torch.zeros(2))
+    MPI.COMM_WORLD.Barrier()
+    if group.rank != 0:
+        late = torch.zeros(2)
+        MpiCommunicator(own, timedelta(seconds=30)).all_reduce(late)  # so that rank 0's request ends
+
+
+def subgroup_of_ranks(ranks):
+    group = dist.new_group(ranks)
+    try:
+        return syncnorm.communicator(group).all_gather_object(dist.get_rank())
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_torch_group_that_this_rank_is_not_in():
+    results = syncnorm.testing.run_ranks(subgroup_of_ranks, 3, [0, 2])
+    assert results[0] == results[2] == [0, 2]
+    assert results[1] == "expected a process group that this rank is a member of, got one without rank 1"
+
+
+def layer_on_a_foreign_group():
+    group = dist.new_group([0])
+    layer = syncnorm.SyncBatchNorm(2, process_group=group)
+    before = layer.state_dict()
+    try:
+        layer(torch.randn(4, 2))
+    except ValueError as error:
+        assert all(torch.equal(layer.state_dict()[name], value) for name, value in before.items())
+        return str(error)
+    return None
+
+
+def test_a_layer_on_a_group_that_this_rank_is_not_in():
+    member, foreigner = syncnorm.testing.run_ranks(layer_on_a_foreign_group, 2)
+    assert member is None
+    assert foreigner.endswith("without rank 1")
+
+
+def mesh_groups():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    with pytest.raises(ValueError, match=r"expected a one-dimensional DeviceMesh, got one of shape \(2, 2\)"):
+        syncnorm.communicator(mesh)
+    return [syncnorm.communicator(mesh[axis]).all_gather_object(dist.get_rank()) for axis in ("dp", "tp")]
+
+
+def test_a_device_mesh():
+    results = syncnorm.testing.run_ranks(mesh_groups, 4)
+    assert results == [[[0, 2], [0, 1]], [[1, 3], [0, 1]], [[0, 2], [2, 3]], [[1, 3], [2, 3]]]
+
+
+def broadcast_in_subgroup():
+    ranks = [1, 2]
+    group = dist.new_group(ranks)
+    if dist.get_rank() not in ranks:
+        return None
+    return syncnorm.communicator(group).broadcast(torch.tensor(dist.get_rank()), root=1).item()
+
+
+def test_the_root_is_a_rank_of_the_group():
+    assert syncnorm.testing.run_ranks(broadcast_in_subgroup, 3) == [None, 2, 2]
+
+
+def test_communicators_pass_through():
+    group = CountingCommunicator(LocalCommunicator())
+    assert syncnorm.communicator(group) is group
+
+
+def test_none_is_this_process_alone():
+    assert isinstance(syncnorm.communicator(), LocalCommunicator)
+
+
+def test_anything_else_is_a_type_error():
+    with pytest.raises(TypeError, match=r"expected process_group to be a torch\.distributed ProcessGroup, .* got int"):
+        syncnorm.communicator(3)
+
+
+@pytest.mark.mpi
+def test_comm_null_names_the_rank():
+    from mpi4py import MPI
+
+    with pytest.raises(ValueError, match=rf"got MPI.COMM_NULL on rank {MPI.COMM_WORLD.rank} of MPI.COMM_WORLD"):
+        syncnorm.communicator(MPI.COMM_NULL)
+
+
+def test_this_process_alone_has_one_root():
+    with pytest.raises(ValueError, match="expected a root rank below the group's size 1, got 1"):
+        LocalCommunicator().broadcast(torch.zeros(1), root=1)
