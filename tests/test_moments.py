@@ -1,0 +1,68 @@
+"""Moments: exact whatever the mean, and the same from any split."""
+
+import pytest
+import torch
+
+from syncnorm.moments import Moments
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def merged(parts):
+    return Moments.unpack(torch.stack([Moments.of(part).pack() for part in parts]).sum(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
+@pytest.mark.parametrize("shape", [(7, 3), (7, 3, 5), (4, 3, 5, 6), (2, 3, 4, 3, 2)])
+def test_moments_of_a_tensor(dtype, mean, shape):
+    x = (torch.randn(shape, dtype=torch.float64) + mean).to(dtype)
+    moments = Moments.of(x)
+    columns = x.double().movedim(1, 0).flatten(1)
+    assert moments.mean.dtype == moments.m2.dtype == moments.count.dtype == torch.float64
+    assert moments.count == columns.shape[1]
+    scale = max(1.0, columns.std().item())
+    torch.testing.assert_close(moments.mean, columns.mean(1), rtol=0, atol=1e-7 * scale)
+    torch.testing.assert_close(moments.variance, columns.var(1, correction=0), rtol=5e-7, atol=0)
+    torch.testing.assert_close(moments.unbiased_variance, columns.var(1), rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize(("mean", "rtol"), [(0.0, 1e-14), (1e3, 1e-8), (1e4, 1e-7), (1e6, 1e-3)])
+def test_any_split_has_the_same_moments(mean, rtol):
+    """The variance loses the digits of mean² on the wire: 4e-8 at mean/std = 1e4, 2.5e-4 at 1e6, and no more."""
+    x = torch.randn(64, 3, 10, dtype=torch.float64) + mean
+    whole = Moments.of(x)
+    for sizes in ([64], [40, 24], [63, 0, 1], [1] * 64):
+        moments = merged(x.split(sizes))
+        assert moments.count == whole.count
+        torch.testing.assert_close(moments.mean, whole.mean, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(moments.m2, whole.m2, rtol=rtol, atol=0)
+
+
+def test_the_textbook_formula_fails_the_same_assertion():
+    """The negative control: E[x²] - E[x]² in float32, as others do."""
+    x = torch.randn(64, 3, 10) + 1e4
+    variance = x.square().mean((0, 2)) - x.mean((0, 2)).square()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(variance.double(), Moments.of(x).variance, rtol=1e-2, atol=0)
+
+
+def test_no_values():
+    moments = Moments.of(torch.empty(0, 3, 4))
+    assert moments.count == 0
+    for value in (moments.mean, moments.m2, moments.variance, moments.unbiased_variance):
+        assert torch.equal(value, torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(moments.pack(), torch.zeros(7, dtype=torch.float64))
+
+
+def test_equal_values_have_no_variance():
+    assert torch.equal(merged([torch.full((5, 2), 0.1), torch.full((3, 2), 0.1)]).m2 >= 0, torch.ones(2).bool())
+    assert torch.equal(Moments.of(torch.full((5, 2), 1e6)).m2, torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_a_number_stays_one(bad):
+    x = torch.ones(4, 2)
+    x[1, 0] = bad
+    moments = merged([x, torch.ones(3, 2)])
+    assert moments.variance.isfinite().tolist() == [False, True]

@@ -1,0 +1,147 @@
+"""The hand-written backward, held against numerical differentiation across ranks, once and twice."""
+
+import pytest
+import torch
+
+import syncnorm
+from syncnorm.functional import sync_batch_norm
+
+SIZES = {1: (4,), 2: (3, 1), 3: (2, 0, 1), 4: (1, 1, 1, 1)}
+
+
+class Enter(torch.autograd.Function):
+    """A tensor that all ranks hold alike, used by each for its own share: identity; the adjoint sums the shares."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Leave.apply(grad)
+
+
+class Leave(torch.autograd.Function):
+    """Shares that sum to a tensor that all ranks hold alike. The adjoint of Enter, as Enter is of it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return syncnorm.communicator().all_reduce(x.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Enter.apply(grad)
+
+
+def on_the_whole_batch(sizes, function):
+    """Return a function of the whole batch and the parameters, alike on all ranks, that works on shards."""
+    rank = syncnorm.communicator().rank
+    start, stop = sum(sizes[:rank]), sum(sizes[: rank + 1])
+
+    def sharded(x, weight, bias):
+        x, weight, bias = Enter.apply(x), Enter.apply(weight), Enter.apply(bias)
+        y = function(x[start:stop], weight, bias)
+        return Leave.apply(torch.cat([torch.zeros_like(x[:start]), y, torch.zeros_like(x[stop:])]))
+
+    return sharded
+
+
+def training(x, weight, bias):
+    return sync_batch_norm(x, None, None, weight, bias, training=True, eps=1e-2)
+
+
+def without_parameters(x, weight, bias):
+    return sync_batch_norm(x, None, None, training=True, eps=1e-2) + weight.sum() * bias.sum()
+
+
+def evaluation(x, weight, bias):
+    running_mean, running_var = torch.tensor([0.3, -0.2]).double(), torch.tensor([0.5, 2.0]).double()
+    return sync_batch_norm(x, running_mean, running_var, weight, bias, eps=1e-2)
+
+
+def detached_statistics(x, weight, bias):
+    """The negative control: mean and variance of the whole batch, but no gradient through them."""
+    group = syncnorm.communicator()
+    sums = torch.cat([x.sum((0, 2)), x.square().sum((0, 2)), x.new_full((1,), x[:, 0].numel())]).detach()
+    mean, square = group.all_reduce(sums)[:-1].div(sums[-1]).view(2, -1)
+    return (x - mean.view(1, -1, 1)) / (square - mean**2 + 1e-2).sqrt().view(1, -1, 1) * weight.view(1, -1, 1)
+
+
+def arguments(sizes):
+    torch.manual_seed(0)
+    x = torch.randn(sum(sizes), 2, 3, dtype=torch.float64) + 2
+    weight, bias = torch.tensor([0.7, 1.5]).double(), torch.tensor([-0.3, 0.4]).double()
+    return [t.requires_grad_() for t in (x, weight, bias)]
+
+
+def check_gradient(sizes, function):
+    return torch.autograd.gradcheck(on_the_whole_batch(sizes, function), arguments(sizes), raise_exception=False)
+
+
+def check_double_gradient(sizes, function):
+    return torch.autograd.gradgradcheck(on_the_whole_batch(sizes, function), arguments(sizes), raise_exception=False)
+
+
+@pytest.mark.parametrize("function", [training, without_parameters, evaluation])
+@pytest.mark.parametrize("world_size", SIZES)
+def test_gradcheck(run, world_size, function):
+    assert all(run(check_gradient, world_size, SIZES[world_size], function))
+
+
+@pytest.mark.parametrize("function", [training, evaluation])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_gradgradcheck(run, world_size, function):
+    assert all(run(check_double_gradient, world_size, SIZES[world_size], function))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradcheck_fails_without_the_gradient_of_the_statistics(run, world_size):
+    assert not any(run(check_gradient, world_size, SIZES[world_size], detached_statistics))
+
+
+def saved_bytes(training):
+    saved = []
+    x = torch.randn(16, 4, 8, 8, requires_grad=True)
+    layer = syncnorm.SyncBatchNorm(4).train(training)
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    buffers = {buffer.data_ptr() for buffer in layer.buffers()}
+    assert not any(tensor.data_ptr() in buffers for tensor in saved), "a buffer was saved for backward"
+    return sum(t.numel() * t.element_size() for t in saved if t.data_ptr() != x.data_ptr())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_backward_keeps_the_input_and_what_is_per_channel(training):
+    assert saved_bytes(training) <= 4 * 4 + 2 * 4 * 8 + 8  # weight; mean and invstd; count
+
+
+def test_gradients_of_other_layouts():
+    """The input gradient has the input's memory format, whatever the upstream gradient's."""
+    layer = syncnorm.SyncBatchNorm(3, dtype=torch.float64)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    grad_output = torch.randn_like(x)
+    grads = []
+    for x_format in (torch.contiguous_format, torch.channels_last):
+        for grad_format in (torch.contiguous_format, torch.channels_last):
+            leaf = x.clone(memory_format=x_format).requires_grad_()
+            y = layer(leaf)
+            (grad,) = torch.autograd.grad(y, leaf, grad_output.contiguous(memory_format=grad_format))
+            assert y.is_contiguous(memory_format=x_format)
+            assert grad.is_contiguous(memory_format=x_format)
+            grads.append(grad)
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0])
+
+
+def test_expanded_and_permuted_inputs():
+    layer = syncnorm.SyncBatchNorm(3, dtype=torch.float64)
+    for x in (
+        torch.randn(1, 3, 1, 5, dtype=torch.float64).expand(4, 3, 2, 5),
+        torch.randn(5, 4, 3, dtype=torch.float64).permute(1, 2, 0),
+    ):
+        torch.testing.assert_close(layer(x), layer(x.contiguous()))
