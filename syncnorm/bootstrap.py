@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from . import communicators
-from .communicators import Communicator, LocalCommunicator
+from .communicators import Communicator
 
 if TYPE_CHECKING:
     from .communicators.mpi import MpiCommunicator
@@ -25,8 +25,6 @@ __all__ = ["init", "warn_if_alone_in_a_larger_job"]
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for torch.distributed
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and Intel MPI
 JOB_SIZES = ("WORLD_SIZE", *MPI_SIZES, "SLURM_NTASKS")
-
-_made: tuple[str, Communicator] | None = None
 
 
 def init(backend: str = "auto", timeout: float | timedelta | None = None) -> Communicator:
@@ -48,33 +46,31 @@ def init(backend: str = "auto", timeout: float | timedelta | None = None) -> Com
         RuntimeError: the backend is not installed, or not usable here; the job was joined with another one; the
             environment of the launcher is incomplete.
     """
-    global _made
     if backend not in ("auto", "nccl", "gloo", "mpi"):
         raise ValueError(f'expected backend "auto", "nccl", "gloo" or "mpi", got {backend!r}')
+    joined = _joined()
+    if joined is not None:
+        if backend not in ("auto", joined):
+            raise RuntimeError(f"expected one backend for the job, got {backend!r} after {joined!r}")
+        return communicators.communicator()
     limit = timedelta(seconds=timeout) if isinstance(timeout, int | float) else timeout
-    if _made is not None and _made[0] in ("nccl", "gloo") and not dist.is_initialized():
-        _made = None  # the process group was destroyed since
-    if _made is not None:
-        name, made = _made
-        if backend not in ("auto", name):
-            raise RuntimeError(f"expected one backend for the job, got {backend!r} after {name!r}")
-        return made
-    name = _detect() if backend == "auto" else backend
-    if name == "mpi":
-        made = _init_mpi(limit)
-        communicators.set_default(made)
-    elif name == "alone":
-        made = LocalCommunicator()
-    else:
-        made = _init_torch(name, limit)
-    _made = name, made
-    return made
+    chosen = _detect() if backend == "auto" else backend
+    if chosen == "mpi":
+        communicators.set_default(_init_mpi(limit))
+    elif chosen != "alone":
+        _init_torch(chosen, limit)
+    return communicators.communicator()
+
+
+def _joined() -> str | None:
+    """Return the backend that this process has joined its job with: "mpi", torch.distributed's, or None."""
+    if communicators.has_default():
+        return "mpi"
+    return dist.get_backend() if dist.is_available() and dist.is_initialized() else None
 
 
 def _detect() -> str:
     """Return the backend that fits the environment: "nccl", "gloo", "mpi" or "alone"."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_backend()
     if any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", *RENDEZVOUS)):
         return "nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     if any(name in os.environ for name in MPI_SIZES):
@@ -82,7 +78,7 @@ def _detect() -> str:
     return "alone"
 
 
-def _init_torch(backend: str, timeout: timedelta | None) -> Communicator:
+def _init_torch(backend: str, timeout: timedelta | None) -> None:
     if not dist.is_available():
         raise RuntimeError(f"{backend} was asked for, and this torch was built without torch.distributed")
     if backend == "nccl" and not (torch.cuda.is_available() and dist.is_nccl_available()):
@@ -90,10 +86,6 @@ def _init_torch(backend: str, timeout: timedelta | None) -> Communicator:
             "nccl was asked for, and this torch has no CUDA device or no NCCL: pip install torch built for CUDA, or "
             'take backend="gloo"'
         )
-    if dist.is_initialized():
-        if dist.get_backend() != backend:
-            raise RuntimeError(f"{backend} was asked for, and torch.distributed runs on {dist.get_backend()}")
-        return communicators.communicator(dist.group.WORLD)
     missing = [name for name in RENDEZVOUS if name not in os.environ]
     if missing and len(missing) < len(RENDEZVOUS):
         raise RuntimeError(
@@ -109,7 +101,6 @@ def _init_torch(backend: str, timeout: timedelta | None) -> Communicator:
     else:
         dist.init_process_group(backend, timeout=timeout, device_id=device)
     atexit.register(_destroy_process_group)
-    return communicators.communicator(dist.group.WORLD)
 
 
 def _destroy_process_group() -> None:

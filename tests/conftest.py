@@ -13,7 +13,7 @@ def run_under_mpirun(fn, world_size, *args):
     """Call fn(*args) on the first `world_size` ranks of this MPI job; return their results by rank, on all ranks."""
     from mpi4py import MPI
 
-    world = syncnorm.init("mpi").comm
+    world = MPI.COMM_WORLD
     group = world.Split(0 if world.rank < world_size else MPI.UNDEFINED, world.rank)
     outcome = None
     if group != MPI.COMM_NULL:

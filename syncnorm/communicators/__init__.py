@@ -17,17 +17,26 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Communicator", "LocalCommunicator", "ProcessGroupLike", "communicator", "set_default"]
+    from .process_group import ProcessGroupCommunicator
+
+__all__ = ["Communicator", "LocalCommunicator", "ProcessGroupLike", "communicator", "has_default", "set_default"]
 
 ProcessGroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | MPI.Comm | Communicator | None"
 
-_default: Communicator | None = None  # what syncnorm.init() made
+_default: Communicator | None = None  # what syncnorm.init() made, other than torch.distributed's default group
+_of_torch_default: ProcessGroupCommunicator | None = None  # the newest communicator of that group
+_ALONE = LocalCommunicator()
 
 
 def set_default(made: Communicator | None) -> None:
     """Set the communicator that `process_group=None` stands for; None takes it back."""
     global _default
     _default = made
+
+
+def has_default() -> bool:
+    """Return whether `set_default` was called with a communicator."""
+    return _default is not None
 
 
 def communicator(process_group: ProcessGroupLike = None) -> Communicator:
@@ -43,7 +52,7 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
         TypeError: `process_group` is something else.
     """
     if process_group is None:
-        return _default or _torch_default() or LocalCommunicator()
+        return _default or _torch_default() or _ALONE
     if dist.is_available():
         if isinstance(process_group, dist.ProcessGroup):
             return _of_process_group(process_group)
@@ -72,12 +81,16 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
 
 
 def _torch_default() -> Communicator | None:
-    if dist.is_available() and dist.is_initialized():
-        return _of_process_group(dist.distributed_c10d._get_default_group())
-    return None
+    global _of_torch_default
+    world = dist.group.WORLD if dist.is_available() else None
+    if world is None:
+        return None
+    if _of_torch_default is None or _of_torch_default.group is not world:
+        _of_torch_default = _of_process_group(world)
+    return _of_torch_default
 
 
-def _of_process_group(group: dist.ProcessGroup) -> Communicator:
+def _of_process_group(group: dist.ProcessGroup) -> ProcessGroupCommunicator:
     from .process_group import ProcessGroupCommunicator
 
     return ProcessGroupCommunicator(group)

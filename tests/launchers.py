@@ -1,0 +1,46 @@
+"""Real launchers: run a script under torchrun, under mpirun or alone, with a hard timeout, and leave nothing behind."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from syncnorm.testing import MPIRUN_ENVIRONMENT
+
+BIN = Path(sys.executable).parent
+COMMANDS = {
+    "alone": lambda ranks: [sys.executable],
+    "torchrun": lambda ranks: [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks)],
+    "mpirun": lambda ranks: [str(BIN / "mpirun"), "-n", str(ranks), sys.executable],
+}
+
+
+class Completed(NamedTuple):
+    """How a job ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def launch(launcher, ranks, script, *arguments, timeout=90, **environment):
+    """Run the script on `ranks` ranks. A job that outlasts the timeout is killed, with all of its processes."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_", "PMI_"))}
+    process = subprocess.Popen(
+        [*COMMANDS[launcher](ranks), str(script), *map(str, arguments)],
+        env=clean | MPIRUN_ENVIRONMENT | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return Completed(process.returncode, stdout, stderr)

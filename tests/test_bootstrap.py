@@ -1,0 +1,168 @@
+"""`syncnorm.init` under real launchers."""
+
+import textwrap
+
+import pytest
+import torch
+from launchers import launch
+
+import syncnorm
+
+JOIN = """
+    import torch, torch.distributed as dist, syncnorm
+    group = syncnorm.init()
+    assert syncnorm.init() is group
+    assert syncnorm.communicator() is group
+    layer = syncnorm.SyncBatchNorm(2)
+    layer(torch.full((3, 2), float(group.rank)))
+    words = [type(group).__name__, f"{group.rank}/{group.size}", f"{layer.running_mean[0]:.3f}"]
+    if dist.is_initialized():
+        words.append(dist.get_backend())
+    for other in ("mpi", "gloo"):
+        if other not in words and (other, words[0]) != ("mpi", "MpiCommunicator") and group.size > 1:
+            try:
+                syncnorm.init(other)
+            except RuntimeError as error:
+                words.append(str(error).replace(" ", "_"))
+    print(" ".join(words), flush=True)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(code):
+        path = tmp_path / "script.py"
+        path.write_text(textwrap.dedent(code))
+        return path
+
+    return write
+
+
+def lines(job):
+    assert job.returncode == 0, job.stderr
+    assert job.stderr == ""  # success is silent, the end too
+    return sorted(job.stdout.splitlines())
+
+
+def test_alone(script):
+    assert lines(launch("alone", 1, script(JOIN))) == ["LocalCommunicator 0/1 0.000"]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_torchrun(script, ranks):
+    name = "gloo" if not torch.cuda.is_available() else "nccl"
+    refused = f" expected_one_backend_for_the_job,_got_'mpi'_after_'{name}'" if ranks > 1 else ""
+    mean = 0.1 * (ranks - 1) / 2
+    assert lines(launch("torchrun", ranks, script(JOIN))) == [
+        f"ProcessGroupCommunicator {rank}/{ranks} {mean:.3f} {name}{refused}" for rank in range(ranks)
+    ]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_mpirun(script, ranks):
+    refused = " expected_one_backend_for_the_job,_got_'gloo'_after_'mpi'" if ranks > 1 else ""
+    mean = 0.1 * (ranks - 1) / 2
+    assert lines(launch("mpirun", ranks, script(JOIN))) == [
+        f"MpiCommunicator {rank}/{ranks} {mean:.3f}{refused}" for rank in range(ranks)
+    ]
+
+
+FAIL = """
+    import torch, syncnorm
+    group = syncnorm.init()
+    group.barrier()
+    if group.rank == 1:
+        raise ValueError("rank one has had enough")
+    group.all_reduce(torch.zeros(1))
+"""
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(script, launcher):
+    job = launch(launcher, 3, script(FAIL))
+    assert job.returncode != 0
+    assert 'raise ValueError("rank one has had enough")' in job.stderr
+    assert "ValueError: rank one has had enough" in job.stderr
+    if launcher == "mpirun":
+        assert "rank 1 of 3 raised ValueError: aborting the MPI job" in job.stderr
+
+
+STAY_AWAY = """
+    import time, torch, syncnorm
+    group = syncnorm.init(timeout=2)
+    group.barrier()
+    if group.rank == 1:
+        time.sleep(30)
+    group.all_reduce(torch.zeros(1))
+"""
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_a_timeout_ends_the_wait_for_a_rank_that_stays_away(script, launcher):
+    job = launch(launcher, 2, script(STAY_AWAY), timeout=25)  # less than the other rank sleeps
+    assert job.returncode != 0
+    message = "MPI_Allreduce on rank 0 of 2 waited 2 s for its peers" if launcher == "mpirun" else "RuntimeError"
+    assert message in job.stderr
+
+
+INIT = """
+    import syncnorm
+    try:
+        print(syncnorm.init({backend!r}))
+    except (RuntimeError, ValueError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_half_set_environment(script):
+    job = launch("alone", 1, script(INIT.format(backend="auto")), RANK="0", WORLD_SIZE="2")
+    assert job.stdout == (
+        "RuntimeError expected RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment, as torchrun sets them, "
+        "got none of MASTER_ADDR, MASTER_PORT\n"
+    )
+
+
+def test_gloo_alone_is_a_group_that_ddp_runs_on(script):
+    code = """
+        import torch, syncnorm
+        print(syncnorm.init("gloo"), syncnorm.communicator().size)
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(syncnorm.SyncBatchNorm(2)))
+        model(torch.randn(4, 2)).sum().backward()
+    """
+    assert lines(launch("alone", 1, script(code))) == ["ProcessGroupCommunicator(gloo, rank=0, size=1) 1"]
+
+
+def test_mpi_alone_is_a_group_of_one(script):
+    job = launch("alone", 1, script(INIT.format(backend="mpi")))
+    assert lines(job) == ["MpiCommunicator(rank=0, size=1)"]
+
+
+def test_a_group_made_elsewhere_is_taken_and_may_be_destroyed(script):
+    code = """
+        import torch.distributed as dist, syncnorm
+        for _ in range(2):
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            group = syncnorm.init()
+            print(group, group.group is dist.group.WORLD)
+            try:
+                syncnorm.init("mpi")
+            except RuntimeError as error:
+                print(error)
+            dist.destroy_process_group()
+        print(syncnorm.communicator())
+    """
+    group = "ProcessGroupCommunicator(gloo, rank=0, size=1) True"
+    refused = "expected one backend for the job, got 'mpi' after 'gloo'"
+    assert lines(launch("alone", 1, script(code))) == sorted([group, refused, group, refused, "LocalCommunicator()"])
+
+
+@pytest.mark.parametrize("backend", ["tcp", "NCCL", ""])
+def test_an_unknown_backend(backend):
+    with pytest.raises(ValueError, match=f'expected backend "auto", "nccl", "gloo" or "mpi", got {backend!r}'):
+        syncnorm.init(backend)
+
+
+@pytest.mark.parametrize("backend", [*["nccl"] * (not torch.cuda.is_available())])
+def test_nccl_where_there_is_none(script, backend):
+    job = launch("alone", 1, script(INIT.format(backend=backend)))
+    assert job.stdout.startswith("RuntimeError nccl was asked for, and this torch has no CUDA device or no NCCL: pip")
