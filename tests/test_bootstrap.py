@@ -143,7 +143,7 @@ def test_a_group_made_elsewhere_is_taken_and_may_be_destroyed(script):
         for _ in range(2):
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
             group = syncnorm.init()
-            print(group, group.group is dist.group.WORLD)
+            print(group, group is syncnorm.communicator(dist.group.WORLD))
             try:
                 syncnorm.init("mpi")
             except RuntimeError as error:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,14 +18,11 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from torch.distributed.device_mesh import DeviceMesh
 
-    from .process_group import ProcessGroupCommunicator
-
 __all__ = ["Communicator", "LocalCommunicator", "ProcessGroupLike", "communicator", "has_default", "set_default"]
 
 ProcessGroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | MPI.Comm | Communicator | None"
 
 _default: Communicator | None = None  # what syncnorm.init() made, other than torch.distributed's default group
-_of_torch_default: ProcessGroupCommunicator | None = None  # the newest communicator of that group
 _ALONE = LocalCommunicator()
 
 
@@ -52,7 +50,9 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
         TypeError: `process_group` is something else.
     """
     if process_group is None:
-        return _default or _torch_default() or _ALONE
+        if _default is not None:
+            return _default
+        return _of_default_group() if dist.is_available() and dist.is_initialized() else _ALONE
     if dist.is_available():
         if isinstance(process_group, dist.ProcessGroup):
             return _of_process_group(process_group)
@@ -80,20 +80,17 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
     )
 
 
-def _torch_default() -> Communicator | None:
-    global _of_torch_default
-    world = dist.group.WORLD if dist.is_available() else None
-    if world is None:
-        return None
-    if _of_torch_default is None or _of_torch_default.group is not world:
-        _of_torch_default = _of_process_group(world)
-    return _of_torch_default
-
-
-def _of_process_group(group: dist.ProcessGroup) -> ProcessGroupCommunicator:
+@functools.cache
+def _of_default_group() -> Communicator:
     from .process_group import ProcessGroupCommunicator
 
-    return ProcessGroupCommunicator(group)
+    return ProcessGroupCommunicator()
+
+
+def _of_process_group(group: dist.ProcessGroup) -> Communicator:
+    from .process_group import ProcessGroupCommunicator
+
+    return _of_default_group() if group is dist.group.WORLD else ProcessGroupCommunicator(group)
 
 
 def _device_mesh_type() -> type:

@@ -15,13 +15,22 @@ class ProcessGroupCommunicator:
     """The ranks of a `torch.distributed.ProcessGroup`.
 
     Args:
-        group: a process group that this process is a member of.
+        group: a process group that this process is a member of; None: the default group, whichever it is when it is
+            used. It is not held then: a group that is referred to when Python exits crashes in its worker threads.
     """
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = group
-        self.rank: int = group.rank()
-        self.size: int = group.size()
+
+    @property
+    def rank(self) -> int:
+        """This process in the group."""
+        return dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """The number of ranks in the group."""
+        return dist.get_world_size(self.group)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks in place: one `dist.all_reduce`."""
@@ -32,7 +41,7 @@ class ProcessGroupCommunicator:
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Replace `tensor` by that of `root` (a rank of this group) in place: one `dist.broadcast`."""
         dense = tensor.contiguous()
-        dist.broadcast(dense, src=dist.get_global_rank(self.group, root), group=self.group)
+        dist.broadcast(dense, group=self.group, group_src=root)
         return _write_back(tensor, dense)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:

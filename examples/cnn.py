@@ -1,0 +1,217 @@
+"""Train a small residual CNN on scikit-learn's handwritten digits, normalized per rank or over all ranks.
+
+One process, four ranks on Gloo (or NCCL where there is CUDA), four ranks on MPI; the global batch is 16 each time:
+
+    python examples/cnn.py --norm sync_bn --batch-per-rank 16
+    torchrun --nproc-per-node 4 examples/cnn.py --norm sync_bn --batch-per-rank 4
+    mpirun -n 4 python examples/cnn.py --norm sync_bn --batch-per-rank 4
+
+Rank 0 writes a JSON record: the loss of each step over the global batch, the test accuracy, the speed, and what a step
+costs in collectives and bytes.
+"""
+
+import argparse
+import functools
+import inspect
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import track
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+import syncnorm
+from syncnorm.testing import Call, CountingCommunicator
+
+TRAIN_SIZE = 1500  # of 1797; the split is the same in every run
+
+
+def digits():
+    """Return train and test (images, labels): (N, 1, 8, 8) float32 in [0, 1] and (N,) int64, in a fixed order."""
+    bunch = load_digits()
+    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)[order]
+    labels = torch.tensor(bunch.target, dtype=torch.int64)[order]
+    return (images[:TRAIN_SIZE], labels[:TRAIN_SIZE]), (images[TRAIN_SIZE:], labels[TRAIN_SIZE:])
+
+
+class Residual(nn.Module):
+    """x + BN(conv(relu(BN(conv(x))))), then relu; a strided 1x1 convolution on the way where the shape changes."""
+
+    def __init__(self, channels_in, channels, stride):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        self.shortcut = nn.Identity()
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x):
+        return (self.body(x) + self.shortcut(x)).relu()
+
+
+def cnn():
+    """Images (N, 1, 8, 8) -> logits (N, 10)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        Residual(16, 16, 1),
+        Residual(16, 32, 2),
+        Residual(32, 64, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed, epoch):
+    """Return the order of the training set in an epoch, (TRAIN_SIZE,)."""
+    return torch.randperm(TRAIN_SIZE, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+
+
+def batch_of_step(step, global_batch, seed):
+    """Return which samples the global batch of a step holds, (global_batch,), whatever the number of ranks."""
+    positions = range(step * global_batch, (step + 1) * global_batch)
+    return torch.stack([permutation(seed, p // TRAIN_SIZE)[p % TRAIN_SIZE] for p in positions])
+
+
+def average_gradients(model, group):
+    """Replace every gradient by its mean over the ranks: one all-reduce."""
+    gradients = [p.grad for p in model.parameters()]
+    flat = group.all_reduce(torch.cat([g.flatten() for g in gradients])) / group.size
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def accuracy(model, images, labels):
+    """Return the share of images that the model, in eval mode, labels right. No collective."""
+    model.eval()
+    with torch.no_grad():
+        return (model(images).argmax(1) == labels).double().mean().item()
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--norm", choices=["bn", "sync_bn"], default="sync_bn", help="per rank, or over all ranks")
+    parser.add_argument("--batch-per-rank", type=int, default=16, metavar="N")
+    parser.add_argument("--steps", type=int, default=200, metavar="N")
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the data")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the record (default: runs/cnn-....json)")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    group = syncnorm.init()
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    (images, labels), test = [[t.to(device) for t in part] for part in digits()]
+
+    torch.manual_seed(args.seed)
+    model = cnn().to(device)
+    norm_group, gradient_group = CountingCommunicator(group), CountingCommunicator(group)
+    if args.norm == "sync_bn":
+        model = syncnorm.convert_sync_batchnorm(model, norm_group)
+    net = model  # DDP averages the gradients where torch.distributed runs; elsewhere average_gradients does
+    if dist.is_initialized():
+        net = DistributedDataParallel(model, **without_buffer_broadcast())
+        net.register_comm_hook(gradient_group.calls, counted_all_reduce)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
+
+    global_batch = args.batch_per_rank * group.size
+    share = slice(group.rank * args.batch_per_rank, (group.rank + 1) * args.batch_per_rank)
+    losses = torch.zeros(args.steps, dtype=torch.float64, device=device)
+    steps = track(
+        range(args.steps),
+        f"{args.norm}, {group.size} x {args.batch_per_rank} samples",
+        console=Console(stderr=True),
+        disable=group.rank != 0,
+    )
+    group.barrier()
+    start = time.perf_counter()
+    for step in steps:
+        batch = batch_of_step(step, global_batch, args.seed)[share]
+        optimizer.zero_grad()
+        loss = cross_entropy(net(images[batch]), labels[batch])
+        loss.backward()
+        if group.size > 1 and not dist.is_initialized():
+            average_gradients(model, gradient_group)
+        optimizer.step()
+        losses[step] = loss.detach()
+    group.barrier()
+    seconds = time.perf_counter() - start
+
+    losses = group.all_reduce(losses) / group.size
+    if group.rank == 0:
+        record = {
+            "norm": args.norm,
+            "launcher": launcher(group),
+            "ranks": group.size,
+            "batch_per_rank": args.batch_per_rank,
+            "steps": args.steps,
+            "lr": args.lr,
+            "seed": args.seed,
+            "test_accuracy": accuracy(model, *test),
+            "samples_per_second": args.steps * global_batch / seconds,
+            "per_step": {
+                "norm": per_step(norm_group.calls, args.steps),
+                "gradients": per_step(gradient_group.calls, args.steps),
+            },
+            "torch": torch.__version__,
+            "device": str(device),
+            "loss": losses.tolist(),
+        }
+        write(record, args.out or Path("runs") / default_name(record))
+
+
+def without_buffer_broadcast():
+    """DDP's option for leaving buffers alone: synchronized ones agree already. torch 2.13 gave it another name."""
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+
+
+def counted_all_reduce(calls, bucket):
+    """Average a bucket of gradients as DDP does, and note it in `calls`."""
+    calls.append(Call("all_reduce", bucket.buffer().nbytes))
+    return allreduce_hook(None, bucket)
+
+
+def per_step(calls, steps):
+    return {"collectives": len(calls) / steps, "bytes": sum(call.nbytes for call in calls) / steps}
+
+
+def launcher(group):
+    return "torchrun" if dist.is_initialized() else "mpirun" if group.size > 1 else "alone"
+
+
+def default_name(record):
+    return "cnn-{norm}-{launcher}-{ranks}x{batch_per_rank}-seed{seed}.json".format(**record)
+
+
+def write(record, path):
+    """Write the record as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(record, indent=1))
+    unfinished.rename(path)
+    print(f"test accuracy {record['test_accuracy']:.3f}, {record['samples_per_second']:.0f} samples/s -> {path}")
+
+
+if __name__ == "__main__":
+    main()

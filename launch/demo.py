@@ -1,0 +1,162 @@
+"""Run the matrix of the demo, print its table, draw its figure. Called by `launch/demo`, in the environment it made."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+GLOBAL_BATCH = 16
+COMPARED = 20  # steps in which synchronized runs are held against one rank
+SMOOTHING = 12  # steps in a running mean of the drawn losses
+TIMEOUT = 170  # seconds for one run
+NORMS = {"sync_bn": "synchronized", "bn": "per rank"}
+SETTINGS = {"NO_COLOR": "1"} if not sys.stderr.isatty() else {}
+
+
+class Run(NamedTuple):
+    """One training: norm, launcher and number of ranks."""
+
+    norm: str
+    launcher: str
+    ranks: int
+
+    def command(self, steps, record):
+        """Return the command line, as a user would type it."""
+        start = {
+            "torchrun": ["torchrun", "--standalone", "--nproc-per-node", str(self.ranks)],
+            "mpirun": ["mpirun", "-n", str(self.ranks), "python"],
+        }[self.launcher]
+        options = f"--norm {self.norm} --batch-per-rank {GLOBAL_BATCH // self.ranks} --steps {steps} --lr 0.02"
+        return [*start, "examples/cnn.py", *options.split(), "--out", str(record)]
+
+    @property
+    def label(self):
+        """Name the ranks in the figure."""
+        if self.launcher == "mpirun":
+            return f"{self.ranks} ranks, MPI"
+        return f"{self.ranks} rank" + "s" * (self.ranks > 1)
+
+
+STYLES = {  # launcher, ranks -> colour (Okabe and Ito's, safe for the colour-blind), line width, dashes
+    ("torchrun", 1): ("#999999", 7.0, "solid"),
+    ("torchrun", 2): ("#56B4E9", 4.0, "solid"),
+    ("mpirun", 2): ("#D55E00", 2.0, "solid"),
+    ("torchrun", 4): ("#000000", 1.2, (0, (4, 3))),
+}
+RUNS = [Run(norm, *who) for norm in NORMS for who in STYLES]
+
+
+def train(run, steps, directory):
+    """Run one training and return its record."""
+    record = directory / f"{run.norm}-{run.launcher}-{run.ranks}.json"
+    record.unlink(missing_ok=True)
+    try:
+        subprocess.run(run.command(steps, record), check=True, timeout=TIMEOUT, env=os.environ | SETTINGS)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        sys.exit(f"{error}")
+    return json.loads(record.read_text())
+
+
+def difference(records, run):
+    """Return |loss - loss on one rank| of every step, relative to nothing: losses are of order 1."""
+    return np.abs(np.subtract(records[run]["loss"], records[run._replace(launcher="torchrun", ranks=1)]["loss"]))
+
+
+def table(records):
+    """Return the results, one run a row."""
+    result = Table(title=f"CNN on 8x8 digits, global batch {GLOBAL_BATCH}")
+    for title in ("statistics", "launcher", "ranks", "samples per rank"):
+        result.add_column(title)
+    for title in (
+        f"largest loss difference to 1 rank, first {COMPARED} steps",
+        "test accuracy",
+        "norm collectives per step",
+        "bytes each rank gives",
+        "samples/s",
+    ):
+        result.add_column(title, justify="right")
+    for run, record in records.items():
+        norm = record["per_step"]["norm"]
+        result.add_row(
+            NORMS[run.norm],
+            run.launcher,
+            str(run.ranks),
+            str(GLOBAL_BATCH // run.ranks),
+            f"{difference(records, run)[:COMPARED].max():.1e}" if run.ranks > 1 else "-",
+            f"{record['test_accuracy']:.3f}",
+            f"{norm['collectives']:.0f}",
+            f"{norm['bytes']:,.0f}",
+            f"{record['samples_per_second']:,.0f}",
+            end_section=run == RUNS[len(STYLES) - 1],
+        )
+    return result
+
+
+def draw(records, path):
+    """Draw the losses of both norms, and how far each run is from that on one rank."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.4), layout="constrained", width_ratios=[1, 1, 1.15])
+    for axis, norm in zip(axes, NORMS, strict=False):
+        draw_losses(axis, {run: record for run, record in records.items() if run.norm == norm})
+    axes[1].sharey(axes[0])
+    axes[0].set(title="synchronized: statistics of all ranks", ylabel=f"training loss (mean of {SMOOTHING} steps)")
+    axes[1].set(title="not synchronized: statistics per rank")
+    draw_differences(axes[2], records)
+    figure.savefig(path, dpi=110)
+
+
+def draw_losses(axis, records):
+    for run, record in records.items():
+        colour, width, dashes = STYLES[run.launcher, run.ranks]
+        loss = np.convolve(record["loss"], np.full(SMOOTHING, 1 / SMOOTHING), mode="valid")
+        steps = np.arange(SMOOTHING, SMOOTHING + len(loss))
+        axis.plot(steps, loss, color=colour, linewidth=width, linestyle=dashes, label=run.label)
+    axis.set(xlabel="step", ylim=(0, None))
+    axis.legend(frameon=False, loc="upper right", handlelength=3)
+
+
+def draw_differences(axis, records):
+    """On a logarithmic axis: curves that lie on each other are as far apart as float32 rounds."""
+    for run in records:
+        if run.ranks > 1:
+            colour, width, dashes = STYLES[run.launcher, run.ranks]
+            gap = np.maximum(difference(records, run), 1e-8)
+            axis.plot(np.arange(1, len(gap) + 1), gap, color=colour, linewidth=width / 1.6, linestyle=dashes)
+    axis.set(
+        yscale="log", xlabel="step", ylabel="|loss - loss on 1 rank|", ylim=(5e-9, 20), title="difference to 1 rank"
+    )
+
+
+def main():
+    """Run, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=120, metavar="N", help="training steps of each run")
+    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="for the figure and the records")
+    parser.add_argument("--redraw", action="store_true", help="draw the records that are there, train nothing")
+    args = parser.parse_args()
+    directory = args.out / "demo"
+    directory.mkdir(parents=True, exist_ok=True)
+    if args.redraw:
+        records = {r: json.loads((directory / f"{r.norm}-{r.launcher}-{r.ranks}.json").read_text()) for r in RUNS}
+    else:
+        records = {run: train(run, args.steps, directory) for run in RUNS}
+    Console(width=None if sys.stdout.isatty() else 130).print(table(records))
+    largest = max(difference(records, run)[:COMPARED].max() for run in RUNS if run.norm == "sync_bn")
+    print(f"synchronized: all runs within {largest:.1e} of one rank over the first {COMPARED} steps")
+    draw(records, args.out / "demo.png")
+    print(f"figure: {args.out / 'demo.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The examples, run for real: the training does not depend on the launcher or the number of ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launchers import launch
+
+CNN = Path(__file__).parent.parent / "examples" / "cnn.py"
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Return the record of a training, run once for each set of arguments."""
+    records = {}
+
+    def run(norm, launcher, ranks, seed=0):
+        key = norm, launcher, ranks, seed
+        if key not in records:
+            path = tmp_path_factory.mktemp("cnn") / "record.json"
+            options = {"--norm": norm, "--batch-per-rank": 8 // ranks, "--steps": STEPS, "--seed": seed, "--out": path}
+            job = launch(launcher, ranks, CNN, *[word for option in options.items() for word in option], NO_COLOR="1")
+            assert job.returncode == 0, job.stderr
+            records[key] = json.loads(path.read_text())
+            assert str(path) in job.stdout
+            assert f"{norm}, {ranks} x {8 // ranks} samples" in job.stderr
+        return records[key]
+
+    return run
+
+
+LAUNCHES = [("torchrun", 1), ("torchrun", 2), ("torchrun", 4), ("mpirun", 2), ("mpirun", 4)]
+
+
+def losses(record):
+    return torch.tensor(record["loss"], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), LAUNCHES)
+def test_cnn_losses_are_those_of_one_process(train, launcher, ranks):
+    expected = losses(train("sync_bn", "alone", 1))
+    assert expected[-1] < expected[0]
+    torch.testing.assert_close(losses(train("sync_bn", launcher, ranks)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("torchrun", 4), ("mpirun", 2)])
+def test_cnn_losses_with_plain_batch_norm_are_not(train, launcher, ranks):
+    """The negative control."""
+    assert (losses(train("bn", launcher, ranks)) - losses(train("bn", "alone", 1))).abs().max() > 1e-2
+
+
+def test_cnn_seeds_differ(train):
+    assert not torch.equal(losses(train("sync_bn", "alone", 1, seed=1)), losses(train("sync_bn", "alone", 1)))
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("alone", 1), *LAUNCHES[1:]])
+def test_cnn_record(train, launcher, ranks):
+    record = train("sync_bn", launcher, ranks)
+    assert (record["launcher"], record["ranks"], record["batch_per_rank"]) == (launcher, ranks, 8 // ranks)
+    assert len(record["loss"]) == STEPS
+    assert 0 <= record["test_accuracy"] <= 1
+    assert record["samples_per_second"] > 0
+    channels = [16, 16, 16, 32, 32, 32, 64, 64, 64]
+    alone = ranks == 1
+    assert record["per_step"]["norm"] == {
+        "collectives": 0 if alone else 2 * len(channels),
+        "bytes": 0 if alone else sum(8 * (2 * c + 1) + 8 * 2 * c for c in channels),
+    }
+    assert (record["per_step"]["gradients"]["collectives"] > 0) == (not alone)
