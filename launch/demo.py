@@ -39,14 +39,12 @@ class Run(NamedTuple):
 
     @property
     def label(self):
-        """Name the ranks in the figure."""
-        if self.launcher == "mpirun":
-            return f"{self.ranks} ranks, MPI"
-        return f"{self.ranks} rank" + "s" * (self.ranks > 1)
+        """Name the run in the figure."""
+        return f"{self.ranks} rank{'s' * (self.ranks > 1)} x {GLOBAL_BATCH // self.ranks} samples, {self.launcher}"
 
 
-STYLES = {  # launcher, ranks -> colour (Okabe and Ito's, safe for the colour-blind), line width, dashes
-    ("torchrun", 1): ("#999999", 7.0, "solid"),
+STYLES = {  # launcher, ranks -> colour (told apart by the colour-blind), line width, dashes
+    ("torchrun", 1): ("#8C8C8C", 7.0, "solid"),
     ("torchrun", 2): ("#56B4E9", 4.0, "solid"),
     ("mpirun", 2): ("#D55E00", 2.0, "solid"),
     ("torchrun", 4): ("#000000", 1.2, (0, (4, 3))),
@@ -66,7 +64,7 @@ def train(run, steps, directory):
 
 
 def difference(records, run):
-    """Return |loss - loss on one rank| of every step, relative to nothing: losses are of order 1."""
+    """Return |loss - loss on one rank| of every step."""
     return np.abs(np.subtract(records[run]["loss"], records[run._replace(launcher="torchrun", ranks=1)]["loss"]))
 
 
@@ -105,37 +103,52 @@ def draw(records, path):
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.4), layout="constrained", width_ratios=[1, 1, 1.15])
+    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(1, 3, figsize=(14.5, 4.6), layout="constrained", width_ratios=[1, 1, 1.1])
+    axes[1].sharey(axes[0])
     for axis, norm in zip(axes, NORMS, strict=False):
         draw_losses(axis, {run: record for run, record in records.items() if run.norm == norm})
-    axes[1].sharey(axes[0])
-    axes[0].set(title="synchronized: statistics of all ranks", ylabel=f"training loss (mean of {SMOOTHING} steps)")
-    axes[1].set(title="not synchronized: statistics per rank")
+        axis.set_title(f"BatchNorm, {NORMS[norm]} statistics")
+    axes[0].set_ylabel(f"training loss, mean of {SMOOTHING} steps")
     draw_differences(axes[2], records)
     figure.savefig(path, dpi=110)
 
 
 def draw_losses(axis, records):
+    """Draw the losses, each curve with its name in the free upper right, the highest curve's at the top."""
+    curves = {}
     for run, record in records.items():
         colour, width, dashes = STYLES[run.launcher, run.ranks]
         loss = np.convolve(record["loss"], np.full(SMOOTHING, 1 / SMOOTHING), mode="valid")
-        steps = np.arange(SMOOTHING, SMOOTHING + len(loss))
-        axis.plot(steps, loss, color=colour, linewidth=width, linestyle=dashes, label=run.label)
-    axis.set(xlabel="step", ylim=(0, None))
-    axis.legend(frameon=False, loc="upper right", handlelength=3)
+        curves[run] = np.arange(SMOOTHING, SMOOTHING + len(loss)), loss
+        axis.plot(*curves[run], color=colour, linewidth=width, linestyle=dashes)
+    axis.set(xlabel="training step", ylim=(0, None))
+    for place, run in enumerate(sorted(curves, key=lambda run: -curves[run][1][len(loss) // 4])):
+        steps, loss = curves[run]
+        at = len(loss) * (1 + place) // 12
+        axis.annotate(
+            run.label,
+            xy=(steps[at], loss[at]),
+            xytext=(0.39, 0.94 - 0.1 * place),
+            textcoords="axes fraction",
+            ha="left",
+            va="center",
+            color=STYLES[run.launcher, run.ranks][0],
+            arrowprops={"arrowstyle": "-", "color": STYLES[run.launcher, run.ranks][0], "relpos": (0, 0.5)},
+        )
 
 
 def draw_differences(axis, records):
-    """On a logarithmic axis: curves that lie on each other are as far apart as float32 rounds."""
-    for run in records:
-        if run.ranks > 1:
-            colour, width, dashes = STYLES[run.launcher, run.ranks]
-            gap = np.maximum(difference(records, run), 1e-8)
-            axis.plot(np.arange(1, len(gap) + 1), gap, color=colour, linewidth=width / 1.6, linestyle=dashes)
+    """Draw on a logarithmic axis how far apart curves are that seem to lie on each other."""
+    for norm, colour in zip(NORMS, ("#0072B2", "#CC79A7"), strict=True):
+        runs = [run for run in records if run.norm == norm and run.ranks > 1]
+        largest = np.max([difference(records, run) for run in runs], axis=0).clip(min=1e-9)
+        axis.plot(np.arange(1, len(largest) + 1), largest, color=colour, linewidth=2)
+        axis.text(len(largest), largest.max() * 3, NORMS[norm], color=colour, ha="right", va="bottom")
     axis.set(
-        yscale="log", xlabel="step", ylabel="|loss - loss on 1 rank|", ylim=(5e-9, 20), title="difference to 1 rank"
+        yscale="log", xlabel="training step", ylabel="|loss - loss on 1 rank|, largest of the runs", ylim=(1e-9, 50)
     )
+    axis.set_title("how far from 1 rank")
 
 
 def main():

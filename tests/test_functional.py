@@ -164,3 +164,21 @@ def test_eval_normalizes_by_the_running_statistics(dtype, mean):
     tolerance = max(torch.finfo(dtype).eps, 1e-6) if dtype != torch.float64 else 1e-12
     for actual, wanted in zip([y, *grads], [expected, *expected_grads], strict=True):
         torch.testing.assert_close(actual.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def normalized_alone(x, weight, bias):
+    return syncnorm.functional.sync_batch_norm(x, None, None, weight, bias, training=True)
+
+
+def normalized_by_torch(x, weight, bias):
+    return nn.functional.batch_norm(x, None, None, weight, bias, training=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "at_most", "at_least"), [(normalized_alone, 2e-6, 0), (normalized_by_torch, 1, 1e-4)]
+)
+def test_large_means_cost_torch_digits_and_us_none(function, at_most, at_least):
+    x = torch.randn(64, 4, 8, 8) + 1e4
+    weight, bias = torch.ones(4), torch.zeros(4)
+    expected = normalized_by_torch(x.double(), weight.double(), bias.double())
+    assert at_least <= (function(x, weight, bias).double() - expected).abs().max() <= at_most
