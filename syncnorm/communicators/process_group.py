@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .staging import write_back
+
 __all__ = ["ProcessGroupCommunicator"]
 
 
@@ -36,13 +38,13 @@ class ProcessGroupCommunicator:
         """Sum `tensor` over the ranks in place: one `dist.all_reduce`."""
         dense = tensor.contiguous()
         dist.all_reduce(dense, group=self.group)
-        return _write_back(tensor, dense)
+        return write_back(tensor, dense)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Replace `tensor` by that of `root` (a rank of this group) in place: one `dist.broadcast`."""
         dense = tensor.contiguous()
         dist.broadcast(dense, group=self.group, group_src=root)
-        return _write_back(tensor, dense)
+        return write_back(tensor, dense)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks: one `dist.all_gather`."""
@@ -65,11 +67,3 @@ class ProcessGroupCommunicator:
     def __repr__(self) -> str:
         backend = dist.get_backend(self.group)
         return f"ProcessGroupCommunicator({backend}, rank={self.rank}, size={self.size})"
-
-
-def _write_back(tensor: Tensor, dense: Tensor) -> Tensor:
-    """Collectives work on contiguous memory; strided tensors get their result by a copy."""
-    if dense is not tensor:
-        with torch.no_grad():
-            tensor.copy_(dense)
-    return tensor

@@ -1,0 +1,66 @@
+"""Tensors as MPI messages: a buffer and a datatype.
+
+CPU tensors are handed to MPI without a copy. CUDA tensors too where the MPI library says that it is CUDA-aware;
+elsewhere they pass through pinned host memory. Tensors that are strided, or whose dtype MPI cannot sum, pass through a
+contiguous copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+__all__ = ["arithmetic", "cuda_aware", "message", "stage"]
+
+ARITHMETIC = {
+    torch.float64: MPI.DOUBLE,
+    torch.float32: MPI.FLOAT,
+    torch.complex128: MPI.C_DOUBLE_COMPLEX,
+    torch.complex64: MPI.C_FLOAT_COMPLEX,
+    torch.int64: MPI.INT64_T,
+    torch.int32: MPI.INT32_T,
+    torch.int16: MPI.INT16_T,
+    torch.int8: MPI.INT8_T,
+    torch.uint8: MPI.UINT8_T,
+}
+REPLACED = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # dtype -> dtype that it is summed in
+TRANSPORT = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}  # by item size
+
+
+def arithmetic(dtype: torch.dtype) -> tuple[torch.dtype, MPI.Datatype]:
+    """Return the dtype in which MPI computes with tensors of `dtype`, and its datatype; TypeError if there is none."""
+    computed = REPLACED.get(dtype, dtype)
+    if computed not in ARITHMETIC:
+        raise TypeError(f"expected a tensor of a dtype that MPI can sum, got {dtype}")
+    return computed, ARITHMETIC[computed]
+
+
+def message(tensor: Tensor, datatype: MPI.Datatype | None = None) -> list[Any]:
+    """Return contiguous memory as mpi4py takes it. Without a datatype its elements are moved, not computed with."""
+    size = tensor.element_size()
+    return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.numel() * size), datatype or TRANSPORT[size]]
+
+
+def stage(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return contiguous memory that MPI can read and write: the tensor's own wherever that is possible."""
+    tensor = tensor.detach()
+    dtype = dtype or tensor.dtype
+    if not tensor.is_cuda:
+        return tensor.to(dtype).contiguous()
+    if not cuda_aware():
+        return torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor)
+    dense = tensor.to(dtype).contiguous()
+    torch.cuda.current_stream(tensor.device).synchronize()  # MPI knows nothing of CUDA streams
+    return dense
+
+
+@functools.cache
+def cuda_aware() -> bool:
+    """Whether the MPI library reads and writes CUDA memory (`MPIX_Query_cuda_support`, Open MPI and MPICH)."""
+    query = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
+    return query is not None and bool(query())

@@ -1,0 +1,16 @@
+"""Collectives work on contiguous memory; other tensors pass through a copy and get their result back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["write_back"]
+
+
+def write_back(tensor: Tensor, message: Tensor) -> Tensor:
+    """Copy what a collective left in `message` to the tensor, unless that is the same memory; return the tensor."""
+    if message.data_ptr() != tensor.data_ptr():
+        with torch.no_grad():
+            tensor.copy_(message)
+    return tensor
