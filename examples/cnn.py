@@ -106,12 +106,19 @@ def accuracy(model, images, labels):
         return (model(images).argmax(1) == labels).double().mean().item()
 
 
+def positive(word):
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {word}")
+    return number
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--norm", choices=["bn", "sync_bn"], default="sync_bn", help="per rank, or over all ranks")
-    parser.add_argument("--batch-per-rank", type=int, default=16, metavar="N")
-    parser.add_argument("--steps", type=int, default=200, metavar="N")
-    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--batch-per-rank", type=positive, default=16, metavar="N", help="samples (default: 16)")
+    parser.add_argument("--steps", type=positive, default=200, metavar="N", help="optimizer steps (default: 200)")
+    parser.add_argument("--lr", type=float, default=0.05, help="learning rate (default: 0.05)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the data")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the record (default: runs/cnn-....json)")
     return parser.parse_args()
@@ -128,8 +135,8 @@ def main():
     norm_group, gradient_group = CountingCommunicator(group), CountingCommunicator(group)
     if args.norm == "sync_bn":
         model = syncnorm.convert_sync_batchnorm(model, norm_group)
-    net = model  # DDP averages the gradients where torch.distributed runs; elsewhere average_gradients does
-    if dist.is_initialized():
+    net = model  # DDP averages the gradients under torchrun; under mpirun average_gradients does
+    if launcher() == "torchrun":
         net = DistributedDataParallel(model, **without_buffer_broadcast())
         net.register_comm_hook(gradient_group.calls, counted_all_reduce)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
@@ -150,7 +157,7 @@ def main():
         optimizer.zero_grad()
         loss = cross_entropy(net(images[batch]), labels[batch])
         loss.backward()
-        if group.size > 1 and not dist.is_initialized():
+        if launcher() == "mpirun":
             average_gradients(model, gradient_group)
         optimizer.step()
         losses[step] = loss.detach()
@@ -161,7 +168,7 @@ def main():
     if group.rank == 0:
         record = {
             "norm": args.norm,
-            "launcher": launcher(group),
+            "launcher": launcher(),
             "ranks": group.size,
             "batch_per_rank": args.batch_per_rank,
             "steps": args.steps,
@@ -196,8 +203,11 @@ def per_step(calls, steps):
     return {"collectives": len(calls) / steps, "bytes": sum(call.nbytes for call in calls) / steps}
 
 
-def launcher(group):
-    return "torchrun" if dist.is_initialized() else "mpirun" if group.size > 1 else "alone"
+def launcher():
+    """Return what started this process, by what syncnorm.init() made of it."""
+    if not dist.is_initialized():
+        return "alone"
+    return "mpirun" if dist.get_backend() == "mpi4py" else "torchrun"
 
 
 def default_name(record):

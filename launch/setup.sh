@@ -19,21 +19,23 @@ find_python() {
 
 make_venv() {
     local python=$1
-    "$python" -m venv .venv && return
-    # Debian packs venv's pip apart from Python
+    "$python" -m venv --clear .venv && return
+    # Debian packs what venv needs apart from Python
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || die "python3 -m venv failed: install your system's python3-venv"
-    apt-get update -qq && apt-get install -y -qq python3-venv
+    apt-get update -qq
+    apt-get install -y -qq "$("$python" -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')"
     "$python" -m venv --clear .venv
 }
 
 install() {
-    local wanted
+    local wanted python
     wanted=$(cksum pyproject.toml launch/setup.sh)
-    [ -x .venv/bin/python ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] && return
-    local python
-    python=$(find_python)
+    [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] && return
     echo "installing into .venv (torch takes a while)"
-    [ -x .venv/bin/python ] || make_venv "$python"
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none yet, or one that was not finished
+        python=$(find_python)
+        make_venv "$python"
+    fi
     .venv/bin/python -m pip install --quiet torch==2.13.0 # the tested version
     .venv/bin/python -m pip install --quiet --editable '.[mpi,examples,test]'
     echo "$wanted" >.venv/installed

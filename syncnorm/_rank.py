@@ -56,14 +56,16 @@ def main(directory: Path, rank: int) -> None:
         job = _read_job(directory)
         faulthandler.dump_traceback_later(job.timeout, exit=True, file=stack)
         try:
-            outcome = Outcome(_call(directory, rank, job), None, "", time.time())
+            left = pickle.dumps(Outcome(_call(directory, rank, job), None, "", time.time()))
+            failed = False
         except Exception as error:
-            outcome = Outcome(None, _picklable(error), traceback.format_exc(), time.time())
+            left = pickle.dumps(Outcome(None, _picklable(error), traceback.format_exc(), time.time()))
+            failed = True
         temporary = directory / f"unfinished{rank}"
-        temporary.write_bytes(pickle.dumps(outcome))
+        temporary.write_bytes(left)
         temporary.rename(directory / f"outcome{rank}")
         faulthandler.cancel_dump_traceback_later()
-    if outcome.error is not None:
+    if failed:
         sys.exit(1)
 
 
@@ -89,6 +91,7 @@ def _call(directory: Path, rank: int, job: Job) -> Any:
         world_size=job.world_size,
         timeout=limit,
     )
+    dist.barrier()  # a rank that ended while others still connect would break their connections
     result = job.fn(*job.args)
     dist.destroy_process_group()
     return result

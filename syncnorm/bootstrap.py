@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import functools
+import gc
 import os
+import socket
+import struct
 import sys
+import time
 import warnings
 from datetime import timedelta
 from types import TracebackType
@@ -24,13 +30,15 @@ __all__ = ["init", "warn_if_alone_in_a_larger_job"]
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for torch.distributed
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and Intel MPI
+SIOCGIFADDR = 0x8915  # Linux's request for the address of an interface
 JOB_SIZES = ("WORLD_SIZE", *MPI_SIZES, "SLURM_NTASKS")
 
 
 def init(backend: str = "auto", timeout: float | timedelta | None = None) -> Communicator:
     """Join the job that this process was launched in and return the communicator of all its ranks.
 
-    It is what `process_group=None` means from then on. A second call returns the same communicator. All ranks call it.
+    It is what `process_group=None` means from then on. A second call returns the same communicator, with the timeout of
+    the first. All ranks call it.
 
     Args:
         backend: "nccl" or "gloo": torch.distributed, from the environment that torchrun sets (without one, a group of
@@ -42,40 +50,63 @@ def init(backend: str = "auto", timeout: float | timedelta | None = None) -> Com
             own (torch.distributed: 30 minutes for Gloo, 10 for NCCL; MPI: never).
 
     Raises:
-        ValueError: another backend than these.
+        ValueError: another backend than these, or a timeout that is not positive.
         RuntimeError: the backend is not installed, or not usable here; the job was joined with another one; the
-            environment of the launcher is incomplete.
+            environment of the launcher is incomplete, or tells of several ranks where the backend finds one.
     """
     if backend not in ("auto", "nccl", "gloo", "mpi"):
         raise ValueError(f'expected backend "auto", "nccl", "gloo" or "mpi", got {backend!r}')
+    limit = timedelta(seconds=timeout) if isinstance(timeout, int | float) else timeout
+    if limit is not None and limit <= timedelta(0):
+        raise ValueError(f"expected a positive timeout, got {timeout}")
     joined = _joined()
     if joined is not None:
-        if backend not in ("auto", joined):
+        if backend != joined and backend != "auto" and joined != "undefined":  # which is one backend per device
             raise RuntimeError(f"expected one backend for the job, got {backend!r} after {joined!r}")
         return communicators.communicator()
-    limit = timedelta(seconds=timeout) if isinstance(timeout, int | float) else timeout
     chosen = _detect() if backend == "auto" else backend
     if chosen == "mpi":
         communicators.set_default(_init_mpi(limit))
     elif chosen != "alone":
         _init_torch(chosen, limit)
-    return communicators.communicator()
+    made = communicators.communicator()
+    if made.size == 1 and chosen != "alone":
+        _refuse_to_be_alone(chosen)
+    return made
 
 
 def _joined() -> str | None:
     """Return the backend that this process has joined its job with: "mpi", torch.distributed's, or None."""
     if communicators.has_default():
         return "mpi"
-    return dist.get_backend() if dist.is_available() and dist.is_initialized() else None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return "mpi" if dist.get_backend() == "mpi4py" else dist.get_backend()
 
 
 def _detect() -> str:
     """Return the backend that fits the environment: "nccl", "gloo", "mpi" or "alone"."""
-    if any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", *RENDEZVOUS)):
-        return "nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    if any(name in os.environ for name in MPI_SIZES):
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() and any(name in os.environ for name in MPI_SIZES):
         return "mpi"
+    if {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        return "nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     return "alone"
+
+
+def _refuse_to_be_alone(backend: str) -> None:
+    """Raise if the environment tells of more ranks than the group of one that `backend` gave."""
+    for name, ranks in _told_ranks().items():
+        if ranks > 1:
+            raise RuntimeError(
+                f"expected a group of {ranks} ranks, as {name}={ranks} tells, got this process alone from {backend}: "
+                'is it the backend of the launcher (init("auto") takes that), is mpi4py built for this mpirun?'
+            )
+
+
+def _told_ranks() -> dict[str, int]:
+    """Return how many ranks each launcher's variable in the environment tells of."""
+    told = {name: os.environ.get(name, "") for name in JOB_SIZES}
+    return {name: int(value) for name, value in told.items() if value.isdigit()}
 
 
 def _init_torch(backend: str, timeout: timedelta | None) -> None:
@@ -89,8 +120,7 @@ def _init_torch(backend: str, timeout: timedelta | None) -> None:
     missing = [name for name in RENDEZVOUS if name not in os.environ]
     if missing and len(missing) < len(RENDEZVOUS):
         raise RuntimeError(
-            f"expected {', '.join(RENDEZVOUS)} in the environment, as torchrun sets them, "
-            f"got none of {', '.join(missing)}"
+            f"expected {', '.join(RENDEZVOUS)} in the environment, as torchrun sets them; not set: {', '.join(missing)}"
         )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if backend == "nccl" else None
     if device is not None:
@@ -104,8 +134,10 @@ def _init_torch(backend: str, timeout: timedelta | None) -> None:
 
 
 def _destroy_process_group() -> None:
+    gc.collect()  # DistributedDataParallel refers to the group in cycles
     if dist.is_initialized():
         dist.destroy_process_group()
+    time.sleep(0.05)  # lets Gloo's threads take the GIL to drop what they sent last; without Python they would abort
 
 
 def _init_mpi(timeout: timedelta | None) -> MpiCommunicator:
@@ -119,9 +151,40 @@ def _init_mpi(timeout: timedelta | None) -> MpiCommunicator:
     from .communicators.mpi import MpiCommunicator
 
     world = MpiCommunicator(MPI.COMM_WORLD, timeout)
+    if dist.is_available():
+        _init_torch_on(world, timeout)
     if world.size > 1:
-        _abort_the_job_on_an_exception(world)
+        _abort_the_job_on_an_exception(world)  # around torch.distributed's own hook
     return world
+
+
+def _init_torch_on(world: MpiCommunicator, timeout: timedelta | None) -> None:
+    """Make the ranks of `world` torch.distributed's default group, on the mpi4py backend."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    from . import mpi_backend
+
+    here = _address(world)
+    server = TCPStore(here, 0, is_master=True, wait_for_workers=False) if world.rank == 0 else None
+    address = world.comm.bcast(server and (here, server.port))
+    store = server or TCPStore(*address)
+    dist.init_process_group(mpi_backend.BACKEND, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    atexit.register(_destroy_process_group)
+
+
+def _address(world: MpiCommunicator) -> str:
+    """Return an address of this host that the other ranks reach: MASTER_ADDR, or one of its own that is not local."""
+    if len(set(world.all_gather_object(socket.gethostname()))) == 1:
+        return "127.0.0.1"
+    if "MASTER_ADDR" in os.environ:
+        return os.environ["MASTER_ADDR"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, interface in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # no IPv4 address
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()))
+                if not answer[20:24].startswith(b"\x7f"):
+                    return socket.inet_ntoa(answer[20:24])
+    raise RuntimeError(f"expected {socket.gethostname()} to have an IPv4 address: set MASTER_ADDR to one of it")
 
 
 def _abort_the_job_on_an_exception(world: MpiCommunicator) -> None:
@@ -141,11 +204,10 @@ def _abort_the_job_on_an_exception(world: MpiCommunicator) -> None:
 @functools.cache
 def warn_if_alone_in_a_larger_job() -> None:
     """Warn, once, if the environment tells of more ranks than this process and nobody joined them."""
-    for name in JOB_SIZES:
-        value = os.environ.get(name, "")
-        if value.isdigit() and int(value) > 1:
+    for name, ranks in _told_ranks().items():
+        if ranks > 1:
             warnings.warn(
-                f"{name}={value} tells of {value} ranks, but SyncBatchNorm trains with the statistics of this process "
+                f"{name}={ranks} tells of {ranks} ranks, but SyncBatchNorm trains with the statistics of this process "
                 "alone: call syncnorm.init() or torch.distributed.init_process_group() before the first step",
                 stacklevel=2,
             )

@@ -33,18 +33,18 @@ def convert_sync_batchnorm(module: nn.Module, process_group: ProcessGroupLike = 
     itself unless that is a BatchNorm layer.
 
     Args:
-        module: the model, or one layer. Convert before wrapping it in DistributedDataParallel.
-        process_group: of the new layers, as in `SyncBatchNorm`; where it is None, a torch.nn.SyncBatchNorm keeps its
-            own.
+        module: the model, or one layer. Convert before DistributedDataParallel wraps it or `fully_shard` shards it.
+        process_group: of the new layers, as in `SyncBatchNorm`, and of those that are SyncBatchNorm already; where it
+            is None, these and a torch.nn.SyncBatchNorm keep their own.
 
     Collectives: none.
 
     Raises:
-        TypeError: a subclass of BatchNorm has a forward of its own, or a layer is parametrized, which the conversion
-            would drop; nothing was changed.
+        TypeError: a subclass of BatchNorm has a forward of its own, or a layer is parametrized or sharded, which the
+            conversion would drop; nothing was changed.
     """
     _check_convertible(module)
-    return _replace(module, lambda layer: _to_sync(layer, process_group), {})
+    return _replace(module, lambda layer: _to_sync(layer, process_group), _is_registered, {})
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
@@ -54,7 +54,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     its first input in between becomes the BatchNorm that it would have become. A SyncBatchNorm that was constructed
     as one stays, and so does what a registered converter made. Collectives: none.
     """
-    return _replace(module, _from_sync, {})
+    return _replace(module, _from_sync, lambda layer: False, {})
 
 
 def register_conversion(original: type[nn.Module], converter: Converter) -> None:
@@ -62,34 +62,51 @@ def register_conversion(original: type[nn.Module], converter: Converter) -> None
 
     Args:
         original: converted are modules of exactly this class.
-        converter: called with the module and the process group; returns the module to put in its place. It may return a
-            module that holds a SyncBatchNorm, or the module itself to leave it alone.
+        converter: called with the module and the process group; returns the module to put in its place. It may return
+            a module that holds a SyncBatchNorm, or the module itself to leave it alone with all that it holds.
+
+    Raises:
+        TypeError: `original` is no class, or `converter` cannot be called.
     """
+    if not (isinstance(original, type) and callable(converter)):
+        raise TypeError(f"expected a class and a function that converts its modules, got {original!r}, {converter!r}")
     _registered[original] = converter
 
 
+def _is_registered(layer: nn.Module) -> bool:
+    return type(layer) in _registered
+
+
 def _replace(
-    module: nn.Module, exchange: Callable[[nn.Module], nn.Module], done: dict[nn.Module, nn.Module]
+    module: nn.Module,
+    exchange: Callable[[nn.Module], nn.Module],
+    is_closed: Callable[[nn.Module], bool],
+    done: dict[nn.Module, nn.Module],
 ) -> nn.Module:
-    """Exchange `module` and all below it, each once however often it occurs."""
+    """Exchange `module` and all below it but what closed modules hold, each once however often it occurs."""
     if module not in done:
         done[module] = new = exchange(module)
-        if new is module:
+        if new is module and not is_closed(module):
             for name, child in module._modules.items():
                 if child is not None:
-                    module._modules[name] = _replace(child, exchange, done)
+                    module._modules[name] = _replace(child, exchange, is_closed, done)
     return done[module]
 
 
 def _check_convertible(module: nn.Module) -> None:
+    closed = tuple(f"{path}." if path else "" for path, layer in module.named_modules() if _is_registered(layer))
     for path, layer in module.named_modules():
         kind = type(layer)
-        if not isinstance(layer, _BatchNorm) or isinstance(layer, SyncBatchNorm) or kind in _registered:
+        if not isinstance(layer, _BatchNorm) or isinstance(layer, SyncBatchNorm):
             continue
-        if kind.forward not in _FORWARDS:
-            what = "one with a forward of its own"
-        elif is_parametrized(layer):
+        if _is_registered(layer) or path.startswith(closed):  # left to the converter
+            continue
+        if is_parametrized(layer):
             what = "a parametrized one (convert before parametrizing)"
+        elif any(hasattr(parameter, "device_mesh") for parameter in layer.parameters()):  # DTensor
+            what = "a sharded one (convert before fully_shard and parallelize_module)"
+        elif kind.forward not in _FORWARDS or "forward" in vars(layer):
+            what = "one with a forward of its own"
         else:
             continue
         raise TypeError(
@@ -101,8 +118,13 @@ def _check_convertible(module: nn.Module) -> None:
 
 def _to_sync(layer: nn.Module, process_group: ProcessGroupLike) -> nn.Module:
     if type(layer) in _registered:
-        return _registered[type(layer)](layer, process_group)
-    if not isinstance(layer, _BatchNorm) or isinstance(layer, SyncBatchNorm):
+        made = _registered[type(layer)](layer, process_group)
+        if not isinstance(made, nn.Module):
+            raise TypeError(f"expected a module from the converter of {type(layer).__qualname__}, got {made!r}")
+        return made
+    if isinstance(layer, SyncBatchNorm) and process_group is not None:
+        layer.process_group = process_group
+    if isinstance(layer, SyncBatchNorm) or not isinstance(layer, _BatchNorm):
         return layer
     new: SyncBatchNorm = _become(layer, LazySyncBatchNorm if isinstance(layer, _LazyNormBase) else SyncBatchNorm)
     own = new.__dict__.pop("process_group", None)  # a torch.nn.SyncBatchNorm's

@@ -55,14 +55,15 @@ def sync_batch_norm(
     in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none.
 
     Raises:
-        ValueError: shapes do not fit; this rank is not in the group; the whole batch has one value per channel.
-        TypeError: the input is not floating point.
+        ValueError: shapes do not fit; eps is not positive; this rank is not in the group; the whole batch has one value
+            per channel.
+        TypeError: the input or a buffer is not floating point.
         RuntimeError: a parameter is on another device than the input.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015; the moments are merged as Chan, Golub and LeVeque do, 1979.
     """
     validate.batch_norm_arguments(
-        input, running_mean, running_var, weight, bias, training, momentum, num_batches_tracked
+        input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
     )
     if not training:
         assert running_mean is not None  # validated
@@ -77,8 +78,8 @@ def sync_batch_norm(
         moments = Moments.unpack(group.all_reduce(moments.pack()))
     if count_per_channel(input) <= 1 and moments.count == 1:  # asks the device only where it can be so
         raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)} "
-            f"on rank {group.rank} of {group.size} and no more on the others"
+            f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
+            + (f" on rank {group.rank} and 1 value on all {group.size} ranks" if group.size > 1 else "")
         )
     output = normalize(input, moments, weight, bias, eps, group)
     running.update(running_mean, running_var, num_batches_tracked, moments, momentum)

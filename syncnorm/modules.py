@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -116,22 +117,33 @@ class SyncBatchNorm(_BatchNorm):
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
         )
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load as torch does; if that raises, leave the layer's tensors as they were."""
+        kept = self._snapshot()
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except RuntimeError:
+            self._restore(kept)
+            raise
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load as torch does; where that reports an error, leave this module's tensors as they were."""
-        problems = args[-3:]  # the lists of missing keys, unexpected keys and error messages
-        known = sum(map(len, problems))
-        owners: tuple[dict[str, Any], ...] = (self._parameters, self._buffers)
-        kept = [
-            (owner, name, tensor, tensor.clone())
-            for owner in owners
-            for name, tensor in owner.items()
-            if tensor is not None and not is_lazy(tensor)
-        ]
+        """Load as torch does for one layer of a model; if a shape does not fit, leave its tensors as they were."""
+        kept, error_msgs = self._snapshot(), args[-1]
+        known = len(error_msgs)
         super()._load_from_state_dict(*args, **kwargs)
-        if sum(map(len, problems)) > known:
-            with torch.no_grad():
-                for owner, name, tensor, value in kept:
-                    owner[name] = tensor.copy_(value)
+        if len(error_msgs) > known:
+            self._restore(kept)
+
+    def _snapshot(self) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
+        """Return where each tensor of the layer stands, the tensor, and a copy of its values."""
+        owners: tuple[dict[str, Any], ...] = (self._parameters, self._buffers)
+        tensors = [(owner, name, tensor) for owner in owners for name, tensor in owner.items() if tensor is not None]
+        return [(owner, name, tensor, tensor.clone()) for owner, name, tensor in tensors if not is_lazy(tensor)]
+
+    @torch.no_grad()
+    def _restore(self, kept: list[tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
+        for owner, name, tensor, values in kept:
+            owner[name] = tensor.copy_(values)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: ProcessGroupLike = None) -> nn.Module:
@@ -185,6 +197,8 @@ class ProcessGroupReference:
     def __init__(self, given: ProcessGroupLike):
         self.given = given
         self._resolved: Communicator | None = None
+        with contextlib.suppress(ValueError):  # a rank outside the group may build the model, but not train it
+            self.resolve()
 
     def resolve(self) -> Communicator | None:
         """Return the communicator of what was given, resolved once; None stays None: it may become a group later."""

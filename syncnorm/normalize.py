@@ -70,7 +70,6 @@ class _Normalize(Function):
             ctx.mark_non_differentiable(mean, invstd)
         ctx.save_for_backward(input, weight, mean, invstd, count)
         ctx.group = group
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return output, mean, invstd
 
     @staticmethod
@@ -80,8 +79,8 @@ class _Normalize(Function):
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         kernel = kernels.reference if torch.is_grad_enabled() else kernels.select(input.device)
         sum_grad, sum_grad_centered = kernel.reduce_grad(grad_output, input, mean)
-        grad_weight = (sum_grad_centered * invstd).to(weight.dtype) if needs_weight else None
-        grad_bias = sum_grad.to(ctx.bias_dtype) if needs_bias else None
+        grad_weight = sum_grad_centered * invstd if needs_weight else None  # autograd casts to the weight's dtype
+        grad_bias = sum_grad if needs_bias else None
         if not needs_input:
             return None, grad_weight, grad_bias, None, None, None, None, None
         scale = _scale(invstd, weight)

@@ -37,11 +37,12 @@ def update(
         num_batches_tracked.add_(seen)
     if momentum is None:
         assert num_batches_tracked is not None  # validated by functional
-        factor = seen / num_batches_tracked.clamp_min(1).double()
+        factor = 1 / num_batches_tracked.double()
     else:
-        factor = seen * torch.full_like(moments.count, momentum)
-    running_mean.copy_(torch.lerp(running_mean.double(), moments.mean, factor))
-    running_var.copy_(torch.lerp(running_var.double(), moments.unbiased_variance, factor))
+        factor = torch.full_like(moments.count, momentum)
+    for running, batch in ((running_mean, moments.mean), (running_var, moments.unbiased_variance)):
+        moved = torch.lerp(running.double(), batch, factor)
+        running.copy_(torch.where(seen, moved, running))
 
 
 def _recomputing() -> bool:

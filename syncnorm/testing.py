@@ -16,10 +16,11 @@ from multiprocessing.spawn import get_preparation_data
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from . import _rank
-from .communicators import Communicator
+from .communicators import ProcessGroupLike, communicator
 
 __all__ = ["Call", "CountingCommunicator", "RankError", "run_ranks"]
 
@@ -52,7 +53,8 @@ def run_ranks(
     group; with "mpi" the processes are started by `mpirun`. They compute with an equal share of the cores.
 
     Args:
-        fn: a function that can be imported, so no lambda or local function; called on every rank.
+        fn: a function that can be imported, so no lambda or local function; called on every rank. A script that calls
+            run_ranks does so under `if __name__ == "__main__":`, since ranks import the script.
         world_size: number of ranks.
         *args: picklable; each rank gets a copy of its own.
         backend: "gloo", "nccl" (ranks take CUDA devices by turns) or "mpi".
@@ -61,13 +63,20 @@ def run_ranks(
     Raises:
         Exception: what the first failing rank raised; its cause is a `RankError` with the rank and its traceback.
         RankError: a rank died, or stood still until the timeout; with the stack of each rank that did.
-        RuntimeError: the backend is "mpi" and there is no mpirun.
+        ValueError: no ranks, or another backend than these.
+        RuntimeError: the backend is "mpi" and there is no mpirun, or "nccl" and there is no CUDA device.
     """
+    if world_size < 1:
+        raise ValueError(f"expected at least one rank, got world_size={world_size}")
+    if backend not in ("gloo", "nccl", "mpi"):
+        raise ValueError(f'expected backend "gloo", "nccl" or "mpi", got {backend!r}')
+    if backend == "nccl" and not torch.cuda.is_available():
+        raise RuntimeError("nccl was asked for, and there is no CUDA device")
     with tempfile.TemporaryDirectory(prefix="syncnorm-ranks-") as name:
         directory = Path(name)
         job = _rank.Job(fn, args, backend, world_size, timeout, dict(os.environ))
         (directory / "job").write_bytes(pickle.dumps(job))
-        processes = _start_mpirun(directory, world_size) if backend == "mpi" else _start(directory, world_size)
+        processes = _start(directory, world_size, backend)
         deadline = time.monotonic() + timeout + GRACE
         try:
             while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
@@ -135,7 +144,7 @@ class _Mpirun:
         self.output = (directory / "output").open("w+")
         self.process = subprocess.Popen(
             [mpirun, "-n", str(world_size), sys.executable, "-c", MPI_RANK, str(directory)],
-            env=os.environ | MPIRUN_ENVIRONMENT,
+            env=mpirun_environment(),
             cwd=Path(__file__).parent.parent,
             stdout=self.output,
             stderr=subprocess.STDOUT,
@@ -161,14 +170,18 @@ class _Mpirun:
         self.output.close()
 
 
-def _start(directory: Path, world_size: int) -> list[_Process]:
+def _start(directory: Path, world_size: int, backend: str) -> list[_Process]:
+    if backend == "mpi":
+        return [_Mpirun(directory, world_size)]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return [_Forked(context, directory, rank) for rank in range(world_size)]
 
 
-def _start_mpirun(directory: Path, world_size: int) -> list[_Process]:
-    return [_Mpirun(directory, world_size)]
+def mpirun_environment() -> dict[str, str]:
+    """Return this process's environment for an mpirun: as root, with more ranks than cores, inside another mpirun."""
+    of_another_job = ("OMPI_", "PMIX_", "PRTE_", "PMI_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(of_another_job)} | MPIRUN_ENVIRONMENT
 
 
 def _describe(
@@ -204,11 +217,11 @@ class CountingCommunicator:
     """A communicator that passes every collective on and notes it in `calls`.
 
     Args:
-        communicator: whose rank, size and collectives it has.
+        process_group: whose rank, size and collectives it has, as in `syncnorm.communicator`.
     """
 
-    def __init__(self, communicator: Communicator):
-        self.communicator = communicator
+    def __init__(self, process_group: ProcessGroupLike = None):
+        self.communicator = communicator(process_group)
         self.calls: list[Call] = []
 
     @property

@@ -15,10 +15,13 @@ def batch_norm_arguments(
     bias: Tensor | None,
     training: bool,
     momentum: float | None,
+    eps: float,
     num_batches_tracked: Tensor | None,
 ) -> None:
     """Raise ValueError, TypeError or RuntimeError if the arguments do not fit together."""
     channel_axis(input)
+    if training and eps <= 0:
+        raise ValueError(f"expected a positive eps in training, got {eps}")
     channels = input.shape[1]
     for name, vector in (
         ("running_mean", running_mean),
@@ -33,6 +36,8 @@ def batch_norm_arguments(
                 f"expected an input of {vector.numel()} channels, (N, {vector.numel()}, *) as {name} has it, "
                 f"got {tuple(input.shape)}"
             )
+        if not vector.is_floating_point():
+            raise TypeError(f"expected a floating-point {name}, got {vector.dtype}")
         if vector.device != input.device:
             raise RuntimeError(
                 f"expected the parameters and buffers on the input's device {input.device}, "
@@ -48,6 +53,8 @@ def batch_norm_arguments(
 
 def channel_axis(input: Tensor) -> None:
     """Raise unless the input is floating point and has a channel axis."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"expected a tensor as input, got {type(input).__name__}")
     if not input.is_floating_point():
         raise TypeError(f"expected a floating-point input, got {input.dtype}")
     if input.dim() < 2:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from syncnorm.testing import MPIRUN_ENVIRONMENT
+from syncnorm.testing import mpirun_environment
 
 BIN = Path(sys.executable).parent
 COMMANDS = {
@@ -28,10 +28,9 @@ class Completed(NamedTuple):
 
 def launch(launcher, ranks, script, *arguments, timeout=90, **environment):
     """Run the script on `ranks` ranks. A job that outlasts the timeout is killed, with all of its processes."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_", "PMI_"))}
     process = subprocess.Popen(
         [*COMMANDS[launcher](ranks), str(script), *map(str, arguments)],
-        env=clean | MPIRUN_ENVIRONMENT | {"OMP_NUM_THREADS": "1"} | environment,
+        env=mpirun_environment() | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

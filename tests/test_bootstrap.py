@@ -9,7 +9,7 @@ from launchers import launch
 import syncnorm
 
 JOIN = """
-    import torch, torch.distributed as dist, syncnorm
+    import sys, torch, torch.distributed as dist, syncnorm
     group = syncnorm.init()
     assert syncnorm.init() is group
     assert syncnorm.communicator() is group
@@ -24,7 +24,7 @@ JOIN = """
                 syncnorm.init(other)
             except RuntimeError as error:
                 words.append(str(error).replace(" ", "_"))
-    print(" ".join(words), flush=True)
+    sys.stdout.write(" ".join(words) + "\\n")
 """
 
 
@@ -63,7 +63,7 @@ def test_mpirun(script, ranks):
     refused = " expected_one_backend_for_the_job,_got_'gloo'_after_'mpi'" if ranks > 1 else ""
     mean = 0.1 * (ranks - 1) / 2
     assert lines(launch("mpirun", ranks, script(JOIN))) == [
-        f"MpiCommunicator {rank}/{ranks} {mean:.3f}{refused}" for rank in range(ranks)
+        f"MpiCommunicator {rank}/{ranks} {mean:.3f} mpi4py{refused}" for rank in range(ranks)
     ]
 
 
@@ -117,8 +117,8 @@ INIT = """
 def test_a_half_set_environment(script):
     job = launch("alone", 1, script(INIT.format(backend="auto")), RANK="0", WORLD_SIZE="2")
     assert job.stdout == (
-        "RuntimeError expected RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment, as torchrun sets them, "
-        "got none of MASTER_ADDR, MASTER_PORT\n"
+        "RuntimeError expected RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment, as torchrun sets them; "
+        "not set: MASTER_ADDR, MASTER_PORT\n"
     )
 
 
@@ -160,6 +160,24 @@ def test_a_group_made_elsewhere_is_taken_and_may_be_destroyed(script):
 def test_an_unknown_backend(backend):
     with pytest.raises(ValueError, match=f'expected backend "auto", "nccl", "gloo" or "mpi", got {backend!r}'):
         syncnorm.init(backend)
+
+
+@pytest.mark.parametrize(("launcher", "backend"), [("torchrun", "mpi"), ("mpirun", "gloo")])
+def test_a_backend_that_does_not_see_the_launcher_is_refused(script, launcher, backend):
+    job = launch(launcher, 2, script(INIT.format(backend=backend)))
+    assert job.stdout.count(f"tells, got this process alone from {backend}") == 2
+    assert job.stdout.count("RuntimeError expected a group of 2 ranks, as ") == 2
+
+
+def test_a_rendezvous_address_does_not_hide_mpirun(script):
+    job = launch("mpirun", 2, script(INIT.format(backend="auto")), MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    assert lines(job) == ["MpiCommunicator(rank=0, size=2)", "MpiCommunicator(rank=1, size=2)"]
+
+
+@pytest.mark.parametrize("timeout", [0, -1.5])
+def test_a_timeout_that_is_not_positive(timeout):
+    with pytest.raises(ValueError, match=f"expected a positive timeout, got {timeout}"):
+        syncnorm.init(timeout=timeout)
 
 
 @pytest.mark.parametrize("backend", [*["nccl"] * (not torch.cuda.is_available())])

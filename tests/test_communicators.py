@@ -5,11 +5,11 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import syncnorm
 from syncnorm.communicators import LocalCommunicator
-from syncnorm.testing import CountingCommunicator
+from syncnorm.testing import CountingCommunicator, run_ranks
 
 DTYPES = [
     torch.float64,
@@ -216,6 +216,17 @@ def test_a_device_mesh():
     assert results == [[[0, 2], [0, 1]], [[1, 3], [0, 1]], [[0, 2], [2, 3]], [[1, 3], [2, 3]]]
 
 
+def mesh_of_others():
+    mesh = DeviceMesh("cpu", [0])
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match=r"expected a DeviceMesh that holds this rank, got .* on rank 1"):
+            syncnorm.communicator(mesh)
+
+
+def test_a_device_mesh_that_this_rank_is_not_in():
+    run_ranks(mesh_of_others, 2)
+
+
 def broadcast_in_subgroup():
     ranks = [1, 2]
     group = dist.new_group(ranks)
@@ -238,8 +249,12 @@ def test_none_is_this_process_alone():
 
 
 def test_anything_else_is_a_type_error():
-    with pytest.raises(TypeError, match=r"expected process_group to be a torch\.distributed ProcessGroup, .* got int"):
+    with pytest.raises(TypeError, match=r"expected process_group to be a torch\.distributed ProcessGroup, .* got 3"):
         syncnorm.communicator(3)
+    with pytest.raises(TypeError, match=r"got <class .*LocalCommunicator'>"):
+        syncnorm.communicator(LocalCommunicator)  # the class, not a communicator
+    with pytest.raises(TypeError, match="got 'gloo'"):
+        syncnorm.SyncBatchNorm(3, process_group="gloo")
 
 
 @pytest.mark.mpi

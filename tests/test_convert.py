@@ -6,6 +6,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 import syncnorm
@@ -166,11 +168,70 @@ def test_a_registered_conversion(monkeypatch):
     assert (model(torch.randn(3, 4, 2, 2)) >= 0).all()
 
 
+class Container(nn.Module):
+    """Holds a BatchNorm that its own code deals with."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = Activated(4)
+
+
+def test_a_registered_container_is_left_to_its_converter(monkeypatch):
+    monkeypatch.setattr(convert, "_registered", {})
+    syncnorm.register_conversion(Container, lambda container, group: container)
+    model = convert_sync_batchnorm(nn.Sequential(Container(), nn.BatchNorm2d(4)))
+    assert type(model[0].norm) is Activated
+    assert type(model[1]) is SyncBatchNorm
+
+
+def test_a_layer_whose_forward_was_replaced_is_an_error():
+    layer = nn.BatchNorm2d(4)
+    layer.forward = lambda x: x
+    with pytest.raises(TypeError, match="one with a forward of its own at 'the root': BatchNorm2d"):
+        convert_sync_batchnorm(layer)
+
+
+def test_the_original_goes_on_by_itself():
+    original = nn.BatchNorm2d(4)
+    sync = convert_sync_batchnorm(original)
+    weight, original.weight = original.weight, nn.Parameter(torch.zeros(4))
+    original.register_buffer("extra", torch.zeros(1))
+    assert sync.weight is weight
+    assert "extra" not in sync._buffers
+
+
 def test_a_parametrized_layer_is_an_error():
     layer = nn.BatchNorm2d(4)
     parametrize.register_parametrization(layer, "weight", nn.Softplus())
     with pytest.raises(TypeError, match=r"a parametrized one \(convert before parametrizing\)"):
         convert_sync_batchnorm(layer)
+
+
+def shard_and_convert():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(TypeError, match=r"a sharded one \(convert before fully_shard and parallelize_module\) at '0'"):
+        convert_sync_batchnorm(model)
+
+
+def test_a_sharded_layer_is_an_error():
+    run_ranks(shard_and_convert, 2)
+
+
+def test_bad_conversions(monkeypatch):
+    monkeypatch.setattr(convert, "_registered", {})
+    with pytest.raises(TypeError, match="expected a class and a function"):
+        syncnorm.register_conversion("Activated", lambda layer, group: layer)
+    syncnorm.register_conversion(Activated, lambda layer, group: None)
+    with pytest.raises(TypeError, match="expected a module from the converter of Activated, got None"):
+        convert_sync_batchnorm(Activated(4))
+
+
+def test_a_second_conversion_may_set_the_group():
+    group = LocalCommunicator()
+    sync = convert_sync_batchnorm(nn.BatchNorm2d(4))
+    assert convert_sync_batchnorm(sync, group) is sync
+    assert convert_sync_batchnorm(sync).process_group is group
 
 
 def test_the_process_group_is_set():

@@ -182,3 +182,39 @@ def test_large_means_cost_torch_digits_and_us_none(function, at_most, at_least):
     weight, bias = torch.ones(4), torch.zeros(4)
     expected = normalized_by_torch(x.double(), weight.double(), bias.double())
     assert at_least <= (function(x, weight, bias).double() - expected).abs().max() <= at_most
+
+
+def decisions_on_tensor_values(shape):
+    """Count how often a training step asks a tensor for its value, for which a GPU would have to be waited for."""
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("__bool__", "__int__", "__float__", "item", "tolist"):
+            patch.setattr(torch.Tensor, name, lambda self, name=name: asked.append(name) or True)
+        layer = syncnorm.SyncBatchNorm(2, momentum=None)
+        y = layer(torch.randn(shape, requires_grad=True))
+        y.backward(torch.ones_like(y))
+    return asked
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_training_step_never_waits_for_a_value(run, world_size):
+    assert run(decisions_on_tensor_values, world_size, (4, 2, 3)) == [[]] * world_size
+
+
+def test_a_single_value_is_asked_for():
+    """The negative control: it could be the only one."""
+    with pytest.raises(ValueError, match="Expected more than 1 value"):
+        decisions_on_tensor_values((1, 2))
+
+
+def autocast_step():
+    layer = syncnorm.SyncBatchNorm(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)
+        y = layer(x)
+    y.backward(torch.randn_like(y))
+    return y.dtype, x.grad.dtype, layer.weight.grad.dtype, layer.running_mean.dtype
+
+
+def test_autocast():
+    assert autocast_step() == (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import syncnorm
@@ -67,6 +68,23 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(name, value, message, as
     for key, tensor in before.items():
         assert torch.equal(layer.state_dict()[key], tensor), key
     assert torch.equal(checkpoint["running_mean"], other.running_mean)
+
+
+def test_a_model_is_loaded_as_torch_loads_it_without_strict():
+    model, plain = (nn.Sequential(kind(4)) for kind in (SyncBatchNorm, nn.BatchNorm2d))
+    state = {"0.weight": torch.full((4,), 5.0), "0.running_mean": torch.full((4,), 6.0), "0.extra": torch.zeros(1)}
+    assert model.load_state_dict(state, strict=False) == plain.load_state_dict(state, strict=False)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_layer_of_a_model_whose_shapes_do_not_fit_is_left_alone():
+    model = nn.Sequential(SyncBatchNorm(4))
+    state = {f"0.{name}": value + 1 for name, value in SyncBatchNorm(4).state_dict().items()}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({**state, "0.running_var": torch.ones(5)})
+    for name, value in SyncBatchNorm(4).state_dict().items():
+        assert torch.equal(model[0].state_dict()[name], value), name
 
 
 def test_a_checkpoint_from_before_num_batches_tracked():
@@ -216,6 +234,16 @@ def test_a_recomputed_forward_counts_once(run, world_size, use_reentrant):
         torch.testing.assert_close(grad, grad_recomputed)
 
 
+def test_averaged_models_and_their_statistics():
+    model = nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4))
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    batches = [torch.randn(6, 3) for _ in range(3)]
+    update_bn(batches, averaged)
+    means = torch.stack([averaged.module[0](batch).mean(0) for batch in batches])
+    torch.testing.assert_close(averaged.module[1].running_mean, means.mean(0))
+
+
 def test_running_statistics_freeze_where_torch_freezes_them():
     layer = SyncBatchNorm(2)
     layer.track_running_stats = False  # buffers are there: eval uses them, training leaves them
@@ -263,6 +291,7 @@ def test_lazy_takes_the_channels_from_its_input(arguments):
     assert layer.num_features == 7
     assert layer.process_group is group
     assert repr(layer) == repr(expected)
+    torch.testing.assert_close(dict(layer.named_parameters()), dict(expected.named_parameters()))
     assert [(k, v.shape) for k, v in layer.state_dict().items()] == [
         (k, v.shape) for k, v in expected.state_dict().items()
     ]

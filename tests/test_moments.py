@@ -66,3 +66,15 @@ def test_not_a_number_stays_one(bad):
     x[1, 0] = bad
     moments = merged([x, torch.ones(3, 2)])
     assert moments.variance.isfinite().tolist() == [False, True]
+
+
+def test_rounding_never_makes_a_variance_negative():
+    """float64 data whose spread is lost in the digits of its mean."""
+    for exponent in range(3, 9):
+        for _ in range(50):
+            shards = [10.0**exponent + 1e-3 * torch.randn(n, 4, dtype=torch.float64) for n in (5, 3, 7)]
+            assert (merged(shards).m2 >= 0).all()
+
+
+def test_one_value_has_no_unbiased_variance():
+    assert torch.equal(Moments.of(torch.randn(1, 3)).unbiased_variance, torch.zeros(3, dtype=torch.float64))

@@ -120,9 +120,10 @@ def test_backward_keeps_the_input_and_what_is_per_channel(training):
     assert saved_bytes(training) <= 4 * 4 + 2 * 4 * 8 + 8  # weight; mean and invstd; count
 
 
-def test_gradients_of_other_layouts():
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_other_layouts(training):
     """The input gradient has the input's memory format, whatever the upstream gradient's."""
-    layer = syncnorm.SyncBatchNorm(3, dtype=torch.float64)
+    layer = syncnorm.SyncBatchNorm(3, dtype=torch.float64).train(training)
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     grad_output = torch.randn_like(x)
     grads = []

@@ -39,3 +39,24 @@ def test_without_a_counter():
     mean, var, _ = buffers()
     running.update(mean, var, None, Moments.of(torch.randn(4, 2)), 0.1)
     assert not torch.equal(mean, torch.zeros(2))
+
+
+def test_one_value_moves_the_mean():
+    mean, var, count = buffers()
+    running.update(mean, var, count, Moments.of(torch.tensor([[4.0, 8.0]])), 0.25)
+    assert mean.tolist() == [1.0, 2.0]
+    assert var.tolist() == [0.75, 0.75]
+    assert count == 1
+
+
+def test_no_values_leave_infinite_statistics_as_they_are():
+    mean, var, count = torch.tensor([float("inf"), 1.0]), torch.ones(2), torch.tensor(0)
+    running.update(mean, var, count, Moments.of(torch.empty(0, 2)), 0.1)
+    assert mean.tolist() == [float("inf"), 1.0]
+
+
+def test_the_rule_is_computed_in_float64():
+    """In float32 the batch's mean would lose the digits that tell it from the running mean."""
+    mean, var, count = torch.full((2,), 2.0**24), torch.ones(2), torch.tensor(0)
+    running.update(mean, var, count, Moments.of(torch.full((4, 2), 2.0**24 + 3, dtype=torch.float64)), 0.5)
+    assert mean.tolist() == [2.0**24 + 2] * 2  # 1.5 more, rounded to what float32 has

@@ -1,6 +1,7 @@
 """The tools of `syncnorm.testing`: results, failures, deaths, timeouts; and nobody left behind."""
 
 import os
+import pickle
 import signal
 import time
 
@@ -133,15 +134,37 @@ def test_functions_that_cannot_be_imported():
         run_ranks(lambda: None, 1)
 
 
+def return_unpicklable():
+    return lambda: None
+
+
+def test_a_result_that_cannot_be_pickled():
+    with pytest.raises((AttributeError, pickle.PicklingError), match=r"(?i)pickle|local object"):
+        run_ranks(return_unpicklable, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"world_size": 0}, "expected at least one rank, got world_size=0"),
+        ({"world_size": 1, "backend": "tcp"}, "expected backend .* got 'tcp'"),
+    ],
+)
+def test_arguments_that_make_no_group(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run_ranks(environment, **arguments)
+
+
 def environment():
-    return os.environ.get("SYNCNORM_TEST_VARIABLE"), torch.get_num_threads(), dist.is_initialized()
+    return os.environ.get("SYNCNORM_TEST_VARIABLE"), torch.get_num_threads(), dist.get_backend()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ranks_have_the_environment_and_their_share_of_the_cores(backend, monkeypatch):
     monkeypatch.setenv("SYNCNORM_TEST_VARIABLE", backend)
     cores = len(os.sched_getaffinity(0))
-    assert run_ranks(environment, 2, backend=backend) == [(backend, max(1, cores // 2), backend == "gloo")] * 2
+    name = {"gloo": "gloo", "mpi": "mpi4py"}[backend]
+    assert run_ranks(environment, 2, backend=backend) == [(backend, max(1, cores // 2), name)] * 2
 
 
 def test_calls_are_counted_with_their_bytes():

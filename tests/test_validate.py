@@ -65,12 +65,23 @@ def test_parameters_on_another_device():
         ),
         ({"weight": torch.ones(1)}, "expected an input of 1 channels"),
         ({"bias": torch.ones(3, 1)}, "as bias has it"),
+        ({"eps": 0.0}, "expected a positive eps in training, got 0.0"),
     ],
 )
 def test_arguments_that_do_not_fit_together(arguments, message):
     arguments = {"running_mean": None, "running_var": None, "training": True, **arguments}
     with pytest.raises(ValueError, match=message):
         sync_batch_norm(torch.zeros(4, 3), process_group=Unreachable(), **arguments)
+
+
+def test_not_a_tensor():
+    with pytest.raises(TypeError, match="expected a tensor as input, got list"):
+        SyncBatchNorm(3)([1.0, 2.0, 3.0])
+
+
+def test_integer_buffers():
+    with pytest.raises(TypeError, match=r"expected a floating-point running_mean, got torch\.int64"):
+        sync_batch_norm(torch.zeros(4, 3), torch.zeros(3, dtype=torch.int64), torch.ones(3), training=True)
 
 
 def bad_input_on_every_rank():

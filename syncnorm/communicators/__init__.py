@@ -52,7 +52,8 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
     if process_group is None:
         if _default is not None:
             return _default
-        return _of_default_group() if dist.is_available() and dist.is_initialized() else _ALONE
+        world = dist.group.WORLD if dist.is_available() else None
+        return _ALONE if world is None else _of_process_group(world)
     if dist.is_available():
         if isinstance(process_group, dist.ProcessGroup):
             return _of_process_group(process_group)
@@ -72,11 +73,11 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
         from .mpi import MpiCommunicator
 
         return MpiCommunicator(process_group)
-    if isinstance(process_group, Communicator):
+    if isinstance(process_group, Communicator) and not isinstance(process_group, type):
         return process_group
     raise TypeError(
-        "expected process_group to be a torch.distributed ProcessGroup, a one-dimensional DeviceMesh, an "
-        f"mpi4py Comm, a syncnorm Communicator or None, got {type(process_group).__name__}"
+        "expected process_group to be a torch.distributed ProcessGroup, a one-dimensional DeviceMesh, an mpi4py Comm, "
+        f"an object with the members of syncnorm.Communicator, or None, got {process_group!r}"
     )
 
 
@@ -90,6 +91,10 @@ def _of_default_group() -> Communicator:
 def _of_process_group(group: dist.ProcessGroup) -> Communicator:
     from .process_group import ProcessGroupCommunicator
 
+    mpi_backend = sys.modules.get("syncnorm.mpi_backend")  # imported by whoever made such a group
+    if mpi_backend is not None and isinstance(group, mpi_backend.MpiProcessGroup):
+        direct: Communicator = group.communicator
+        return direct
     return _of_default_group() if group is dist.group.WORLD else ProcessGroupCommunicator(group)
 
 

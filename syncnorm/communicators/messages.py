@@ -26,9 +26,18 @@ ARITHMETIC = {
     torch.int32: MPI.INT32_T,
     torch.int16: MPI.INT16_T,
     torch.int8: MPI.INT8_T,
+    torch.uint64: MPI.UINT64_T,
+    torch.uint32: MPI.UINT32_T,
+    torch.uint16: MPI.UINT16_T,
     torch.uint8: MPI.UINT8_T,
 }
-REPLACED = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # dtype -> dtype that it is summed in
+REPLACED = {  # what MPI has no type for -> what it is computed in
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float8_e4m3fn: torch.float32,
+    torch.float8_e5m2: torch.float32,
+    torch.complex32: torch.complex64,
+}
 TRANSPORT = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}  # by item size
 
 

@@ -5,10 +5,13 @@ Importing this module imports mpi4py, which initializes MPI.
 
 from __future__ import annotations
 
+import os
+import pickle
 import time
 from datetime import timedelta
 from typing import Any
 
+import torch
 from mpi4py import MPI
 from torch import Tensor
 
@@ -17,7 +20,7 @@ from .staging import write_back
 
 __all__ = ["MpiCommunicator"]
 
-_ABANDONED: list[Any] = []  # what timed out, since MPI may still write to its memory
+_ABANDONED: list[Any] = []  # what was not waited for to the end, since MPI may still write to its memory
 
 
 class MpiCommunicator:
@@ -56,9 +59,13 @@ class MpiCommunicator:
         return list(gathered.to(tensor.device).unbind(0))
 
     def all_gather_object(self, obj: Any) -> list[Any]:
-        """Return the objects of all ranks, pickled on the way: one `MPI_Allgatherv` and one of the sizes."""
-        gathered: list[Any] = self.comm.allgather(obj)
-        return gathered
+        """Return the objects of all ranks, pickled on the way: one `MPI_Allgather`, and one of the sizes."""
+        pickled = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
+        sizes = [int(size) for size in self.all_gather(torch.tensor(len(pickled)))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(pickled)] = pickled
+        gathered = zip(self.all_gather(padded), sizes, strict=True)
+        return [pickle.loads(received[:size].numpy().tobytes()) for received, size in gathered]
 
     def barrier(self) -> None:
         """Wait for all ranks: one `MPI_Barrier`."""
@@ -72,13 +79,16 @@ class MpiCommunicator:
         request = getattr(self.comm, "I" + function.lower())(*arguments)
         limit = self.timeout.total_seconds()
         deadline = time.monotonic() + limit
-        while not request.Test():
-            if time.monotonic() > deadline:
-                _ABANDONED.append((request, memory))
-                raise TimeoutError(
-                    f"MPI_{function} on rank {self.rank} of {self.size} waited {limit:g} s for its peers"
-                )
-            time.sleep(0)  # ranks may share a core
+        try:
+            while not request.Test():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"MPI_{function} on rank {self.rank} of {self.size} waited {limit:g} s for its peers"
+                    )
+                os.sched_yield()  # ranks may share a core
+        except BaseException:
+            _ABANDONED.append((request, memory))
+            raise
 
     def __repr__(self) -> str:
         return f"MpiCommunicator(rank={self.rank}, size={self.size})"

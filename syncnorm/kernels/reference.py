@@ -59,10 +59,10 @@ def grad_input(
     Without slope and offset (constant statistics) it is scale * dy.
     """
     if slope is None or offset is None:
-        dx = grad_output.to(_compute_dtype(input))
-        return (dx * _per_channel(scale, dx)).to(input.dtype)
-    dx = _centered(input, mean)
-    dx = dx * _per_channel(slope, dx) + _per_channel(offset, dx)
+        dx = torch.zeros_like(input, dtype=_compute_dtype(input))  # whose memory format the sum takes
+    else:
+        dx = _centered(input, mean)
+        dx = dx * _per_channel(slope, dx) + _per_channel(offset, dx)
     return (dx + grad_output.to(dx.dtype) * _per_channel(scale, dx)).to(input.dtype)
 
 

@@ -1,0 +1,389 @@
+"""torch.distributed on the mpi4py backend: every collective and point-to-point call, under mpirun."""
+
+import io
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import nn
+from torch.distributed import ReduceOp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import syncnorm
+from syncnorm import communicators
+
+pytestmark = [pytest.mark.mpi, pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")]
+
+NUMBERS = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.complex128,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
+FLOATS = [dtype for dtype in NUMBERS if dtype.is_floating_point]
+INTEGERS = [dtype for dtype in NUMBERS if not dtype.is_floating_point and not dtype.is_complex]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    """Join the job as a user does; leave it for the other files."""
+    group = syncnorm.init("mpi", timeout=timedelta(seconds=20))
+    yield group
+    communicators.set_default(None)
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def rank(group):
+    return group.rank
+
+
+@pytest.fixture
+def size(group):
+    return group.size
+
+
+def filled(value, dtype=torch.float32, shape=(2, 3)):
+    return torch.full(shape, value, dtype=torch.float64).to(dtype)
+
+
+def each(size, dtype=torch.float32, shape=(2, 3)):
+    return [filled(r + 1, dtype, shape) for r in range(size)]
+
+
+def test_it_is_the_default_group_and_batch_norm_goes_straight_to_mpi(group):
+    assert dist.get_backend() == "mpi4py"
+    assert (dist.get_rank(), dist.get_world_size()) == (group.rank, group.size)
+    for process_group in (None, dist.group.WORLD):
+        assert type(syncnorm.communicator(process_group)).__name__ == "MpiCommunicator"
+
+
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_sums_and_products(dtype, rank, size):
+    t = filled(rank + 1, dtype)
+    dist.all_reduce(t)
+    assert torch.equal(t, filled(size * (size + 1) // 2, dtype))
+    if not dtype.is_complex:  # torch refuses
+        t = filled(2, dtype)
+        dist.all_reduce(t, ReduceOp.PRODUCT)
+        assert torch.equal(t, filled(2**size, dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS + INTEGERS)
+def test_extremes(dtype, rank, size):
+    for op, expected in ((ReduceOp.MIN, 1), (ReduceOp.MAX, size)):
+        t = filled(rank + 1, dtype)
+        dist.all_reduce(t, op)
+        assert torch.equal(t, filled(expected, dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_averages(dtype, rank, size):
+    t = filled(rank, dtype)
+    dist.all_reduce(t, ReduceOp.AVG)
+    assert torch.equal(t, filled((size - 1) / 2, dtype))
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_bits(dtype, rank, size):
+    ranks = [r + 1 for r in range(size)]
+    for op, combine in ((ReduceOp.BAND, int.__and__), (ReduceOp.BOR, int.__or__), (ReduceOp.BXOR, int.__xor__)):
+        expected = ranks[0]
+        for r in ranks[1:]:
+            expected = combine(expected, r)
+        t = filled(rank + 1, dtype)
+        dist.all_reduce(t, op)
+        assert torch.equal(t, filled(expected, dtype))
+
+
+def test_booleans(rank, size):
+    any_, all_ = torch.tensor([rank == 0, False]), torch.tensor([rank == 0, True])
+    dist.all_reduce(any_)
+    dist.all_reduce(all_, ReduceOp.MIN)
+    assert any_.tolist() == [True, False]
+    assert all_.tolist() == [size == 1, True]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "op", "message"),
+    [
+        (torch.float32, ReduceOp.BAND, "expected integers to take BAND of, got torch.float32"),
+        (torch.int32, ReduceOp.AVG, "expected a floating-point tensor to take AVG of, got torch.int32"),
+        (torch.complex64, ReduceOp.MAX, "expected real numbers to take MAX of, got torch.complex64"),
+        (torch.bool, ReduceOp.AVG, "expected numbers to take AVG of, got torch.bool"),
+    ],
+)
+def test_reductions_that_make_no_sense(dtype, op, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        dist.group.WORLD.allreduce([torch.ones(2, dtype=dtype)], options(dist.AllreduceOptions(), op))
+
+
+def options(opts, op):
+    opts.reduceOp = op
+    return opts
+
+
+def test_a_reduction_that_is_not_there():
+    with pytest.raises(NotImplementedError, match="PREMUL_SUM is no reduction of the mpi4py backend"):
+        dist.group.WORLD.allreduce([torch.ones(2)], SimpleNamespace(reduceOp=SimpleNamespace(op=ReduceOp.PREMUL_SUM)))
+
+
+MOVED = [*NUMBERS, torch.bool, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", MOVED)
+def test_moves_of_every_dtype(dtype, rank, size):
+    def same(a, b):
+        assert torch.equal(a.float() if dtype.itemsize == 1 else a, b.float() if dtype.itemsize == 1 else b)
+
+    t = filled(rank + 1, dtype)
+    dist.broadcast(t, size - 1)
+    same(t, filled(size, dtype))
+    gathered = [torch.empty_like(t) for _ in range(size)]
+    dist.all_gather(gathered, filled(rank + 1, dtype))
+    for actual, expected in zip(gathered, each(size, dtype), strict=True):
+        same(actual, expected)
+    received = torch.empty_like(t)
+    if size > 1:
+        requests = [dist.isend(filled(rank + 1, dtype), (rank + 1) % size), dist.irecv(received, (rank - 1) % size)]
+        for request in requests:
+            request.wait()
+        same(received, filled((rank - 1) % size + 1, dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (0,), ()])
+def test_gathers_and_scatters(shape, rank, size):
+    mine, all_ = filled(rank + 1, shape=shape), each(size, shape=shape)
+    single = torch.empty(size * mine.numel())
+    dist.all_gather_into_tensor(single, mine.flatten())
+    assert torch.equal(single, torch.cat([t.flatten() for t in all_]))
+    gathered = [torch.empty(shape) for _ in range(size)] if rank == size - 1 else None
+    dist.gather(mine, gathered, dst=size - 1)
+    if gathered is not None:
+        assert all(torch.equal(*pair) for pair in zip(gathered, all_, strict=True))
+    scattered = torch.empty(shape)
+    dist.scatter(scattered, all_ if rank == 0 else None)
+    assert torch.equal(scattered, mine)
+    reduced = filled(rank + 1, shape=shape)
+    dist.reduce(reduced, dst=size - 1)
+    if rank == size - 1:
+        assert torch.equal(reduced, sum(all_))
+
+
+def test_single_tensor_forms(rank, size):
+    gathered = torch.empty(2 * size)
+    dist.all_gather_into_tensor(gathered, torch.full((2,), float(rank)))
+    assert gathered.tolist() == [r for r in range(size) for _ in range(2)]
+    scattered = torch.empty(2)
+    dist.reduce_scatter_tensor(scattered, torch.arange(2.0 * size))
+    assert scattered.tolist() == [size * 2 * rank, size * (2 * rank + 1)]
+    dist.reduce_scatter_tensor(scattered, torch.arange(2.0 * size), ReduceOp.AVG)
+    assert scattered.tolist() == [2 * rank, 2 * rank + 1]
+    dist.reduce_scatter(scattered, list(torch.arange(2.0 * size).split(2)))
+    assert scattered.tolist() == [size * 2 * rank, size * (2 * rank + 1)]
+
+
+def test_uneven_lists(rank, size):
+    gathered = [torch.empty(r) for r in range(size)]
+    dist.all_gather(gathered, torch.full((rank,), float(rank)))
+    assert [t.tolist() for t in gathered] == [[r] * r for r in range(size)]
+    scattered = torch.empty(rank + 1)
+    dist.reduce_scatter(scattered, [torch.full((r + 1,), float(r)) for r in range(size)])
+    assert scattered.tolist() == [rank * size] * (rank + 1)
+
+
+def test_all_to_all(rank, size):
+    outputs = [torch.empty(1) for _ in range(size)]
+    dist.all_to_all(outputs, [torch.full((1,), 10.0 * rank + r) for r in range(size)])
+    assert [t.item() for t in outputs] == [10 * r + rank for r in range(size)]
+    output = torch.empty(size, 2)
+    dist.all_to_all_single(output, torch.arange(size * 2.0).view(size, 2) + 10 * rank)
+    assert output.tolist() == [[10 * r + 2 * rank, 10 * r + 2 * rank + 1] for r in range(size)]
+    output = torch.empty(size * (rank + 1))  # rank r gives s + 1 numbers to rank s
+    sizes = [r + 1 for r in range(size)]
+    dist.all_to_all_single(output, torch.full((sum(sizes),), float(rank)), [rank + 1] * size, sizes)
+    assert output.tolist() == [r for r in range(size) for _ in range(rank + 1)]
+
+
+def test_strided_tensors(rank, size):
+    t = filled(rank + 1, shape=(3, 2)).t()
+    dist.all_reduce(t)
+    assert torch.equal(t, filled(size * (size + 1) / 2))
+    wide = torch.zeros(4, 6)
+    dist.broadcast(wide[::2, ::3].fill_(rank), size - 1)
+    assert wide.sum() == 4 * (size - 1)
+
+
+def test_receiving_from_anyone(rank, size):
+    if rank == 0:
+        seen = set()
+        for _ in range(size - 1):
+            t = torch.empty(1)
+            source = dist.recv(t)
+            assert t.item() == source
+            seen.add(source)
+        assert seen == set(range(1, size))
+    else:
+        dist.send(torch.full((1,), float(rank)), 0)
+
+
+def test_asynchronous_calls_meet_synchronous_ones(rank, size):
+    t = torch.full((100_000,), float(rank))
+    if rank == 0:
+        work = dist.all_reduce(t, async_op=True)
+        assert work.wait()
+        assert work.is_completed()
+        assert work.is_success()
+    else:
+        dist.all_reduce(t)
+    assert torch.equal(t, torch.full_like(t, size * (size - 1) / 2))
+    works = [dist.all_reduce(filled(i), async_op=True) for i in range(20)]
+    for i, work in reversed(list(enumerate(works))):
+        work.wait()
+        assert torch.equal(work.result()[0], filled(i * size))
+
+
+def test_futures(size):
+    future = dist.all_reduce(filled(1), async_op=True).get_future()
+    assert torch.equal(future.wait()[0], filled(size))
+
+
+def test_objects_and_barriers(rank, size):
+    objects = [None] * size
+    dist.all_gather_object(objects, {"rank": rank, "more": "x" * 100 * rank})
+    assert [o["rank"] for o in objects] == list(range(size))
+    shared = [f"from {rank}"]
+    dist.broadcast_object_list(shared, src=size - 1)
+    assert shared == [f"from {size - 1}"]
+    dist.barrier()
+    assert dist.barrier(async_op=True).wait()
+
+
+def test_subgroups(rank, size):
+    ranks = [0, size - 1] if size > 1 else [0]
+    ends = dist.new_group(ranks)
+    everyone = dist.new_group()
+    if rank in ranks:
+        t = filled(rank + 1)
+        dist.all_reduce(t, group=ends)
+        assert torch.equal(t, filled(sum({r + 1 for r in ranks})))
+        assert syncnorm.communicator(ends).all_gather_object(rank) == sorted(set(ranks))
+    else:
+        with pytest.raises(ValueError, match=f"got one without rank {rank}"):
+            syncnorm.communicator(ends)
+    t = filled(1)
+    dist.all_reduce(t, group=everyone)
+    assert torch.equal(t, filled(size))
+
+
+def test_functional_collectives(rank, size):
+    world = dist.group.WORLD
+    assert torch.equal(functional.all_reduce(filled(1), "sum", world) + 0, filled(size))
+    assert torch.equal(functional.all_reduce(filled(rank), "avg", world) + 0, filled((size - 1) / 2))
+    gathered = functional.all_gather_tensor(torch.full((1,), float(rank)), 0, world) + 0
+    assert gathered.tolist() == list(range(size))
+    scattered = functional.reduce_scatter_tensor(torch.arange(2.0 * size), "sum", 0, world) + 0
+    assert scattered.tolist() == [size * 2 * rank, size * (2 * rank + 1)]
+    exchanged = functional.all_to_all_single(torch.arange(float(size)) + 10 * rank, None, None, world) + 0
+    assert exchanged.tolist() == [10 * r + rank for r in range(size)]
+    assert torch.equal(functional.broadcast(filled(rank), 0, world) + 0, filled(0))
+    both = functional.all_reduce_coalesced([filled(1), filled(2)], "sum", world)
+    assert torch.equal(both[1] + 0, filled(2 * size))
+
+
+def test_coalescing(rank, size):
+    tensors = [filled(rank + i) for i in range(3)]
+    with dist._coalescing_manager():
+        for t in tensors:
+            dist.all_reduce(t)
+    for i, t in enumerate(tensors):
+        assert torch.equal(t, filled(size * (size - 1) / 2 + i * size))
+
+
+def network(norm=syncnorm.SyncBatchNorm):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), norm(8), nn.ReLU(), nn.Linear(8, 2)).double()
+
+
+def whole_batch(size):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(size * 3, 6, generator=generator, dtype=torch.float64)
+
+
+def assert_gradients_of_the_whole_batch(model, size):
+    alone = network(nn.BatchNorm1d)
+    alone(whole_batch(size)).square().sum().backward()
+    for actual, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        grad = actual.grad.full_tensor() if hasattr(actual.grad, "full_tensor") else actual.grad
+        torch.testing.assert_close(grad * size, expected.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_distributed_data_parallel(rank, size):
+    shard = whole_batch(size).split(3)[rank]
+    model = DistributedDataParallel(network())
+    model(shard).square().sum().backward()
+    assert_gradients_of_the_whole_batch(model, size)
+    with model.no_sync():
+        model.zero_grad()
+        model(shard).square().sum().backward()
+    local = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(shard).square().sum().backward()
+    assert size == 1 or not torch.equal(local[0], next(model.parameters()).grad)
+
+
+def test_ddp_joins_uneven_inputs(rank, size):
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(3, 2))
+    with model.join():
+        for _ in range(rank + 1):
+            model(torch.ones(4, 3)).sum().backward()
+    state = [p.detach().clone() for p in model.parameters()]
+    for t in state:
+        dist.broadcast(t, 0)
+    assert all(torch.equal(*pair) for pair in zip(state, model.parameters(), strict=True))
+
+
+def test_fully_sharded_data_parallel(rank, size):
+    model = network()
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    model(whole_batch(size).split(3)[rank]).square().sum().backward()
+    assert_gradients_of_the_whole_batch(model, size)
+
+
+def test_a_peer_that_stays_away(rank, size):
+    if size == 1:
+        return
+    pair = dist.new_group([0, 1], timeout=timedelta(seconds=0.3))
+    if rank == 0:
+        work = dist.all_reduce(torch.ones(1), group=pair, async_op=True)
+        assert not work.is_completed()
+        with pytest.raises(TimeoutError, match=r"all_reduce on rank 0 of 2 of group \w+ waited 0.3 s for its peers"):
+            work.wait()
+        assert work.exception() is not None
+        assert not work.is_success()
+    dist.barrier()
+    if rank == 1:
+        dist.all_reduce(torch.ones(1), group=pair)  # so that rank 0's request ends
+
+
+def test_models_are_saved_and_loaded(rank):
+    stream = io.BytesIO()
+    torch.save(DistributedDataParallel(network()).module, stream)
+    stream.seek(0)
+    assert torch.load(stream, weights_only=False)[1].process_group is None
