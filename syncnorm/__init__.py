@@ -5,6 +5,7 @@ from .bootstrap import init
 from .communicators import Communicator, communicator
 from .convert import convert_sync_batchnorm, register_conversion, revert_sync_batchnorm
 from .modules import LazySyncBatchNorm, SyncBatchNorm
+from .subgroups import new_subgroups
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "functional",
     "init",
+    "new_subgroups",
     "register_conversion",
     "revert_sync_batchnorm",
     "testing",

@@ -71,6 +71,10 @@ class MpiCommunicator:
         """Wait for all ranks: one `MPI_Barrier`."""
         self._run("Barrier")
 
+    def split(self, block: int) -> MpiCommunicator:
+        """Return the ranks that give the same block: one `MPI_Comm_split`, which all ranks of this group call."""
+        return MpiCommunicator(self.comm.Split(block, self.rank), self.timeout)
+
     def _run(self, function: str, *arguments: Any, memory: Any = None) -> None:
         """Call the MPI function: blocking, or under the timeout in its non-blocking form. `memory` must outlive it."""
         if self.timeout is None:

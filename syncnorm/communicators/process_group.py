@@ -64,6 +64,13 @@ class ProcessGroupCommunicator:
         on_gpu = dist.get_backend(self.group) == "nccl"
         dist.barrier(group=self.group, device_ids=[torch.cuda.current_device()] if on_gpu else None)
 
+    def split(self, block: int) -> ProcessGroupCommunicator:
+        """Return the ranks that give the same block: one `dist.new_group` for each block, which all ranks call."""
+        blocks = self.all_gather_object((block, dist.get_rank()))
+        members = {number: [rank for other, rank in blocks if other == number] for number, _ in blocks}
+        groups = {number: dist.new_group(ranks) for number, ranks in members.items()}
+        return ProcessGroupCommunicator(groups[block])
+
     def __repr__(self) -> str:
         backend = dist.get_backend(self.group)
         return f"ProcessGroupCommunicator({backend}, rank={self.rank}, size={self.size})"
