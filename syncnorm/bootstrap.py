@@ -69,10 +69,7 @@ def init(backend: str = "auto", timeout: float | timedelta | None = None) -> Com
         communicators.set_default(_init_mpi(limit))
     elif chosen != "alone":
         _init_torch(chosen, limit)
-    made = communicators.communicator()
-    if made.size == 1 and chosen != "alone":
-        _refuse_to_be_alone(chosen)
-    return made
+    return communicators.communicator()
 
 
 def _joined() -> str | None:
@@ -94,9 +91,9 @@ def _detect() -> str:
 
 
 def _refuse_to_be_alone(backend: str) -> None:
-    """Raise if the environment tells of more ranks than the group of one that `backend` gave."""
+    """Raise if a launcher's environment tells of more ranks than the group of one that `backend` would give."""
     for name, ranks in _told_ranks().items():
-        if ranks > 1:
+        if ranks > 1 and name != "SLURM_NTASKS":  # which also stands in the shell of an allocation
             raise RuntimeError(
                 f"expected a group of {ranks} ranks, as {name}={ranks} tells, got this process alone from {backend}: "
                 'is it the backend of the launcher (init("auto") takes that), is mpi4py built for this mpirun?'
@@ -126,6 +123,7 @@ def _init_torch(backend: str, timeout: timedelta | None) -> None:
     if device is not None:
         torch.cuda.set_device(device)
     if missing:
+        _refuse_to_be_alone(backend)
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1, device_id=device)
     else:
@@ -151,6 +149,8 @@ def _init_mpi(timeout: timedelta | None) -> MpiCommunicator:
     from .communicators.mpi import MpiCommunicator
 
     world = MpiCommunicator(MPI.COMM_WORLD, timeout)
+    if world.size == 1:
+        _refuse_to_be_alone("mpi")
     if dist.is_available():
         _init_torch_on(world, timeout)
     if world.size > 1:
