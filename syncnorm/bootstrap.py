@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
-import fcntl
 import functools
 import gc
 import os
-import socket
-import struct
 import sys
 import time
 import warnings
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from . import communicators
 from .communicators import Communicator
+from .rendezvous import store_over_mpi
 
 if TYPE_CHECKING:
     from .communicators.mpi import MpiCommunicator
@@ -30,7 +27,6 @@ __all__ = ["init", "warn_if_alone_in_a_larger_job"]
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for torch.distributed
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and Intel MPI
-SIOCGIFADDR = 0x8915  # Linux's request for the address of an interface
 JOB_SIZES = ("WORLD_SIZE", *MPI_SIZES, "SLURM_NTASKS")
 
 
@@ -41,8 +37,9 @@ def init(backend: str = "auto", timeout: float | timedelta | None = None) -> Com
     the first. All ranks call it.
 
     Args:
-        backend: "nccl" or "gloo": torch.distributed, from the environment that torchrun sets (without one, a group of
-            this process alone); NCCL takes the CUDA device of the local rank. "mpi": mpi4py's COMM_WORLD; an exception
+        backend: "nccl" or "gloo": torch.distributed, from the environment that torchrun sets, or under mpirun by an
+            address sent over MPI (with neither, a group of this process alone); NCCL takes the CUDA device of the
+            local rank. "mpi": mpi4py's COMM_WORLD, and torch.distributed on it. Under mpirun an exception
             that nobody handles then ends the whole job with its traceback instead of leaving the other ranks waiting.
             "auto": an initialized torch.distributed; under torchrun NCCL if there is CUDA, else Gloo; under mpirun
             MPI; else this process alone.
@@ -115,19 +112,28 @@ def _init_torch(backend: str, timeout: timedelta | None) -> None:
             'take backend="gloo"'
         )
     missing = [name for name in RENDEZVOUS if name not in os.environ]
-    if missing and len(missing) < len(RENDEZVOUS):
+    if not missing:
+        _make_default_group(backend, timeout, int(os.environ.get("LOCAL_RANK", "0")))
+    elif {"RANK", "WORLD_SIZE"} & os.environ.keys():
         raise RuntimeError(
             f"expected {', '.join(RENDEZVOUS)} in the environment, as torchrun sets them; not set: {', '.join(missing)}"
         )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if backend == "nccl" else None
-    if device is not None:
-        torch.cuda.set_device(device)
-    if missing:
-        _refuse_to_be_alone(backend)
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1, device_id=device)
+    elif any(name in os.environ for name in MPI_SIZES):
+        world = _mpi_world(backend, timeout)
+        store = store_over_mpi(world)
+        _make_default_group(backend, timeout, world.local_rank(), store=store, rank=world.rank, world_size=world.size)
+        _abort_the_job_on_an_exception(world)
     else:
-        dist.init_process_group(backend, timeout=timeout, device_id=device)
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        _make_default_group(backend, timeout, 0, store=store, rank=0, world_size=1)
+
+
+def _make_default_group(backend: str, timeout: timedelta | None, local_rank: int, **rendezvous: Any) -> None:
+    device = None
+    if backend == "nccl":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, timeout=timeout, device_id=device, **rendezvous)
     atexit.register(_destroy_process_group)
 
 
@@ -139,56 +145,37 @@ def _destroy_process_group() -> None:
 
 
 def _init_mpi(timeout: timedelta | None) -> MpiCommunicator:
+    world = _mpi_world("mpi", timeout)
+    if dist.is_available():
+        from . import mpi_backend
+
+        store = store_over_mpi(world)
+        _make_default_group(mpi_backend.BACKEND, timeout, 0, store=store, rank=world.rank, world_size=world.size)
+    _abort_the_job_on_an_exception(world)  # around torch.distributed's own hook
+    return world
+
+
+def _mpi_world(backend: str, timeout: timedelta | None) -> MpiCommunicator:
+    """Return MPI's world, in which `backend` is to run."""
     try:
         from mpi4py import MPI
     except ImportError as error:
         raise RuntimeError(
-            "mpi was asked for, and mpi4py with an MPI library cannot be imported: pip install 'syncnorm[mpi]', or "
-            "pip install mpi4py beside the MPI of your cluster"
+            f"{backend} was asked for under MPI, and mpi4py with an MPI library cannot be imported: "
+            "pip install 'syncnorm[mpi]', or pip install mpi4py beside the MPI of your cluster"
         ) from error
     from .communicators.mpi import MpiCommunicator
 
     world = MpiCommunicator(MPI.COMM_WORLD, timeout)
     if world.size == 1:
-        _refuse_to_be_alone("mpi")
-    if dist.is_available():
-        _init_torch_on(world, timeout)
-    if world.size > 1:
-        _abort_the_job_on_an_exception(world)  # around torch.distributed's own hook
+        _refuse_to_be_alone(backend)
     return world
-
-
-def _init_torch_on(world: MpiCommunicator, timeout: timedelta | None) -> None:
-    """Make the ranks of `world` torch.distributed's default group, on the mpi4py backend."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    from . import mpi_backend
-
-    here = _address(world)
-    server = TCPStore(here, 0, is_master=True, wait_for_workers=False) if world.rank == 0 else None
-    address = world.comm.bcast(server and (here, server.port))
-    store = server or TCPStore(*address)
-    dist.init_process_group(mpi_backend.BACKEND, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
-    atexit.register(_destroy_process_group)
-
-
-def _address(world: MpiCommunicator) -> str:
-    """Return an address of this host that the other ranks reach: MASTER_ADDR, or one of its own that is not local."""
-    if len(set(world.all_gather_object(socket.gethostname()))) == 1:
-        return "127.0.0.1"
-    if "MASTER_ADDR" in os.environ:
-        return os.environ["MASTER_ADDR"]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, interface in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # no IPv4 address
-                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()))
-                if not answer[20:24].startswith(b"\x7f"):
-                    return socket.inet_ntoa(answer[20:24])
-    raise RuntimeError(f"expected {socket.gethostname()} to have an IPv4 address: set MASTER_ADDR to one of it")
 
 
 def _abort_the_job_on_an_exception(world: MpiCommunicator) -> None:
     """Make an unhandled exception of one rank end all ranks, which else would wait for it for ever."""
+    if world.size == 1:
+        return
     print_exception = sys.excepthook
 
     def abort(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

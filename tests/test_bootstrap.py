@@ -162,11 +162,23 @@ def test_an_unknown_backend(backend):
         syncnorm.init(backend)
 
 
-@pytest.mark.parametrize(("launcher", "backend"), [("torchrun", "mpi"), ("mpirun", "gloo")])
-def test_a_backend_that_does_not_see_the_launcher_is_refused(script, launcher, backend):
-    job = launch(launcher, 2, script(INIT.format(backend=backend)))
-    assert job.stdout.count(f"tells, got this process alone from {backend}") == 2
-    assert job.stdout.count("RuntimeError expected a group of 2 ranks, as ") == 2
+def test_a_backend_that_does_not_see_the_launcher_is_refused(script):
+    job = launch("torchrun", 2, script(INIT.format(backend="mpi")))
+    assert job.stdout.count("RuntimeError expected a group of 2 ranks, as WORLD_SIZE=2 tells") == 2
+    assert job.stdout.count("got this process alone from mpi") == 2
+
+
+def test_gloo_under_mpirun_meets_over_mpi(script):
+    job = launch("mpirun", 2, script(INIT.format(backend="gloo")))
+    assert lines(job) == [f"ProcessGroupCommunicator(gloo, rank={rank}, size=2)" for rank in range(2)]
+
+
+def test_ranks_of_one_host_are_numbered(script):
+    code = """
+        import sys, syncnorm
+        sys.stdout.write(f"{syncnorm.init().local_rank()}\\n")
+    """
+    assert lines(launch("mpirun", 3, script(code))) == ["0", "1", "2"]
 
 
 def test_a_rendezvous_address_does_not_hide_mpirun(script):

@@ -71,6 +71,13 @@ class MpiCommunicator:
         """Wait for all ranks: one `MPI_Barrier`."""
         self._run("Barrier")
 
+    def local_rank(self) -> int:
+        """Return this rank's place among those on its host: one `MPI_Comm_split_type`, which all ranks call."""
+        host = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        rank: int = host.Get_rank()
+        host.Free()
+        return rank
+
     def split(self, block: int) -> MpiCommunicator:
         """Return the ranks that give the same block: one `MPI_Comm_split`, which all ranks of this group call."""
         return MpiCommunicator(self.comm.Split(block, self.rank), self.timeout)
