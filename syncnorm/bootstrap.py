@@ -23,7 +23,7 @@ from .rendezvous import store_over_mpi
 if TYPE_CHECKING:
     from .communicators.mpi import MpiCommunicator
 
-__all__ = ["init", "warn_if_alone_in_a_larger_job"]
+__all__ = ["init", "launcher", "warn_if_alone_in_a_larger_job"]
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for torch.distributed
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and Intel MPI
@@ -85,6 +85,11 @@ def _detect() -> str:
     if {"RANK", "WORLD_SIZE"} & os.environ.keys():
         return "nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     return "alone"
+
+
+def launcher() -> str:
+    """Return which launcher's environment this is: "torchrun", "mpirun" or "none"."""
+    return {"nccl": "torchrun", "gloo": "torchrun", "mpi": "mpirun", "alone": "none"}[_detect()]
 
 
 def _refuse_to_be_alone(backend: str) -> None:

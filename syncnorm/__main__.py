@@ -1,0 +1,5 @@
+"""`python -m syncnorm`."""
+
+from .cli import main
+
+main()
