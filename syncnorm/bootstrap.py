@@ -41,8 +41,8 @@ def init(backend: str = "auto", timeout: float | timedelta | None = None) -> Com
             address sent over MPI (with neither, a group of this process alone); NCCL takes the CUDA device of the
             local rank. "mpi": mpi4py's COMM_WORLD, and torch.distributed on it. Under mpirun an exception
             that nobody handles then ends the whole job with its traceback instead of leaving the other ranks waiting.
-            "auto": an initialized torch.distributed; under torchrun NCCL if there is CUDA, else Gloo; under mpirun
-            MPI; else this process alone.
+            "auto": an initialized torch.distributed; under torchrun NCCL if each rank has a CUDA device, else Gloo;
+            under mpirun MPI; else this process alone.
         timeout: seconds (or a timedelta) after which a collective whose peers do not come raises; None: the library's
             own (torch.distributed: 30 minutes for Gloo, 10 for NCCL; MPI: never).
 
@@ -83,7 +83,8 @@ def _detect() -> str:
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() and any(name in os.environ for name in MPI_SIZES):
         return "mpi"
     if {"RANK", "WORLD_SIZE"} & os.environ.keys():
-        return "nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL takes one rank on a device
+        return "nccl" if dist.is_nccl_available() and ranks_here <= torch.cuda.device_count() else "gloo"
     return "alone"
 
 

@@ -18,7 +18,7 @@ def rows(output):
     ("launcher", "ranks", "name", "communicator", "backend"),
     [
         ("alone", 1, "none", "LocalCommunicator", "not initialized"),
-        ("torchrun", 2, "torchrun", "ProcessGroupCommunicator", "nccl" if torch.cuda.is_available() else "gloo"),
+        ("torchrun", 2, "torchrun", "ProcessGroupCommunicator", "nccl" if torch.cuda.device_count() >= 2 else "gloo"),
         ("mpirun", 2, "mpirun", "MpiCommunicator", "mpi4py"),
     ],
 )
