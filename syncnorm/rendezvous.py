@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import struct
@@ -37,6 +36,8 @@ def address_of_this_host() -> str:
     """Return an address that other hosts reach: MASTER_ADDR if it is set, else the first one that is not local."""
     if "MASTER_ADDR" in os.environ:
         return os.environ["MASTER_ADDR"]
+    import fcntl  # not on every system that can import syncnorm
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, interface in socket.if_nameindex():
             with contextlib.suppress(OSError):  # it has no IPv4 address

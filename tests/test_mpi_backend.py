@@ -69,8 +69,9 @@ def each(size, dtype=torch.float32, shape=(2, 3)):
 def test_it_is_the_default_group_and_batch_norm_goes_straight_to_mpi(group):
     assert dist.get_backend() == "mpi4py"
     assert (dist.get_rank(), dist.get_world_size()) == (group.rank, group.size)
-    for process_group in (None, dist.group.WORLD):
-        assert type(syncnorm.communicator(process_group)).__name__ == "MpiCommunicator"
+    assert syncnorm.communicator() is group
+    assert syncnorm.communicator(dist.group.WORLD) is group
+    assert type(syncnorm.communicator(dist.new_group())).__name__ == "MpiCommunicator"
 
 
 @pytest.mark.parametrize("dtype", NUMBERS)

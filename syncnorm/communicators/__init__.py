@@ -94,7 +94,7 @@ def _of_process_group(group: dist.ProcessGroup) -> Communicator:
     mpi_backend = sys.modules.get("syncnorm.mpi_backend")  # imported by whoever made such a group
     if mpi_backend is not None and isinstance(group, mpi_backend.MpiProcessGroup):
         direct: Communicator = group.communicator
-        return direct
+        return _default if _default is not None and group is dist.group.WORLD else direct
     return _of_default_group() if group is dist.group.WORLD else ProcessGroupCommunicator(group)
 
 
