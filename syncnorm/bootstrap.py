@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["init", "launcher", "warn_if_alone_in_a_larger_job"]
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for torch.distributed
+FAST_IALLREDUCE = ("OMPI_MCA_coll_libnbc_iallreduce_algorithm", "3")  # Open MPI's own choice is 3 times slower at 25 MB
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and Intel MPI
 JOB_SIZES = ("WORLD_SIZE", *MPI_SIZES, "SLURM_NTASKS")
 
@@ -163,6 +164,7 @@ def _init_mpi(timeout: timedelta | None) -> MpiCommunicator:
 
 def _mpi_world(backend: str, timeout: timedelta | None) -> MpiCommunicator:
     """Return MPI's world, in which `backend` is to run."""
+    os.environ.setdefault(*FAST_IALLREDUCE)  # read when MPI starts, which the import does if nobody did before
     try:
         from mpi4py import MPI
     except ImportError as error:

@@ -57,8 +57,10 @@ def message(tensor: Tensor, datatype: MPI.Datatype | None = None) -> list[Any]:
 
 def stage(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return contiguous memory that MPI can read and write: the tensor's own wherever that is possible."""
-    tensor = tensor.detach()
     dtype = dtype or tensor.dtype
+    if tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    tensor = tensor.detach()
     if not tensor.is_cuda:
         return tensor.to(dtype).contiguous()
     if not cuda_aware():

@@ -10,7 +10,7 @@ __all__ = ["write_back"]
 
 def write_back(tensor: Tensor, message: Tensor) -> Tensor:
     """Copy what a collective left in `message` to the tensor, unless that is the same memory; return the tensor."""
-    if message.data_ptr() != tensor.data_ptr():
+    if message is not tensor and message.data_ptr() != tensor.data_ptr():
         with torch.no_grad():
             tensor.copy_(message)
     return tensor
