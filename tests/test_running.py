@@ -56,7 +56,7 @@ def test_no_values_leave_infinite_statistics_as_they_are():
 
 
 def test_the_rule_is_computed_in_float64():
-    """In float32 the batch's mean would lose the digits that tell it from the running mean."""
+    """2**24 + 5 is no float32: rounded first it would be 2**24 + 4, of which 0.7 lies nearer to 2 than to 4."""
     mean, var, count = torch.full((2,), 2.0**24), torch.ones(2), torch.tensor(0)
-    running.update(mean, var, count, Moments.of(torch.full((4, 2), 2.0**24 + 3, dtype=torch.float64)), 0.5)
-    assert mean.tolist() == [2.0**24 + 2] * 2  # 1.5 more, rounded to what float32 has
+    running.update(mean, var, count, Moments.of(torch.full((4, 2), 2.0**24 + 5, dtype=torch.float64)), 0.7)
+    assert mean.tolist() == [2.0**24 + 4] * 2  # 3.5 more, rounded to what float32 has
