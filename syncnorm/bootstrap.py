@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["init", "launcher", "warn_if_alone_in_a_larger_job"]
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for torch.distributed
+TORCH_RANKS = {"RANK", "WORLD_SIZE"}  # those of them that no one sets but for torch.distributed
 FAST_IALLREDUCE = ("OMPI_MCA_coll_libnbc_iallreduce_algorithm", "3")  # Open MPI's own choice is 3 times slower at 25 MB
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and Intel MPI
 JOB_SIZES = ("WORLD_SIZE", *MPI_SIZES, "SLURM_NTASKS")
@@ -81,12 +82,16 @@ def _joined() -> str | None:
 
 def _detect() -> str:
     """Return the backend that fits the environment: "nccl", "gloo", "mpi" or "alone"."""
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() and any(name in os.environ for name in MPI_SIZES):
+    if _under_mpi() and not os.environ.keys() >= TORCH_RANKS:
         return "mpi"
-    if {"RANK", "WORLD_SIZE"} & os.environ.keys():
+    if TORCH_RANKS & os.environ.keys():
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL takes one rank on a device
         return "nccl" if dist.is_nccl_available() and ranks_here <= torch.cuda.device_count() else "gloo"
     return "alone"
+
+
+def _under_mpi() -> bool:
+    return any(name in os.environ for name in MPI_SIZES)
 
 
 def launcher() -> str:
@@ -121,11 +126,11 @@ def _init_torch(backend: str, timeout: timedelta | None) -> None:
     missing = [name for name in RENDEZVOUS if name not in os.environ]
     if not missing:
         _make_default_group(backend, timeout, int(os.environ.get("LOCAL_RANK", "0")))
-    elif {"RANK", "WORLD_SIZE"} & os.environ.keys():
+    elif TORCH_RANKS & os.environ.keys():
         raise RuntimeError(
             f"expected {', '.join(RENDEZVOUS)} in the environment, as torchrun sets them; not set: {', '.join(missing)}"
         )
-    elif any(name in os.environ for name in MPI_SIZES):
+    elif _under_mpi():
         world = _mpi_world(backend, timeout)
         store = store_over_mpi(world)
         _make_default_group(backend, timeout, world.local_rank(), store=store, rank=world.rank, world_size=world.size)

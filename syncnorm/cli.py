@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from . import info
+from .communicators import communicator
 
 __all__ = ["main"]
 
@@ -18,5 +19,5 @@ def main(arguments: list[str] | None = None) -> None:
     parser.parse_args(arguments)
 
     joined = info.job()
-    if joined["rank"].startswith("0 "):
+    if communicator().rank == 0:
         print(info.table({**info.machine(), **joined}))

@@ -15,8 +15,6 @@ its members call.
 
 from __future__ import annotations
 
-import os
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -29,7 +27,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.futures import Future
 
-from .communicators.messages import arithmetic, message, stage
+from .communicators.messages import arithmetic, message, stage, wait_until
 from .communicators.mpi import MpiCommunicator
 from .communicators.staging import write_back
 
@@ -53,7 +51,6 @@ OF_BOOLEANS = {
     **dict.fromkeys([ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.BAND], MPI.LAND),
     ReduceOp.BXOR: MPI.LXOR,
 }
-_ABANDONED: list[MpiWork] = []  # what timed out, since MPI may still write to its memory
 
 
 Started = tuple[MPI.Request, Callable[[], Any]]  # a request, and what to do when it is complete
@@ -112,13 +109,10 @@ class MpiWork(dist.Work):
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Return True when the result is there; raise what MPI reported, or TimeoutError."""
-        limit = (timeout or self.timeout).total_seconds()
-        deadline = time.monotonic() + limit
-        while not self.is_completed():
-            if time.monotonic() > deadline:
-                _ABANDONED.append(self)
-                self.error = TimeoutError(f"{self.name} waited {limit:g} s for its peers")
-            os.sched_yield()  # ranks may share a core
+        try:
+            wait_until(self.is_completed, timeout or self.timeout, self.name, self)
+        except TimeoutError as error:
+            self.error = error
         if self.error is not None:
             raise self.error
         return True

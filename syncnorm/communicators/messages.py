@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 from mpi4py import MPI
 from torch import Tensor
 
-__all__ = ["arithmetic", "cuda_aware", "message", "stage"]
+__all__ = ["arithmetic", "cuda_aware", "message", "stage", "wait_until"]
 
 ARITHMETIC = {
     torch.float64: MPI.DOUBLE,
@@ -39,6 +43,7 @@ REPLACED = {  # what MPI has no type for -> what it is computed in
     torch.complex32: torch.complex64,
 }
 TRANSPORT = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}  # by item size
+_ABANDONED: list[Any] = []  # what was not waited for to the end
 
 
 def arithmetic(dtype: torch.dtype) -> tuple[torch.dtype, MPI.Datatype]:
@@ -68,6 +73,22 @@ def stage(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     dense = tensor.to(dtype).contiguous()
     torch.cuda.current_stream(tensor.device).synchronize()  # MPI knows nothing of CUDA streams
     return dense
+
+
+def wait_until(is_complete: Callable[[], bool], limit: timedelta, who: str, memory: Any) -> None:
+    """Return when `is_complete` says so; after `limit` raise TimeoutError, naming `who` waited.
+
+    `memory` is what MPI works on: where the wait ends otherwise, it is kept for good, since MPI may still write there.
+    """
+    deadline = time.monotonic() + limit.total_seconds()
+    try:
+        while not is_complete():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{who} waited {limit.total_seconds():g} s for its peers")
+            os.sched_yield()  # ranks may share a core
+    except BaseException:
+        _ABANDONED.append(memory)
+        raise
 
 
 @functools.cache

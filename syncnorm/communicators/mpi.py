@@ -5,9 +5,7 @@ Importing this module imports mpi4py, which initializes MPI.
 
 from __future__ import annotations
 
-import os
 import pickle
-import time
 from datetime import timedelta
 from typing import Any
 
@@ -15,12 +13,10 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from .messages import arithmetic, message, stage
+from .messages import arithmetic, message, stage, wait_until
 from .staging import write_back
 
 __all__ = ["MpiCommunicator"]
-
-_ABANDONED: list[Any] = []  # what was not waited for to the end, since MPI may still write to its memory
 
 
 class MpiCommunicator:
@@ -88,18 +84,8 @@ class MpiCommunicator:
             getattr(self.comm, function)(*arguments)
             return
         request = getattr(self.comm, "I" + function.lower())(*arguments)
-        limit = self.timeout.total_seconds()
-        deadline = time.monotonic() + limit
-        try:
-            while not request.Test():
-                if time.monotonic() > deadline:
-                    raise TimeoutError(
-                        f"MPI_{function} on rank {self.rank} of {self.size} waited {limit:g} s for its peers"
-                    )
-                os.sched_yield()  # ranks may share a core
-        except BaseException:
-            _ABANDONED.append((request, memory))
-            raise
+        who = f"MPI_{function} on rank {self.rank} of {self.size}"
+        wait_until(request.Test, self.timeout, who, (request, memory))
 
     def __repr__(self) -> str:
         return f"MpiCommunicator(rank={self.rank}, size={self.size})"
