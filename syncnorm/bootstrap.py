@@ -1,57 +1,52 @@
-"""From the environment that a launcher leaves to the communicator of the job: `torchrun`, `mpirun`, or neither."""
+"""From the environment that a launcher leaves to the communicator of the job."""
 
 from __future__ import annotations
 
 import atexit
-import functools
 import gc
 import os
+import socket
 import sys
 import time
-import warnings
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from . import communicators
+from . import communicators, rendezvous
 from .communicators import Communicator
-from .rendezvous import store_over_mpi
+from .launchers import launched
 
 if TYPE_CHECKING:
     from .communicators.mpi import MpiCommunicator
 
-__all__ = ["init", "launcher", "warn_if_alone_in_a_larger_job"]
-
-RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for torch.distributed
-TORCH_RANKS = {"RANK", "WORLD_SIZE"}  # those of them that no one sets but for torch.distributed
-FAST_IALLREDUCE = ("OMPI_MCA_coll_libnbc_iallreduce_algorithm", "3")  # Open MPI's own choice is 3 times slower at 25 MB
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and Intel MPI
-JOB_SIZES = ("WORLD_SIZE", *MPI_SIZES, "SLURM_NTASKS")
+__all__ = ["init"]
 
 
 def init(backend: str = "auto", timeout: float | timedelta | None = None) -> Communicator:
     """Join the job that this process was launched in and return the communicator of all its ranks.
 
     It is what `process_group=None` means from then on. A second call returns the same communicator, with the timeout of
-    the first. All ranks call it.
+    the first. All ranks call it. Under every launcher `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`,
+    `MASTER_ADDR` and `MASTER_PORT` then stand in the environment as under torchrun.
 
     Args:
-        backend: "nccl" or "gloo": torch.distributed, from the environment that torchrun sets, or under mpirun by an
-            address sent over MPI (with neither, a group of this process alone); NCCL takes the CUDA device of the
-            local rank. "mpi": mpi4py's COMM_WORLD, and torch.distributed on it. Under mpirun an exception
-            that nobody handles then ends the whole job with its traceback instead of leaving the other ranks waiting.
-            "auto": an initialized torch.distributed; under torchrun NCCL if each rank has a CUDA device, else Gloo;
-            under mpirun MPI; else this process alone.
+        backend: "nccl" or "gloo": torch.distributed, under torchrun, srun or mpirun, which tells by MPI where the ranks
+            meet (with no launcher, a group of this process alone); NCCL takes the CUDA device of the local rank. "mpi":
+            mpi4py's COMM_WORLD, and torch.distributed on it. Under mpirun an exception that nobody handles then ends
+            the whole job with its traceback instead of leaving the other ranks waiting.
+            "auto": an initialized torch.distributed; under torchrun and srun NCCL if each rank has a CUDA device of its
+            own, else Gloo; under mpirun MPI; else this process alone.
         timeout: seconds (or a timedelta) after which a collective whose peers do not come raises; None: the library's
             own (torch.distributed: 30 minutes for Gloo, 10 for NCCL; MPI: never).
 
     Raises:
         ValueError: another backend than these, or a timeout that is not positive.
         RuntimeError: the backend is not installed, or not usable here; the job was joined with another one; the
-            environment of the launcher is incomplete, or tells of several ranks where the backend finds one.
+            environment of the launcher is incomplete, or tells of several ranks where the backend finds one; ranks have
+            not come after five minutes.
     """
     if backend not in ("auto", "nccl", "gloo", "mpi"):
         raise ValueError(f'expected backend "auto", "nccl", "gloo" or "mpi", got {backend!r}')
@@ -63,11 +58,19 @@ def init(backend: str = "auto", timeout: float | timedelta | None = None) -> Com
         if backend != joined and backend != "auto" and joined != "undefined":  # which is one backend per device
             raise RuntimeError(f"expected one backend for the job, got {backend!r} after {joined!r}")
         return communicators.communicator()
-    chosen = _detect() if backend == "auto" else backend
-    if chosen == "mpi":
-        communicators.set_default(_init_mpi(limit))
-    elif chosen != "alone":
-        _init_torch(chosen, limit)
+    if backend == "nccl" and not (torch.cuda.is_available() and dist.is_nccl_available()):
+        raise RuntimeError(
+            "nccl was asked for, and this torch has no CUDA device or no NCCL: pip install torch built for CUDA, or "
+            'take backend="gloo"'
+        )
+
+    launcher = launched().launcher
+    if backend == "auto":
+        backend = {"none": "alone", "mpirun": "mpi"}.get(launcher, "nccl or gloo")
+    if backend == "mpi" or launcher == "mpirun":
+        _join_over_mpi(backend, limit)
+    elif backend != "alone":
+        _join_by_torch(backend, limit)
     return communicators.communicator()
 
 
@@ -80,73 +83,61 @@ def _joined() -> str | None:
     return "mpi" if dist.get_backend() == "mpi4py" else dist.get_backend()
 
 
-def _detect() -> str:
-    """Return the backend that fits the environment: "nccl", "gloo", "mpi" or "alone"."""
-    if _under_mpi() and not os.environ.keys() >= TORCH_RANKS:
-        return "mpi"
-    if TORCH_RANKS & os.environ.keys():
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL takes one rank on a device
-        return "nccl" if dist.is_nccl_available() and ranks_here <= torch.cuda.device_count() else "gloo"
-    return "alone"
+def _join_over_mpi(backend: str, timeout: timedelta | None) -> None:
+    """Join MPI's world, and torch.distributed's default group of the same ranks."""
+    from .communicators.library import MPI
+    from .communicators.mpi import MpiCommunicator
+
+    world = MpiCommunicator(MPI.COMM_WORLD, timeout)
+    if dist.is_available():
+        rendezvous.tell_over_mpi(world.comm)
+        _make_default_group(backend, timeout)
+    if backend == "mpi":
+        communicators.set_default(world)
+    _abort_the_job_on_an_exception(world)  # around torch.distributed's own hook
 
 
-def _under_mpi() -> bool:
-    return any(name in os.environ for name in MPI_SIZES)
-
-
-def launcher() -> str:
-    """Return which launcher's environment this is: "torchrun", "mpirun" or "none"."""
-    return {"nccl": "torchrun", "gloo": "torchrun", "mpi": "mpirun", "alone": "none"}[_detect()]
-
-
-def _refuse_to_be_alone(backend: str) -> None:
-    """Raise if a launcher's environment tells of more ranks than the group of one that `backend` would give."""
-    for name, ranks in _told_ranks().items():
-        if ranks > 1 and name != "SLURM_NTASKS":  # which also stands in the shell of an allocation
-            raise RuntimeError(
-                f"expected a group of {ranks} ranks, as {name}={ranks} tells, got this process alone from {backend}: "
-                'is it the backend of the launcher (init("auto") takes that), is mpi4py built for this mpirun?'
-            )
-
-
-def _told_ranks() -> dict[str, int]:
-    """Return how many ranks each launcher's variable in the environment tells of."""
-    told = {name: os.environ.get(name, "") for name in JOB_SIZES}
-    return {name: int(value) for name, value in told.items() if value.isdigit()}
-
-
-def _init_torch(backend: str, timeout: timedelta | None) -> None:
+def _join_by_torch(backend: str, timeout: timedelta | None) -> None:
+    """Join torch.distributed's default group, of torchrun's or srun's ranks, or of this process."""
     if not dist.is_available():
         raise RuntimeError(f"{backend} was asked for, and this torch was built without torch.distributed")
-    if backend == "nccl" and not (torch.cuda.is_available() and dist.is_nccl_available()):
-        raise RuntimeError(
-            "nccl was asked for, and this torch has no CUDA device or no NCCL: pip install torch built for CUDA, or "
-            'take backend="gloo"'
-        )
-    missing = [name for name in RENDEZVOUS if name not in os.environ]
-    if not missing:
-        _make_default_group(backend, timeout, int(os.environ.get("LOCAL_RANK", "0")))
-    elif TORCH_RANKS & os.environ.keys():
-        raise RuntimeError(
-            f"expected {', '.join(RENDEZVOUS)} in the environment, as torchrun sets them; not set: {', '.join(missing)}"
-        )
-    elif _under_mpi():
-        world = _mpi_world(backend, timeout)
-        store = store_over_mpi(world)
-        _make_default_group(backend, timeout, world.local_rank(), store=store, rank=world.rank, world_size=world.size)
-        _abort_the_job_on_an_exception(world)
-    else:
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        _make_default_group(backend, timeout, 0, store=store, rank=0, world_size=1)
+    launcher = launched().launcher
+    if launcher == "srun":
+        rendezvous.tell_by_slurm()
+    elif launcher == "none":
+        rendezvous.tell_alone()
+    _make_default_group(backend, timeout)
 
 
-def _make_default_group(backend: str, timeout: timedelta | None, local_rank: int, **rendezvous: Any) -> None:
+def _make_default_group(backend: str, timeout: timedelta | None) -> None:
+    """Make torch.distributed's default group of the ranks that meet where the environment tells."""
+    store, ranks = rendezvous.meet({"host": socket.gethostname(), "gpu": _gpu()})
+    if backend == "nccl or gloo":
+        gpus = {rank["gpu"] for rank in ranks}
+        backend = "nccl" if None not in gpus and len(gpus) == len(ranks) else "gloo"
+    if backend == "mpi":
+        from . import mpi_backend
+
+        backend = mpi_backend.BACKEND
     device = None
     if backend == "nccl":
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", _local_device())
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=timeout, device_id=device, **rendezvous)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=len(ranks), device_id=device)
     atexit.register(_destroy_process_group)
+
+
+def _gpu() -> str | None:
+    """Return the name that this rank's CUDA device has among all there are; None without one, or without NCCL."""
+    if not (dist.is_nccl_available() and torch.cuda.is_available()):
+        return None
+    return str(torch.cuda.get_device_properties(_local_device()).uuid)
+
+
+def _local_device() -> int:
+    """Return the index of this rank's CUDA device; schedulers may let each rank see its own alone."""
+    return int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
 
 
 def _destroy_process_group() -> None:
@@ -154,35 +145,6 @@ def _destroy_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     time.sleep(0.05)  # lets Gloo's threads take the GIL to drop what they sent last; without Python they would abort
-
-
-def _init_mpi(timeout: timedelta | None) -> MpiCommunicator:
-    world = _mpi_world("mpi", timeout)
-    if dist.is_available():
-        from . import mpi_backend
-
-        store = store_over_mpi(world)
-        _make_default_group(mpi_backend.BACKEND, timeout, 0, store=store, rank=world.rank, world_size=world.size)
-    _abort_the_job_on_an_exception(world)  # around torch.distributed's own hook
-    return world
-
-
-def _mpi_world(backend: str, timeout: timedelta | None) -> MpiCommunicator:
-    """Return MPI's world, in which `backend` is to run."""
-    os.environ.setdefault(*FAST_IALLREDUCE)  # read when MPI starts, which the import does if nobody did before
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise RuntimeError(
-            f"{backend} was asked for under MPI, and mpi4py with an MPI library cannot be imported: "
-            "pip install 'syncnorm[mpi]', or pip install mpi4py beside the MPI of your cluster"
-        ) from error
-    from .communicators.mpi import MpiCommunicator
-
-    world = MpiCommunicator(MPI.COMM_WORLD, timeout)
-    if world.size == 1:
-        _refuse_to_be_alone(backend)
-    return world
 
 
 def _abort_the_job_on_an_exception(world: MpiCommunicator) -> None:
@@ -199,16 +161,3 @@ def _abort_the_job_on_an_exception(world: MpiCommunicator) -> None:
         world.comm.Abort(1)
 
     sys.excepthook = abort
-
-
-@functools.cache
-def warn_if_alone_in_a_larger_job() -> None:
-    """Warn, once, if the environment tells of more ranks than this process and nobody joined them."""
-    for name, ranks in _told_ranks().items():
-        if ranks > 1:
-            warnings.warn(
-                f"{name}={ranks} tells of {ranks} ranks, but SyncBatchNorm trains with the statistics of this process "
-                "alone: call syncnorm.init() or torch.distributed.init_process_group() before the first step",
-                stacklevel=2,
-            )
-            return

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import bootstrap, running, validate
+from . import running, validate
 from .communicators import LocalCommunicator, ProcessGroupLike, communicator
+from .launchers import warn_if_alone_in_a_larger_job
 from .moments import Moments, count_per_channel
 from .normalize import normalize, normalize_by_constants
 
@@ -71,7 +72,7 @@ def sync_batch_norm(
         return normalize_by_constants(input, running_mean, running_var, weight, bias, eps)
     group = communicator(process_group)
     if process_group is None and isinstance(group, LocalCommunicator):
-        bootstrap.warn_if_alone_in_a_larger_job()
+        warn_if_alone_in_a_larger_job()
 
     moments = Moments.of(input.detach())
     if group.size > 1:

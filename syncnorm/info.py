@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from . import bootstrap, kernels
+from .launchers import launched
 
 __all__ = ["job", "machine", "table"]
 
@@ -40,10 +41,11 @@ def job() -> dict[str, str]:
     group = bootstrap.init()
     hosts = Counter(group.all_gather_object(socket.gethostname()))
     return {
-        "launcher": bootstrap.launcher(),
+        "launcher": launched().launcher,
         "communicator": type(group).__name__,
         "torch.distributed": dist.get_backend() if dist.is_available() and dist.is_initialized() else "not initialized",
         "rank": f"{group.rank} of {group.size}",
+        "local rank": f"{os.environ.get('LOCAL_RANK', 0)} on {socket.gethostname()}",
         "hosts": ", ".join(f"{host} ({ranks} rank{'s' * (ranks > 1)})" for host, ranks in hosts.items()),
     }
 

@@ -1,9 +1,10 @@
 """mpi4py as a backend of torch.distributed, under the name "mpi4py".
 
-PyTorch's wheels carry no MPI backend. Importing this module registers one; `syncnorm.init("mpi")` does, and makes it
-the default group. All calls become MPI's non-blocking ones, so synchronous calls of one rank meet asynchronous calls
-of another, as in torch.distributed. A collective on tensors of any strides, dtype and device passes through contiguous
-memory where it has to (`syncnorm.communicators.messages`).
+PyTorch's wheels carry no MPI backend. Importing this module registers one. `syncnorm.init("mpi")` does, and makes it
+the default group; so does `torch.distributed.init_process_group("mpi4py")` after the import, which all ranks do: it
+broadcasts where torch.distributed is to meet. All calls become MPI's non-blocking ones, so synchronous calls of one
+rank meet asynchronous calls of another, as in torch.distributed. A collective on tensors of any strides, dtype and
+device passes through contiguous memory where it has to (`syncnorm.communicators.messages`).
 
 The ranks of torch.distributed are those of MPI.COMM_WORLD. A subgroup is made by `MPI_Comm_create_group`, which only
 its members call.
@@ -22,14 +23,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mpi4py import MPI
 from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.futures import Future
 
+from .communicators.library import MPI
 from .communicators.messages import arithmetic, message, stage, wait_until
 from .communicators.mpi import MpiCommunicator
 from .communicators.staging import write_back
+from .rendezvous import tell_over_mpi
 
 __all__ = ["BACKEND", "MpiProcessGroup", "MpiWork"]
 
@@ -363,3 +365,4 @@ def _create(options: Any, _: Any) -> MpiProcessGroup:
 
 
 dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])
+tell_over_mpi(MPI.COMM_WORLD)

@@ -1,35 +1,134 @@
-"""How the ranks of an MPI job find each other for torch.distributed: by a TCP store whose address MPI tells."""
+"""How the ranks of a job find each other for torch.distributed: by what torchrun sets, whoever started them.
+
+Under mpirun MPI tells the address of a store, under srun Slurm's variables do. Both then stand in the environment as
+torchrun would have set them, so that what is written for torchrun finds them too.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import socket
 import struct
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from .launchers import RENDEZVOUS, launched, refuse_to_be_alone
 
 if TYPE_CHECKING:
+    from mpi4py import MPI
     from torch._C._distributed_c10d import Store
 
-    from .communicators.mpi import MpiCommunicator
+__all__ = ["job_store", "meet", "tell_alone", "tell_by_slurm", "tell_over_mpi"]
 
-__all__ = ["store_over_mpi"]
-
+PATIENCE = timedelta(minutes=5)  # for ranks to start; the timeout of collectives counts from then on
 SIOCGIFADDR = 0x8915  # Linux's request for the address of an interface
+_served: list[Any] = []  # the store that the other ranks connect to, on the rank that opened it
 
 
-def store_over_mpi(world: MpiCommunicator) -> Store:
-    """Return the store of the job: rank 0 opens it on a free port of its own, the others connect. All ranks call it."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+def tell_over_mpi(world: MPI.Comm) -> None:
+    """Set what torchrun would, unless it is set: rank 0 opens a store on a free port and tells all ranks where.
 
-    one_host = len(set(world.all_gather_object(socket.gethostname()))) == 1
-    server = None
+    Raises:
+        RuntimeError: the launcher tells of several ranks, and MPI of one.
+    """
+    from .communicators.library import MPI
+
+    if world.size == 1:
+        refuse_to_be_alone("MPI")
+    if os.environ.keys() >= {*RENDEZVOUS}:
+        return
+    host = world.Split_type(MPI.COMM_TYPE_SHARED)
+    where = None
     if world.rank == 0:
-        address = "127.0.0.1" if one_host else address_of_this_host()
-        server = TCPStore(address, 0, is_master=True, wait_for_workers=False)
-    where = world.comm.bcast(server and (server.host, server.port))
-    store: Store = server or TCPStore(*where)
-    return store
+        where = _serve("127.0.0.1" if host.size == world.size else address_of_this_host())
+    _tell(world.rank, world.size, host.rank, host.size, *world.bcast(where), is_served=True)
+    host.Free()
+
+
+def tell_by_slurm() -> None:
+    """Set what torchrun would, from the variables of a step of Slurm's; MASTER_ADDR and MASTER_PORT stay if set."""
+    _, rank, size = launched()
+    told = os.environ
+    ranks_by_node = tasks_per_node(told["SLURM_STEP_TASKS_PER_NODE"])
+    host = first_host(told["SLURM_STEP_NODELIST"]) if len(ranks_by_node) > 1 else "127.0.0.1"
+    step = 101 * int(told["SLURM_JOB_ID"]) + int(told["SLURM_STEP_ID"])
+    port = 20000 + step % 12000  # below those that systems give to clients
+    where = told.get("MASTER_ADDR", host), told.get("MASTER_PORT", port)
+    _tell(rank, size, told["SLURM_LOCALID"], ranks_by_node[int(told["SLURM_NODEID"])], *where, is_served=False)
+
+
+def tell_alone() -> None:
+    """Set what torchrun would for one process."""
+    _tell(0, 1, 0, 1, *_serve("127.0.0.1"), is_served=True)
+
+
+def _serve(address: str) -> tuple[str, int]:
+    """Open a store on a free port and return where it is."""
+    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    _served.append(store)
+    return address, store.port
+
+
+def _tell(rank: int, size: int, local_rank: Any, local_size: int, address: str, port: Any, *, is_served: bool) -> None:
+    """Set torchrun's variables; unless the store `is_served`, rank 0 will open it when it joins."""
+    launched()  # reads the environment as it was
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": str(is_served),
+    }
+
+
+def meet(note: dict[str, Any]) -> tuple[Store, list[dict[str, Any]]]:
+    """Wait for all ranks at the address that the environment tells; return the store there, and each rank's note.
+
+    Raises:
+        RuntimeError: the address is not reached, or ranks are missing, after five minutes; with their numbers.
+    """
+    told = os.environ
+    rank, size = int(told["RANK"]), int(told["WORLD_SIZE"])
+    where = told["MASTER_ADDR"], int(told["MASTER_PORT"])
+    serves = rank == 0 and told.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store: Store = dist.TCPStore(  # type: ignore[attr-defined]
+        *where, size, serves, PATIENCE, wait_for_workers=False, multi_tenant=True
+    )
+    words = job_store(store)
+    words.set(str(rank), json.dumps(note))
+    ranks = [str(other) for other in range(size)]
+    try:
+        words.wait(ranks, PATIENCE)
+    except dist.DistStoreError:
+        missing = [other for other in ranks if not words.check([other])]
+        raise RuntimeError(
+            f"expected {size} ranks to join within {PATIENCE.total_seconds():g} s, missing: {', '.join(missing)}"
+        ) from None
+    return store, [json.loads(word) for word in words.multi_get(ranks)]
+
+
+def job_store(store: Store) -> Store:
+    """Return the part of the job's store that is ours, and this attempt's where torchrun starts ranks anew."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"syncnorm/{attempt}", store)  # type: ignore[attr-defined]
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a list as Slurm writes it: node03 of "node[03-05,9],gpu1"."""
+    first = re.match(r"([^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0] if first else "")
+
+
+def tasks_per_node(counts: str) -> list[int]:
+    """Return how many tasks each node has, as Slurm writes it: [2, 2, 2, 1] of "2(x3),1"."""
+    return [int(tasks) for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
 
 
 def address_of_this_host() -> str:

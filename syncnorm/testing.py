@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import _rank
 from .communicators import ProcessGroupLike, communicator
+from .launchers import RENDEZVOUS
 
 __all__ = ["Call", "CountingCommunicator", "RankError", "run_ranks"]
 
@@ -180,7 +181,7 @@ def _start(directory: Path, world_size: int, backend: str) -> list[_Process]:
 
 def mpirun_environment() -> dict[str, str]:
     """Return this process's environment for an mpirun: as root, with more ranks than cores, inside another mpirun."""
-    of_another_job = ("OMPI_", "PMIX_", "PRTE_", "PMI_")
+    of_another_job = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "TORCHELASTIC_", *RENDEZVOUS)
     return {k: v for k, v in os.environ.items() if not k.startswith(of_another_job)} | MPIRUN_ENVIRONMENT
 
 

@@ -122,6 +122,54 @@ def test_a_half_set_environment(script):
     )
 
 
+def test_ranks_that_do_not_come_are_named(script):
+    code = "import datetime, syncnorm.rendezvous as r; r.PATIENCE = datetime.timedelta(seconds=2)\n"
+    code += textwrap.dedent(INIT.format(backend="gloo"))
+    job = launch("alone", 1, script(code), RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    assert job.stdout == "RuntimeError expected 3 ranks to join within 2 s, missing: 1, 2\n"
+
+
+WRITTEN_FOR_TORCHRUN = """
+    import os, sys, torch, torch.distributed as dist, syncnorm
+    syncnorm.init({backend!r})
+    local_rank = int(os.environ["LOCAL_RANK"])
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1, bias=False))
+    model(torch.full((1, 1), float(dist.get_rank()))).sum().backward()
+    words = [os.environ["RANK"], os.environ["WORLD_SIZE"], local_rank, os.environ["LOCAL_WORLD_SIZE"]]
+    words += [dist.get_backend(), model.module.weight.grad.item()]
+    sys.stdout.write(" ".join(map(str, words)) + "\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "backend", "expected"),
+    [("torchrun", "auto", "gloo"), ("mpirun", "auto", "mpi4py"), ("mpirun", "gloo", "gloo")],
+)
+def test_what_torchrun_sets_stands_in_the_environment(script, launcher, backend, expected):
+    job = launch(launcher, 3, script(WRITTEN_FOR_TORCHRUN.format(backend=backend)))
+    assert lines(job) == [f"{rank} 3 {rank} 3 {expected} 1.0" for rank in range(3)]
+
+
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("mpi", id="over mpi")])
+def test_and_alone(script, backend):
+    job = launch("alone", 1, script(WRITTEN_FOR_TORCHRUN.format(backend=backend)))
+    assert lines(job) == [f"0 1 0 1 {'mpi4py' if backend == 'mpi' else backend} 0.0"]
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("alone", 1), ("mpirun", 3)])
+def test_torch_distributed_alone_makes_the_group_over_mpi(script, launcher, ranks):
+    code = """
+        import sys, torch, torch.distributed as dist, syncnorm.mpi_backend
+        dist.init_process_group("mpi4py")
+        layer = syncnorm.SyncBatchNorm(2, momentum=1.0)
+        layer(torch.full((3, 2), float(dist.get_rank())))
+        words = [type(syncnorm.init()).__name__, dist.get_rank(), dist.get_world_size(), layer.running_mean[0].item()]
+        sys.stdout.write(" ".join(map(str, words)) + "\\n")
+    """
+    job = launch(launcher, ranks, script(code))
+    assert lines(job) == [f"MpiCommunicator {rank} {ranks} {(ranks - 1) / 2}" for rank in range(ranks)]
+
+
 def test_gloo_alone_is_a_group_that_ddp_runs_on(script):
     code = """
         import torch, syncnorm
@@ -164,8 +212,8 @@ def test_an_unknown_backend(backend):
 
 def test_a_backend_that_does_not_see_the_launcher_is_refused(script):
     job = launch("torchrun", 2, script(INIT.format(backend="mpi")))
-    assert job.stdout.count("RuntimeError expected a group of 2 ranks, as WORLD_SIZE=2 tells") == 2
-    assert job.stdout.count("got this process alone from mpi") == 2
+    assert job.stdout.count("RuntimeError expected a group of 2 ranks, as torchrun tells") == 2
+    assert job.stdout.count("got this process alone from MPI") == 2
 
 
 def test_gloo_under_mpirun_meets_over_mpi(script):

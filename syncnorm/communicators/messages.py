@@ -16,8 +16,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from mpi4py import MPI
 from torch import Tensor
+
+from .library import MPI
 
 __all__ = ["arithmetic", "cuda_aware", "message", "stage", "wait_until"]
 

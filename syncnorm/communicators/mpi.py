@@ -10,9 +10,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from mpi4py import MPI
 from torch import Tensor
 
+from .library import MPI
 from .messages import arithmetic, message, stage, wait_until
 from .staging import write_back
 
