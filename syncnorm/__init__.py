@@ -4,6 +4,7 @@ from . import functional, testing
 from .bootstrap import init
 from .communicators import Communicator, communicator
 from .convert import convert_sync_batchnorm, register_conversion, revert_sync_batchnorm
+from .errors import DesyncError, SyncNormError
 from .modules import LazySyncBatchNorm, SyncBatchNorm
 from .subgroups import new_subgroups
 
@@ -11,8 +12,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Communicator",
+    "DesyncError",
     "LazySyncBatchNorm",
     "SyncBatchNorm",
+    "SyncNormError",
     "communicator",
     "convert_sync_batchnorm",
     "functional",

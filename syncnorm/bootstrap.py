@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from . import communicators, rendezvous
+from . import communicators, rendezvous, roll_call
 from .communicators import Communicator
+from .errors import DesyncError
 from .launchers import launched
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _join_over_mpi(backend: str, timeout: timedelta | None) -> None:
         _make_default_group(backend, timeout)
     if backend == "mpi":
         communicators.set_default(world)
-    _abort_the_job_on_an_exception(world)  # around torch.distributed's own hook
+    _abort_on_an_exception(world)
 
 
 def _join_by_torch(backend: str, timeout: timedelta | None) -> None:
@@ -113,7 +114,7 @@ def _make_default_group(backend: str, timeout: timedelta | None) -> None:
     """Make torch.distributed's default group of the ranks that meet where the environment tells."""
     store, ranks = rendezvous.meet({"host": socket.gethostname(), "gpu": _gpu()})
     if backend == "nccl or gloo":
-        gpus = {rank["gpu"] for rank in ranks}
+        gpus = {other["gpu"] for other in ranks}
         backend = "nccl" if None not in gpus and len(gpus) == len(ranks) else "gloo"
     if backend == "mpi":
         from . import mpi_backend
@@ -126,6 +127,8 @@ def _make_default_group(backend: str, timeout: timedelta | None) -> None:
     rank = int(os.environ["RANK"])
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=len(ranks), device_id=device)
     atexit.register(_destroy_process_group)
+    if len(ranks) > 1:
+        _report_an_exception(rank, [other["host"] for other in ranks])
 
 
 def _gpu() -> str | None:
@@ -147,17 +150,35 @@ def _destroy_process_group() -> None:
     time.sleep(0.05)  # lets Gloo's threads take the GIL to drop what they sent last; without Python they would abort
 
 
-def _abort_the_job_on_an_exception(world: MpiCommunicator) -> None:
+def _report_an_exception(rank: int, hosts: list[str]) -> None:
+    """Answer roll calls, and tell the other ranks of an exception that ends this one."""
+    roll_call.attend(rank, hosts)
+    atexit.register(roll_call.leave)
+    print_exception = sys.excepthook  # torch.distributed's own
+
+    def report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        roll_call.last_words(f"ended with {kind.__name__}: {error}".splitlines()[0])
+        print_exception(kind, error, traceback)
+        print(f"rank {rank} of {len(hosts)} on {hosts[rank]} ended with {kind.__name__}", file=sys.stderr)
+        if isinstance(error, RuntimeError) and not isinstance(error, DesyncError) and roll_call.tells_of_peers(error):
+            print(roll_call.take(range(len(hosts))), file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if isinstance(error, RuntimeError) and roll_call.tells_of_peers(error):
+            time.sleep(1)  # so that the others' reports appear too: launchers end all ranks after the first
+
+    sys.excepthook = report
+
+
+def _abort_on_an_exception(world: MpiCommunicator) -> None:
     """Make an unhandled exception of one rank end all ranks, which else would wait for it for ever."""
     if world.size == 1:
         return
-    print_exception = sys.excepthook
+    report = sys.excepthook
 
     def abort(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        print_exception(kind, error, traceback)
-        print(f"rank {world.rank} of {world.size} raised {kind.__name__}: aborting the MPI job", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        report(kind, error, traceback)
+        print("aborting the MPI job", file=sys.stderr, flush=True)
         world.comm.Abort(1)
 
     sys.excepthook = abort

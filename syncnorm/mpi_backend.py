@@ -27,11 +27,12 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.futures import Future
 
-from .communicators.library import MPI
+from .communicators.library import MPI, ranks_in_the_job
 from .communicators.messages import arithmetic, message, stage, wait_until
 from .communicators.mpi import MpiCommunicator
 from .communicators.staging import write_back
 from .rendezvous import tell_over_mpi
+from .roll_call import raise_desync
 
 __all__ = ["BACKEND", "MpiProcessGroup", "MpiWork"]
 
@@ -66,6 +67,7 @@ class MpiWork(dist.Work):
         started: requests, and what to do with the memory of each when all are complete.
         result: the tensors that `result` and `get_future` give.
         timeout: after which `wait` raises.
+        comm: whose ranks take part.
     """
 
     def __init__(
@@ -74,9 +76,11 @@ class MpiWork(dist.Work):
         started: list[Started],
         result: list[Tensor],
         timeout: timedelta,
+        comm: MPI.Comm,
     ):
         super().__init__()
         self.name = name
+        self.comm = comm
         self.requests = [request for request, _ in started]
         self.finishes = [finish for _, finish in started]
         self.tensors = result
@@ -110,11 +114,12 @@ class MpiWork(dist.Work):
         return self.error
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Return True when the result is there; raise what MPI reported, or TimeoutError."""
+        """Return True when the result is there; raise what MPI reported, or DesyncError."""
         try:
             wait_until(self.is_completed, timeout or self.timeout, self.name, self)
         except TimeoutError as error:
             self.error = error
+            raise_desync(error, str(error), ranks_in_the_job(self.comm))
         if self.error is not None:
             raise self.error
         return True
@@ -259,7 +264,7 @@ class MpiProcessGroup(dist.ProcessGroup):
     def _work(self, name: str, opts: Any, result: Sequence[Tensor], started: Sequence[Started]) -> MpiWork:
         where = f"{name} on rank {self.rank()} of {self.size()} of group {self.torch_name or 'default'}"
         given = opts.timeout if opts is not None and opts.timeout > timedelta(0) else self.timeout
-        work = MpiWork(where, list(started), list(result), given)
+        work = MpiWork(where, list(started), list(result), given, self.comm)
         self.under_way = [*(other for other in self.under_way if not other.is_completed()), work]
         return work
 

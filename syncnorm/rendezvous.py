@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from torch._C._distributed_c10d import Store
 
-__all__ = ["job_store", "meet", "tell_alone", "tell_by_slurm", "tell_over_mpi"]
+__all__ = ["connect", "meet", "tell_alone", "tell_by_slurm", "tell_over_mpi"]
 
 PATIENCE = timedelta(minutes=5)  # for ranks to start; the timeout of collectives counts from then on
 SIOCGIFADDR = 0x8915  # Linux's request for the address of an interface
@@ -101,20 +101,26 @@ def meet(note: dict[str, Any]) -> tuple[Store, list[dict[str, Any]]]:
     store: Store = dist.TCPStore(  # type: ignore[attr-defined]
         *where, size, serves, PATIENCE, wait_for_workers=False, multi_tenant=True
     )
-    words = job_store(store)
-    words.set(str(rank), json.dumps(note))
-    ranks = [str(other) for other in range(size)]
+    words = _ours(store)
+    words.set(f"note of {rank}", json.dumps(note))
+    notes = [f"note of {other}" for other in range(size)]
     try:
-        words.wait(ranks, PATIENCE)
+        words.wait(notes, PATIENCE)
     except dist.DistStoreError:
-        missing = [other for other in ranks if not words.check([other])]
+        missing = [str(other) for other, key in enumerate(notes) if not words.check([key])]
         raise RuntimeError(
             f"expected {size} ranks to join within {PATIENCE.total_seconds():g} s, missing: {', '.join(missing)}"
         ) from None
-    return store, [json.loads(word) for word in words.multi_get(ranks)]
+    return store, [json.loads(word) for word in words.multi_get(notes)]
 
 
-def job_store(store: Store) -> Store:
+def connect(timeout: timedelta = timedelta(seconds=2)) -> Store:
+    """Return a connection of its own to our part of the job's store, for a thread of its own."""
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return _ours(dist.TCPStore(*where, timeout=timeout, wait_for_workers=False))  # type: ignore[attr-defined]
+
+
+def _ours(store: Store) -> Store:
     """Return the part of the job's store that is ours, and this attempt's where torchrun starts ranks anew."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"syncnorm/{attempt}", store)  # type: ignore[attr-defined]

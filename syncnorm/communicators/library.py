@@ -13,4 +13,11 @@ except ImportError as error:
         "pip install 'syncnorm[mpi]', or pip install mpi4py beside the MPI of your cluster"
     ) from error
 
-__all__ = ["MPI"]
+__all__ = ["MPI", "ranks_in_the_job"]
+
+
+def ranks_in_the_job(comm: MPI.Comm) -> list[int]:
+    """Return the ranks in MPI.COMM_WORLD of the members of a communicator. No collective."""
+    group = comm.Get_group()
+    ranks: list[int] = MPI.Group.Translate_ranks(group, list(range(group.size)), MPI.COMM_WORLD.Get_group())
+    return ranks

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import MPI
+from ..roll_call import raise_desync
+from .library import MPI, ranks_in_the_job
 from .messages import arithmetic, message, stage, wait_until
 from .staging import write_back
 
@@ -24,7 +25,7 @@ class MpiCommunicator:
 
     Args:
         comm: an intracommunicator that this process is a member of (not `MPI.COMM_NULL`).
-        timeout: raise TimeoutError, naming the operation, when its peers have not come after this time; None: wait.
+        timeout: raise DesyncError, naming the operation, when its peers have not come after this time; None: wait.
             With a timeout tensors travel by MPI's non-blocking collectives. A group that timed out is of no more use.
     """
 
@@ -85,7 +86,10 @@ class MpiCommunicator:
             return
         request = getattr(self.comm, "I" + function.lower())(*arguments)
         who = f"MPI_{function} on rank {self.rank} of {self.size}"
-        wait_until(request.Test, self.timeout, who, (request, memory))
+        try:
+            wait_until(request.Test, self.timeout, who, (request, memory))
+        except TimeoutError as error:
+            raise_desync(error, str(error), ranks_in_the_job(self.comm))
 
     def __repr__(self) -> str:
         return f"MpiCommunicator(rank={self.rank}, size={self.size})"

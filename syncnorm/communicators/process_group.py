@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..roll_call import raise_desync
 from .staging import write_back
 
 __all__ = ["ProcessGroupCommunicator"]
@@ -37,32 +40,37 @@ class ProcessGroupCommunicator:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks in place: one `dist.all_reduce`."""
         dense = tensor.contiguous()
-        dist.all_reduce(dense, group=self.group)
+        with self._explained("all_reduce"):
+            dist.all_reduce(dense, group=self.group)
         return write_back(tensor, dense)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Replace `tensor` by that of `root` (a rank of this group) in place: one `dist.broadcast`."""
         dense = tensor.contiguous()
-        dist.broadcast(dense, group=self.group, group_src=root)
+        with self._explained("broadcast"):
+            dist.broadcast(dense, group=self.group, group_src=root)
         return write_back(tensor, dense)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks: one `dist.all_gather`."""
         dense = tensor.detach().contiguous()
         gathered = [torch.empty_like(dense) for _ in range(self.size)]
-        dist.all_gather(gathered, dense, group=self.group)
+        with self._explained("all_gather"):
+            dist.all_gather(gathered, dense, group=self.group)
         return gathered
 
     def all_gather_object(self, obj: Any) -> list[Any]:
         """Return the objects of all ranks, pickled on the way: one `dist.all_gather_object`."""
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, obj, group=self.group)
+        with self._explained("all_gather_object"):
+            dist.all_gather_object(gathered, obj, group=self.group)
         return gathered
 
     def barrier(self) -> None:
         """Wait for all ranks: one `dist.barrier`."""
         on_gpu = dist.get_backend(self.group) == "nccl"
-        dist.barrier(group=self.group, device_ids=[torch.cuda.current_device()] if on_gpu else None)
+        with self._explained("barrier"):
+            dist.barrier(group=self.group, device_ids=[torch.cuda.current_device()] if on_gpu else None)
 
     def split(self, block: int) -> ProcessGroupCommunicator:
         """Return the ranks that give the same block: one `dist.new_group` for each block, which all ranks call."""
@@ -70,6 +78,15 @@ class ProcessGroupCommunicator:
         members = {number: [rank for other, rank in blocks if other == number] for number, _ in blocks}
         groups = {number: dist.new_group(ranks) for number, ranks in members.items()}
         return ProcessGroupCommunicator(groups[block])
+
+    @contextlib.contextmanager
+    def _explained(self, collective: str) -> Iterator[None]:
+        """Name the collective and its ranks in the error where peers do not come."""
+        try:
+            yield
+        except RuntimeError as error:
+            what = f"{collective} on rank {self.rank} of {self.size}: {error}"
+            raise_desync(error, what, dist.get_process_group_ranks(self.group))
 
     def __repr__(self) -> str:
         backend = dist.get_backend(self.group)

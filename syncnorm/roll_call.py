@@ -1,0 +1,170 @@
+"""Where every rank of the job is, for the error of a collective that did not come to its end.
+
+A thread of each rank looks into the job's store once a second. A rank whose collective failed calls the roll there, and
+the threads of the others answer where their programs are, also while these wait or sleep. Ranks that ended with an
+error have left their last words. Whoever says nothing was killed or cut off.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from .errors import DesyncError
+from .rendezvous import connect
+
+__all__ = ["attend", "last_words", "leave", "raise_desync", "take", "tells_of_peers", "whereabouts"]
+
+INTERVAL = 1.0  # seconds between two looks into the store
+PATIENCE = 2.5  # seconds for all answers to come
+PACKAGE = str(Path(__file__).parent)
+LIBRARIES = (PACKAGE, str(Path(torch.__file__).parent), sysconfig.get_path("stdlib"), "<")
+C10D = str(Path(dist.__file__).parent / "distributed_c10d.py")
+COLLECTIVES = (os.path.join(PACKAGE, "communicators"), os.path.join(PACKAGE, "mpi_backend.py"), C10D)
+OF_PEERS = ("connect", "timed out", "timeout", "closed", "reset by", "waited")  # in what Gloo, NCCL and we say of them
+
+_attendance: _Attendance | None = None
+
+
+def attend(rank: int, hosts: Sequence[str]) -> None:
+    """Answer roll calls from now on, as `rank` of a job whose ranks are on these hosts."""
+    global _attendance
+    _attendance = _Attendance(rank, hosts)
+
+
+def leave() -> None:
+    """Answer no more."""
+    global _attendance
+    if _attendance is not None:
+        _attendance.leave()
+    _attendance = None
+
+
+def take(ranks: Iterable[int]) -> str:
+    """Return where these ranks of the job are, a line for each place; "" in a job without roll calls."""
+    if _attendance is None:
+        return ""
+    report: list[str] = []
+    asking = threading.Thread(target=_attendance.call, args=(list(ranks), whereabouts(), report), daemon=True)
+    asking.start()
+    asking.join(2 * PATIENCE)  # the network may be gone
+    return report[0] if report else _attendance.unreachable()
+
+
+def last_words(text: str) -> None:
+    """Leave what other ranks are told of this one when it does not answer any more."""
+    if _attendance is not None:
+        saying = threading.Thread(target=_attendance.say, args=(text,), daemon=True)
+        saying.start()
+        saying.join(INTERVAL)
+
+
+def tells_of_peers(error: BaseException) -> bool:
+    """Return whether the error of a collective speaks of ranks that do not come, rather than of its arguments."""
+    return isinstance(error, TimeoutError) or any(word in str(error).lower() for word in OF_PEERS)
+
+
+def raise_desync(error: Exception, what: str, ranks: Iterable[int]) -> NoReturn:
+    """Raise the error of a collective of these ranks of the job: where it tells of peers, with the roll call."""
+    if isinstance(error, DesyncError) or not tells_of_peers(error):
+        raise error
+    raise DesyncError("\n".join(filter(None, [what, take(ranks)]))) from error
+
+
+def whereabouts() -> str:
+    """Return where this process is: the collective, if it is in one, and the line of the program."""
+    frames = sys._current_frames()
+    collectives = [name for name in map(_collective, frames.values()) if name]
+    line = _line(frames[threading.main_thread().ident or 0])
+    return f"in {collectives[0]}, {line}" if collectives else f"in no collective, {line}"
+
+
+class _Attendance:
+    """This rank's part in the roll calls of a job."""
+
+    def __init__(self, rank: int, hosts: Sequence[str]):
+        self.rank = rank
+        self.hosts = hosts
+        self.leaving = threading.Event()
+        self.thread = threading.Thread(target=self._answer, name="syncnorm roll call", daemon=True)
+        self.thread.start()
+
+    def leave(self) -> None:
+        self.leaving.set()
+        self.thread.join(INTERVAL)
+
+    def say(self, text: str) -> None:
+        connect().set(f"last words of {self.rank}", text)
+
+    def call(self, ranks: list[int], here: str, report: list[str]) -> None:
+        """Call the roll and append what came: where each rank is, this one `here`."""
+        try:
+            store = connect()
+            store.set(f"last words of {self.rank}", f"failed {here}")
+            number = store.add("roll calls", 1)
+            store.set(f"{number} of {self.rank}", here)
+            deadline = time.monotonic() + PATIENCE
+            while not store.check([f"{number} of {rank}" for rank in ranks]) and time.monotonic() < deadline:
+                time.sleep(INTERVAL / 20)
+            places: dict[str, list[int]] = {}
+            for rank in ranks:
+                keys = [key for key in (f"{number} of {rank}", f"last words of {rank}") if store.check([key])]
+                words = store.get(keys[0]).decode() if keys else "MISSING: no answer"
+                places.setdefault(words, []).append(rank)
+        except RuntimeError:
+            report.append(self.unreachable())
+        else:
+            report.append("\n".join(f"  {self._name(some)}: {place}" for place, some in places.items()))
+
+    def unreachable(self) -> str:
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        return f"  MISSING: rank 0 on {self.hosts[0]}, or the way there: no answer from its store at {address}:{port}"
+
+    def _answer(self) -> None:
+        try:
+            store = connect()
+            answered = 0
+            while not self.leaving.wait(INTERVAL):
+                called = store.add("roll calls", 0)
+                for number in range(answered + 1, called + 1):
+                    store.set(f"{number} of {self.rank}", whereabouts())
+                answered = called
+        except RuntimeError:
+            return  # whoever served the store has ended
+
+    def _name(self, ranks: Sequence[int]) -> str:
+        hosts = dict.fromkeys(self.hosts[rank] for rank in ranks)
+        return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} on {', '.join(hosts)}"
+
+
+def _collective(frame: FrameType) -> str | None:
+    """Return the name of the collective that a thread is in."""
+    inside = [f for f in _outwards(frame) if f.f_code.co_filename.startswith(COLLECTIVES)]
+    return str(getattr(inside[-1].f_locals.get("self"), "name", inside[-1].f_code.co_name)) if inside else None
+
+
+def _line(frame: FrameType) -> str:
+    """Return the innermost line that is no library's."""
+    frames = list(_outwards(frame))
+    own = [f for f in frames if not f.f_code.co_filename.startswith(LIBRARIES)]
+    frame = (own or frames)[0]
+    path, number = frame.f_code.co_filename, frame.f_lineno
+    return f"at {path}:{number} in {frame.f_code.co_name}: {linecache.getline(path, number).strip()}"
+
+
+def _outwards(frame: FrameType) -> Iterator[FrameType]:
+    outer: FrameType | None = frame
+    while outer is not None:
+        yield outer
+        outer = outer.f_back
