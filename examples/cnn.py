@@ -1,19 +1,24 @@
 """Train a small residual CNN on scikit-learn's handwritten digits, normalized per rank or over all ranks.
 
-One process, four ranks on Gloo (or NCCL where there is CUDA), four ranks on MPI; the global batch is 16 each time:
+One process, four ranks on Gloo (or NCCL where there is CUDA), four ranks on MPI, four tasks of Slurm's, with a global
+batch of 16 each time:
 
     python examples/cnn.py --norm sync_bn --batch-per-rank 16
     torchrun --nproc-per-node 4 examples/cnn.py --norm sync_bn --batch-per-rank 4
     mpirun -n 4 python examples/cnn.py --norm sync_bn --batch-per-rank 4
+    srun -n 4 python examples/cnn.py --norm sync_bn --batch-per-rank 4
 
 Rank 0 writes a JSON record: the loss of each step over the global batch, the test accuracy, the speed, and what a step
-costs in collectives and bytes.
+costs in collectives and bytes. With --checkpoint FILE it also writes the state of the training from time to time;
+the same command with --resume goes on from there, on any number of ranks with the same global batch.
 """
 
 import argparse
 import functools
 import inspect
+import io
 import json
+import os
 import time
 from pathlib import Path
 
@@ -28,6 +33,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
+from syncnorm.launchers import launched
 from syncnorm.testing import Call, CountingCommunicator
 
 TRAIN_SIZE = 1500  # of 1797; the split is the same in every run
@@ -91,14 +97,6 @@ def batch_of_step(step, global_batch, seed):
     return torch.stack([permutation(seed, p // TRAIN_SIZE)[p % TRAIN_SIZE] for p in positions])
 
 
-def average_gradients(model, group):
-    """Replace every gradient by its mean over the ranks: one all-reduce."""
-    gradients = [p.grad for p in model.parameters()]
-    flat = group.all_reduce(torch.cat([g.flatten() for g in gradients])) / group.size
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
-
-
 def accuracy(model, images, labels):
     """Return the share of images that the model, in eval mode, labels right. No collective."""
     model.eval()
@@ -121,12 +119,19 @@ def arguments():
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate (default: 0.05)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the data")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the record (default: runs/cnn-....json)")
-    return parser.parse_args()
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write the state of the training there")
+    parser.add_argument("--checkpoint-every", type=positive, default=50, metavar="N", help="steps (default: 50)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if it is there")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for a rank that does not come")
+    args = parser.parse_args()
+    if args.resume and args.checkpoint is None:
+        parser.error("--resume needs --checkpoint FILE")
+    return args
 
 
 def main():
     args = arguments()
-    group = syncnorm.init()
+    group = syncnorm.init(timeout=args.timeout)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     (images, labels), test = [[t.to(device) for t in part] for part in digits()]
 
@@ -135,17 +140,22 @@ def main():
     norm_group, gradient_group = CountingCommunicator(group), CountingCommunicator(group)
     if args.norm == "sync_bn":
         model = syncnorm.convert_sync_batchnorm(model, norm_group)
-    net = model  # DDP averages the gradients under torchrun; under mpirun average_gradients does
-    if launcher() == "torchrun":
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
+    global_batch = args.batch_per_rank * group.size
+    training = {"norm": args.norm, "global_batch": global_batch, "lr": args.lr, "seed": args.seed}
+    losses = torch.zeros(args.steps, dtype=torch.float64, device=device)
+    first = 0
+    if args.resume and args.checkpoint.exists():
+        first = load(args.checkpoint, training, model, optimizer, losses)
+    net = model
+    if dist.is_initialized():
         net = DistributedDataParallel(model, **without_buffer_broadcast())
         net.register_comm_hook(gradient_group.calls, counted_all_reduce)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
 
-    global_batch = args.batch_per_rank * group.size
     share = slice(group.rank * args.batch_per_rank, (group.rank + 1) * args.batch_per_rank)
-    losses = torch.zeros(args.steps, dtype=torch.float64, device=device)
+    averaged = first  # losses that are those of the global batch; those after them are this rank's
     steps = track(
-        range(args.steps),
+        range(first, args.steps),
         f"{args.norm}, {group.size} x {args.batch_per_rank} samples",
         console=Console(stderr=True),
         disable=group.rank != 0,
@@ -157,34 +167,43 @@ def main():
         optimizer.zero_grad()
         loss = cross_entropy(net(images[batch]), labels[batch])
         loss.backward()
-        if launcher() == "mpirun":
-            average_gradients(model, gradient_group)
         optimizer.step()
         losses[step] = loss.detach()
+        done = step + 1
+        if done == args.steps or (args.checkpoint and done % args.checkpoint_every == 0):
+            losses[averaged:done] = group.all_reduce(losses[averaged:done].clone()) / group.size
+            averaged = done
+            if args.checkpoint and group.rank == 0:
+                save(args.checkpoint, training, model, optimizer, losses[:done])
     group.barrier()
     seconds = time.perf_counter() - start
 
-    losses = group.all_reduce(losses) / group.size
     if group.rank == 0:
+        trained = args.steps - first
         record = {
             "norm": args.norm,
             "launcher": launcher(),
             "ranks": group.size,
             "batch_per_rank": args.batch_per_rank,
             "steps": args.steps,
+            "resumed_at_step": first,
             "lr": args.lr,
             "seed": args.seed,
             "test_accuracy": accuracy(model, *test),
-            "samples_per_second": args.steps * global_batch / seconds,
+            "samples_per_second": trained * global_batch / seconds,
             "per_step": {
-                "norm": per_step(norm_group.calls, args.steps),
-                "gradients": per_step(gradient_group.calls, args.steps),
+                "norm": per_step(norm_group.calls, trained),
+                "gradients": per_step(gradient_group.calls, trained),
             },
             "torch": torch.__version__,
             "device": str(device),
             "loss": losses.tolist(),
         }
-        write(record, args.out or Path("runs") / default_name(record))
+        path = args.out or Path("runs") / "cnn-{norm}-{launcher}-{ranks}x{batch_per_rank}-seed{seed}.json".format(
+            **record
+        )
+        write(path, json.dumps(record, indent=1).encode())
+        print(f"test accuracy {record['test_accuracy']:.3f}, {record['samples_per_second']:.0f} samples/s -> {path}")
 
 
 def without_buffer_broadcast():
@@ -204,23 +223,48 @@ def per_step(calls, steps):
 
 
 def launcher():
-    """Return what started this process, by what syncnorm.init() made of it."""
-    if not dist.is_initialized():
-        return "alone"
-    return "mpirun" if dist.get_backend() == "mpi4py" else "torchrun"
+    return launched().launcher.replace("none", "alone")
 
 
-def default_name(record):
-    return "cnn-{norm}-{launcher}-{ranks}x{batch_per_rank}-seed{seed}.json".format(**record)
+def save(path, training, model, optimizer, losses):
+    """Write the state of a training after len(losses) steps."""
+    state = {
+        "training": training,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "loss": losses,
+    }
+    memory = io.BytesIO()
+    torch.save(state, memory)
+    write(path, memory.getbuffer())
 
 
-def write(record, path):
-    """Write the record as a whole or not at all."""
+def load(path, training, model, optimizer, losses):
+    """Read the state of a training into model, optimizer and losses; return how many steps it has behind it."""
+    state = torch.load(path, map_location=losses.device, weights_only=True)
+    if state["training"] != training:
+        raise SystemExit(f"expected a checkpoint of {training}, got one of {state['training']}: {path}")
+    steps = len(state["loss"])
+    if steps >= len(losses):
+        raise SystemExit(f"expected a checkpoint of less than {len(losses)} steps, got one of {steps}: {path}")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    losses[:steps] = state["loss"]
+    return steps
+
+
+def write(path, content):
+    """Write a file so that whatever happens meanwhile leaves the old one or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(record, indent=1))
-    unfinished.rename(path)
-    print(f"test accuracy {record['test_accuracy']:.3f}, {record['samples_per_second']:.0f} samples/s -> {path}")
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)  # the new name too
+    os.close(directory)
 
 
 if __name__ == "__main__":

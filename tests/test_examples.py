@@ -69,3 +69,54 @@ def test_cnn_record(train, launcher, ranks):
         "bytes": 0 if alone else sum(8 * (2 * c + 1) + 8 * 2 * c for c in channels),
     }
     assert (record["per_step"]["gradients"]["collectives"] > 0) == (not alone)
+
+
+def train_with_checkpoint(launcher, ranks, directory, steps, *options):
+    """Return the job that trains with a checkpoint in the directory, and its record."""
+    record = directory / "record.json"
+    record.unlink(missing_ok=True)
+    options = ["--checkpoint", directory / "checkpoint", "--checkpoint-every", 2, *options, "--out", record]
+    job = launch(launcher, ranks, CNN, "--batch-per-rank", 8 // ranks, "--steps", steps, *options, NO_COLOR="1")
+    return job, json.loads(record.read_text()) if record.exists() else None
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("alone", 1), ("torchrun", 2), ("mpirun", 2)])
+def test_cnn_resumes_to_the_same_losses(train, launcher, ranks, tmp_path):
+    train_with_checkpoint(launcher, ranks, tmp_path, 5)
+    _, resumed = train_with_checkpoint(launcher, ranks, tmp_path, STEPS, "--resume")
+    assert resumed["resumed_at_step"] == 5
+    assert resumed["loss"] == train("sync_bn", launcher, ranks)["loss"]  # bit for bit
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "record.json"]
+
+
+def test_cnn_resumes_on_another_number_of_ranks(train, tmp_path):
+    train_with_checkpoint("torchrun", 2, tmp_path, 4)
+    _, resumed = train_with_checkpoint("alone", 1, tmp_path, STEPS, "--resume")
+    torch.testing.assert_close(losses(resumed), losses(train("sync_bn", "alone", 1)), rtol=0, atol=1e-5)
+
+
+def test_cnn_starts_anew_where_there_is_no_checkpoint(train, tmp_path):
+    _, record = train_with_checkpoint("alone", 1, tmp_path, STEPS, "--resume")
+    assert record["resumed_at_step"] == 0
+    assert record["loss"] == train("sync_bn", "alone", 1)["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--seed", 1, "--resume"], "'seed': 0"),
+        (["--resume"], "expected a checkpoint of less than 4 steps, got one of 4"),
+    ],
+)
+def test_cnn_refuses_a_checkpoint_that_does_not_fit(options, text, tmp_path):
+    train_with_checkpoint("alone", 1, tmp_path, 4)
+    job, record = train_with_checkpoint("alone", 1, tmp_path, 4, *options)
+    assert job.returncode != 0
+    assert text in job.stderr
+    assert record is None
+
+
+def test_cnn_resume_needs_a_checkpoint():
+    job = launch("alone", 1, CNN, "--resume")
+    assert job.returncode == 2
+    assert "--resume needs --checkpoint FILE" in job.stderr
