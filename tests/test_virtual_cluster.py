@@ -11,48 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from virtual_cluster import CLUSTER, cluster, namespaces, need_namespaces, on_hosts, processes_in
 
-ROOT = Path(__file__).parent.parent
-CLUSTER = ROOT / "launch" / "virtual-cluster"
-CNN = ROOT / "examples" / "cnn.py"
+CNN = Path(__file__).parent.parent / "examples" / "cnn.py"
 
 
 @pytest.fixture(autouse=True)
 def _needs_namespaces():
-    allowed = subprocess.run(["unshare", "--net", "--mount", "--uts", "true"], capture_output=True, check=False)
-    if allowed.returncode != 0:
-        pytest.skip("VIRTUAL HOSTS NOT TESTED: network namespaces need root and its capabilities")
-
-
-def namespaces():
-    names = os.listdir("/run/netns") if Path("/run/netns").exists() else []
-    return {name for name in names if name.startswith("syncnorm-")}
-
-
-def start(hosts, ranks, launcher, *command):
-    program = ["python"] if launcher == "mpirun" else []
-    return subprocess.Popen(
-        [str(CLUSTER), str(hosts), str(ranks), launcher, *program, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def on_hosts(hosts, ranks, launcher, *command):
-    """Run the command to its end and return what it printed; nothing of the cluster is left."""
-    before = namespaces()
-    process = start(hosts, ranks, launcher, *command)
-    try:
-        output, _ = process.communicate(timeout=90)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(20)
-    assert process.returncode == 0, output
-    assert namespaces() == before
-    return output
+    need_namespaces()
 
 
 JOIN = """
@@ -107,24 +73,17 @@ def test_an_interrupted_cluster_leaves_nothing(launcher, tmp_path):
     before = namespaces()
     script = tmp_path / "wait.py"
     script.write_text("import time\nprint('waiting', flush=True)\ntime.sleep(60)\n")
-    process = start(2, 1, launcher, script)
-    assert any("waiting" in line for line in process.stdout)
-    pids = [pid for name in namespaces() - before for pid in pids_in(name)]
-    assert pids
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=20)
+    with cluster(2, 1, launcher, script) as process:
+        assert any("waiting" in line for line in process.stdout)
+        pids = [pid for name in namespaces() - before for pid in processes_in(name)]
+        assert pids
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=20)
     assert process.returncode != 0
-    assert namespaces() == before
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-
-
-def pids_in(namespace):
-    return subprocess.run(
-        ["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True, timeout=10
-    ).stdout.split()
 
 
 def test_usage():
