@@ -157,7 +157,7 @@ def _report_an_exception(rank: int, hosts: list[str]) -> None:
     print_exception = sys.excepthook  # torch.distributed's own
 
     def report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        roll_call.last_words(f"ended with {kind.__name__}: {error}".splitlines()[0])
+        roll_call.last_words(error)
         print_exception(kind, error, traceback)
         print(f"rank {rank} of {len(hosts)} on {hosts[rank]} ended with {kind.__name__}", file=sys.stderr)
         if isinstance(error, RuntimeError) and not isinstance(error, DesyncError) and roll_call.tells_of_peers(error):

@@ -7,6 +7,7 @@ error have left their last words. Whoever says nothing was killed or cut off.
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import os
 import sys
@@ -62,10 +63,10 @@ def take(ranks: Iterable[int]) -> str:
     return report[0] if report else _attendance.unreachable()
 
 
-def last_words(text: str) -> None:
-    """Leave what other ranks are told of this one when it does not answer any more."""
+def last_words(error: BaseException) -> None:
+    """Leave what the other ranks are told of this one from now on: the error that ends it."""
     if _attendance is not None:
-        saying = threading.Thread(target=_attendance.say, args=(text,), daemon=True)
+        saying = threading.Thread(target=_attendance.end, args=(error,), daemon=True)
         saying.start()
         saying.join(INTERVAL)
 
@@ -96,6 +97,8 @@ class _Attendance:
     def __init__(self, rank: int, hosts: Sequence[str]):
         self.rank = rank
         self.hosts = hosts
+        self.words = ""  # where a collective failed, or what ended this rank
+        self.ended = False
         self.leaving = threading.Event()
         self.thread = threading.Thread(target=self._answer, name="syncnorm roll call", daemon=True)
         self.thread.start()
@@ -104,14 +107,20 @@ class _Attendance:
         self.leaving.set()
         self.thread.join(INTERVAL)
 
-    def say(self, text: str) -> None:
-        connect().set(f"last words of {self.rank}", text)
+    def end(self, error: BaseException) -> None:
+        """Answer with the error, or with the place of the collective that failed."""
+        if not isinstance(error, DesyncError):
+            self.words = f"ended with {type(error).__name__}: {error}".splitlines()[0]
+        self.ended = True
+        with contextlib.suppress(RuntimeError):  # whoever served the store has ended
+            connect().set(f"last words of {self.rank}", self.words)
 
     def call(self, ranks: list[int], here: str, report: list[str]) -> None:
         """Call the roll and append what came: where each rank is, this one `here`."""
         try:
+            self.words = here
             store = connect()
-            store.set(f"last words of {self.rank}", f"failed {here}")
+            store.set(f"last words of {self.rank}", here)
             number = store.add("roll calls", 1)
             store.set(f"{number} of {self.rank}", here)
             deadline = time.monotonic() + PATIENCE
@@ -128,20 +137,19 @@ class _Attendance:
             report.append("\n".join(f"  {self._name(some)}: {place}" for place, some in places.items()))
 
     def unreachable(self) -> str:
-        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-        return f"  MISSING: rank 0 on {self.hosts[0]}, or the way there: no answer from its store at {address}:{port}"
+        there = [rank for rank, host in enumerate(self.hosts) if host == self.hosts[0]]
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        return f"  MISSING: {self._name(there)}, or the way there: no answer from the job's store at {where}"
 
     def _answer(self) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):
             store = connect()
             answered = 0
             while not self.leaving.wait(INTERVAL):
                 called = store.add("roll calls", 0)
                 for number in range(answered + 1, called + 1):
-                    store.set(f"{number} of {self.rank}", whereabouts())
+                    store.set(f"{number} of {self.rank}", self.words if self.ended else whereabouts())
                 answered = called
-        except RuntimeError:
-            return  # whoever served the store has ended
 
     def _name(self, ranks: Sequence[int]) -> str:
         hosts = dict.fromkeys(self.hosts[rank] for rank in ranks)

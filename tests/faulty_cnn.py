@@ -1,0 +1,63 @@
+"""examples/cnn.py with a fault: `faulty_cnn.py FAULT RANK DIRECTORY` and the arguments of the example.
+
+At its fifth step the rank is killed in forward or in backward, raises, or stalls; "slow" slows every rank down from
+there and tells, for who cuts the network. Each rank that ends with an exception leaves its text in the directory.
+"""
+
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+from torch import nn
+
+import syncnorm
+
+STEP = 5
+CNN = Path(__file__).parent.parent / "examples" / "cnn.py"
+
+fault, rank, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+sys.argv = [str(CNN), *sys.argv[4:]]
+forwards = 0
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before_forward(module, _):
+    """Break the second layer of the fifth step."""
+    global forwards
+    if not isinstance(module, syncnorm.SyncBatchNorm):
+        return
+    forwards += module.num_features == 64  # there are three of them in a step
+    if forwards <= 3 * STEP:
+        return
+    if fault == "slow" and forwards % 3 == 0:
+        if forwards == 3 * STEP + 3:
+            print("training", flush=True)
+        time.sleep(0.3)
+    if syncnorm.communicator().rank != rank:
+        return
+    if fault == "killed in forward":
+        die()
+    if fault == "raises":
+        raise ValueError("this rank has had enough")
+    if fault == "stalls":
+        time.sleep(60)
+
+
+def after_forward(module, _, output):
+    if fault == "killed in backward" and forwards > 3 * STEP and syncnorm.communicator().rank == rank:
+        output.register_hook(die)
+
+
+nn.modules.module.register_module_forward_pre_hook(before_forward)
+nn.modules.module.register_module_forward_hook(after_forward)
+try:
+    runpy.run_path(str(CNN), run_name="__main__")
+except Exception as error:
+    (directory / f"rank{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}")
+    raise
