@@ -179,6 +179,7 @@ def _abort_on_an_exception(world: MpiCommunicator) -> None:
     def abort(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         report(kind, error, traceback)
         print("aborting the MPI job", file=sys.stderr, flush=True)
+        time.sleep(0.2)  # MPICH's mpiexec does not read to the end what was printed just before
         world.comm.Abort(1)
 
     sys.excepthook = abort

@@ -83,8 +83,8 @@ def _mpi() -> str:
         return f"mpi4py finds none: {error}"
     from .communicators.messages import cuda_aware
 
-    library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0 ")
-    return f"{library}, {'CUDA-aware' if cuda_aware() else 'not CUDA-aware'}"
+    library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0")
+    return f"{' '.join(library.split())}, {'CUDA-aware' if cuda_aware() else 'not CUDA-aware'}"
 
 
 def _kernels(device: str) -> str:

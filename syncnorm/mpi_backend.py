@@ -291,9 +291,10 @@ class MpiProcessGroup(dist.ProcessGroup):
         return self.comm.Iallgatherv(message(staged), gathered.message), lambda: (staged, gathered.write_back())
 
     def _all_gather_single(self, output: Tensor, tensor: Tensor) -> Started:
-        staged, gathered = stage(tensor), stage(output)
-        request = self.comm.Iallgather(message(staged), message(gathered))
-        return request, lambda: (staged, write_back(output, gathered))
+        gathered = stage(output)
+        own = gathered.flatten().chunk(self.size())[self.rank()]  # fully_shard has it there, and MPI forbids aliases
+        stage(write_back(own, tensor.reshape(own.shape)))  # on a GPU, MPI waits for the copy
+        return self.comm.Iallgather(MPI.IN_PLACE, message(gathered)), lambda: write_back(output, gathered)
 
     def _gather(self, outputs: Sequence[Tensor], tensor: Tensor, root: int) -> Started:
         staged = stage(tensor)

@@ -32,7 +32,9 @@ PRELOADED = [  # what every rank would import: torch with us, what its backward 
     "torch.fx.experimental.symbolic_shapes",
     *({"pytest"} & sys.modules.keys()),
 ]
-MPIRUN_ENVIRONMENT = {  # as root, and with more ranks than cores, on Open MPI 4 and 5
+MPIRUN_ENVIRONMENT = {  # as root, and with more ranks than cores, on Open MPI 4 and 5 and on Intel MPI
+    "I_MPI_PIN": "0",
+    "I_MPI_WAIT_MODE": "1",
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "OMPI_MCA_rmaps_base_oversubscribe": "1",
@@ -145,7 +147,7 @@ class _Mpirun:
         self.output = (directory / "output").open("w+")
         self.process = subprocess.Popen(
             [mpirun, "-n", str(world_size), sys.executable, "-c", MPI_RANK, str(directory)],
-            env=mpirun_environment(),
+            env=mpirun_environment() | {"PATH": path},  # Intel's mpirun looks for its mpiexec there
             cwd=Path(__file__).parent.parent,
             stdout=self.output,
             stderr=subprocess.STDOUT,
@@ -181,7 +183,10 @@ def _start(directory: Path, world_size: int, backend: str) -> list[_Process]:
 
 def mpirun_environment() -> dict[str, str]:
     """Return this process's environment for an mpirun: as root, with more ranks than cores, inside another mpirun."""
-    of_another_job = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "TORCHELASTIC_", *RENDEZVOUS)
+    of_another_job = (
+        *("OMPI_", "PMIX_", "PRTE_", "PMI_", "MPI_LOCAL", "HYDI_", "HYDRA_"),
+        *("TORCHELASTIC_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *RENDEZVOUS),
+    )
     return {k: v for k, v in os.environ.items() if not k.startswith(of_another_job)} | MPIRUN_ENVIRONMENT
 
 

@@ -10,11 +10,20 @@ from typing import NamedTuple
 
 from syncnorm.testing import mpirun_environment
 
+ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+ENVIRONMENTS = {library: ROOT / f".venv-{library}" for library in ("mpich", "impi-rt")}  # made by test_mpich.py
+
+
+def _mpiexec(bin):
+    return lambda ranks: [str(bin / "mpiexec"), "-n", str(ranks), str(bin / "python")]
+
+
 COMMANDS = {
     "alone": lambda ranks: [sys.executable],
     "torchrun": lambda ranks: [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks)],
     "mpirun": lambda ranks: [str(BIN / "mpirun"), "-n", str(ranks), sys.executable],
+    **{library: _mpiexec(directory / "bin") for library, directory in ENVIRONMENTS.items()},
 }
 
 

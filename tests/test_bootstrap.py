@@ -114,11 +114,12 @@ def test_a_timeout_ends_the_wait_for_a_rank_that_stays_away(script, launcher):
 
 
 INIT = """
-    import syncnorm
+    import sys, syncnorm
     try:
-        print(syncnorm.init({backend!r}))
+        outcome = syncnorm.init({backend!r})
     except (RuntimeError, ValueError) as error:
-        print(type(error).__name__, error)
+        outcome = f"{{type(error).__name__}} {{error}}"
+    sys.stdout.write(f"{{outcome}}\\n")
 """
 
 

@@ -199,6 +199,15 @@ def test_single_tensor_forms(rank, size):
     assert scattered.tolist() == [size * 2 * rank, size * (2 * rank + 1)]
 
 
+def test_gathering_a_part_of_the_output(rank, size):
+    output = torch.zeros(2 * size)
+    own = output.split(2)[rank].fill_(rank)  # as fully_shard does
+    dist.all_gather_into_tensor(output, own)
+    assert output.tolist() == [r for r in range(size) for _ in range(2)]
+    dist.all_gather_into_tensor(output, output.split(2)[rank - 1])
+    assert output.tolist() == [(r - 1) % size for r in range(size) for _ in range(2)]
+
+
 def test_uneven_lists(rank, size):
     gathered = [torch.empty(r) for r in range(size)]
     dist.all_gather(gathered, torch.full((rank,), float(rank)))
@@ -303,8 +312,9 @@ def test_functional_collectives(rank, size):
     exchanged = functional.all_to_all_single(torch.arange(float(size)) + 10 * rank, None, None, world) + 0
     assert exchanged.tolist() == [10 * r + rank for r in range(size)]
     assert torch.equal(functional.broadcast(filled(rank), 0, world) + 0, filled(0))
-    both = functional.all_reduce_coalesced([filled(1), filled(2)], "sum", world)
-    assert torch.equal(both[1] + 0, filled(2 * size))
+    one, two = (t + 0 for t in functional.all_reduce_coalesced([filled(1), filled(2)], "sum", world))
+    assert torch.equal(one, filled(size))
+    assert torch.equal(two, filled(2 * size))
 
 
 def test_coalescing(rank, size):
