@@ -161,7 +161,7 @@ def _report_an_exception(rank: int, hosts: list[str]) -> None:
         print_exception(kind, error, traceback)
         print(f"rank {rank} of {len(hosts)} on {hosts[rank]} ended with {kind.__name__}", file=sys.stderr)
         if isinstance(error, RuntimeError) and not isinstance(error, DesyncError) and roll_call.tells_of_peers(error):
-            print(roll_call.take(range(len(hosts))), file=sys.stderr)
+            print(roll_call.take(range(len(hosts)), roll_call.whereabouts_of(error)), file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         if isinstance(error, RuntimeError) and roll_call.tells_of_peers(error):

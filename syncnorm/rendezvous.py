@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from torch._C._distributed_c10d import Store
 
-__all__ = ["connect", "meet", "tell_alone", "tell_by_slurm", "tell_over_mpi"]
+__all__ = ["connect", "meet", "serves_the_store", "tell_alone", "tell_by_slurm", "tell_over_mpi"]
 
 PATIENCE = timedelta(minutes=5)  # for ranks to start; the timeout of collectives counts from then on
 SIOCGIFADDR = 0x8915  # Linux's request for the address of an interface
@@ -97,7 +97,7 @@ def meet(note: dict[str, Any]) -> tuple[Store, list[dict[str, Any]]]:
     told = os.environ
     rank, size = int(told["RANK"]), int(told["WORLD_SIZE"])
     where = told["MASTER_ADDR"], int(told["MASTER_PORT"])
-    serves = rank == 0 and told.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves = rank == 0 and serves_the_store() and not _served
     store: Store = dist.TCPStore(  # type: ignore[attr-defined]
         *where, size, serves, PATIENCE, wait_for_workers=False, multi_tenant=True
     )
@@ -112,6 +112,11 @@ def meet(note: dict[str, Any]) -> tuple[Store, list[dict[str, Any]]]:
             f"expected {size} ranks to join within {PATIENCE.total_seconds():g} s, missing: {', '.join(missing)}"
         ) from None
     return store, [json.loads(word) for word in words.multi_get(notes)]
+
+
+def serves_the_store() -> bool:
+    """Return whether the job's store is a rank's, the first one's, and not a launcher's."""
+    return bool(_served) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def connect(timeout: timedelta = timedelta(seconds=2)) -> Store:

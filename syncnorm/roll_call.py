@@ -14,7 +14,8 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -23,9 +24,9 @@ import torch
 import torch.distributed as dist
 
 from .errors import DesyncError
-from .rendezvous import connect
+from .rendezvous import connect, serves_the_store
 
-__all__ = ["attend", "last_words", "leave", "raise_desync", "take", "tells_of_peers", "whereabouts"]
+__all__ = ["attend", "last_words", "leave", "raise_desync", "take", "tells_of_peers", "whereabouts", "whereabouts_of"]
 
 INTERVAL = 1.0  # seconds between two looks into the store
 PATIENCE = 2.5  # seconds for all answers to come
@@ -52,12 +53,17 @@ def leave() -> None:
     _attendance = None
 
 
-def take(ranks: Iterable[int]) -> str:
-    """Return where these ranks of the job are, a line for each place; "" in a job without roll calls."""
+def take(ranks: Iterable[int], here: str | None = None) -> str:
+    """Return where these ranks of the job are, a line for each place; "" in a job without roll calls.
+
+    Args:
+        ranks: of the job.
+        here: where this one is; None: where it is now.
+    """
     if _attendance is None:
         return ""
     report: list[str] = []
-    asking = threading.Thread(target=_attendance.call, args=(list(ranks), whereabouts(), report), daemon=True)
+    asking = threading.Thread(target=_attendance.call, args=(list(ranks), here or whereabouts(), report), daemon=True)
     asking.start()
     asking.join(2 * PATIENCE)  # the network may be gone
     return report[0] if report else _attendance.unreachable()
@@ -86,9 +92,15 @@ def raise_desync(error: Exception, what: str, ranks: Iterable[int]) -> NoReturn:
 def whereabouts() -> str:
     """Return where this process is: the collective, if it is in one, and the line of the program."""
     frames = sys._current_frames()
-    collectives = [name for name in map(_collective, frames.values()) if name]
-    line = _line(frames[threading.main_thread().ident or 0])
-    return f"in {collectives[0]}, {line}" if collectives else f"in no collective, {line}"
+    stacks = {thread: list(traceback.walk_stack(frame)) for thread, frame in frames.items()}
+    main = stacks.pop(threading.main_thread().ident or 0)
+    return _describe(main, [main, *stacks.values()])
+
+
+def whereabouts_of(error: BaseException) -> str:
+    """Return where the program was when it raised the error."""
+    stack = list(traceback.walk_tb(error.__traceback__))[::-1]
+    return _describe(stack, [stack])
 
 
 class _Attendance:
@@ -104,8 +116,16 @@ class _Attendance:
         self.thread.start()
 
     def leave(self) -> None:
+        """Answer no more. The rank that serves the store lets the others leave it first."""
         self.leaving.set()
         self.thread.join(INTERVAL)
+        if self.rank == 0 and serves_the_store():
+            with contextlib.suppress(RuntimeError):
+                store = connect()
+                store.set("closing", "")
+                deadline = time.monotonic() + 2 * INTERVAL
+                while store.add("left", 0) < len(self.hosts) and time.monotonic() < deadline:
+                    time.sleep(INTERVAL / 100)
 
     def end(self, error: BaseException) -> None:
         """Answer with the error, or with the place of the collective that failed."""
@@ -142,37 +162,35 @@ class _Attendance:
         return f"  MISSING: {self._name(there)}, or the way there: no answer from the job's store at {where}"
 
     def _answer(self) -> None:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):  # whoever served the store has ended
             store = connect()
             answered = 0
-            while not self.leaving.wait(INTERVAL):
+            while not self.leaving.wait(INTERVAL) and not store.check(["closing"]):
                 called = store.add("roll calls", 0)
                 for number in range(answered + 1, called + 1):
                     store.set(f"{number} of {self.rank}", self.words if self.ended else whereabouts())
                 answered = called
+            store.add("left", 1)
 
     def _name(self, ranks: Sequence[int]) -> str:
         hosts = dict.fromkeys(self.hosts[rank] for rank in ranks)
         return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} on {', '.join(hosts)}"
 
 
-def _collective(frame: FrameType) -> str | None:
-    """Return the name of the collective that a thread is in."""
-    inside = [f for f in _outwards(frame) if f.f_code.co_filename.startswith(COLLECTIVES)]
+Stack = list[tuple[FrameType, int]]  # frames and the numbers of their lines, the innermost first
+
+
+def _describe(stack: Stack, stacks: list[Stack]) -> str:
+    """Return the first collective that there is on the stacks, and the innermost line of one that is no library's."""
+    collectives = [name for name in map(_collective, stacks) if name]
+    own = [item for item in stack if not item[0].f_code.co_filename.startswith(LIBRARIES)]
+    frame, number = (own or stack)[0]
+    path, function = frame.f_code.co_filename, frame.f_code.co_name
+    line = f"at {path}:{number} in {function}: {linecache.getline(path, number).strip()}"
+    return f"in {collectives[0] if collectives else 'no collective'}, {line}"
+
+
+def _collective(stack: Stack) -> str | None:
+    """Return the name of the outermost collective on a stack."""
+    inside = [frame for frame, _ in stack if frame.f_code.co_filename.startswith(COLLECTIVES)]
     return str(getattr(inside[-1].f_locals.get("self"), "name", inside[-1].f_code.co_name)) if inside else None
-
-
-def _line(frame: FrameType) -> str:
-    """Return the innermost line that is no library's."""
-    frames = list(_outwards(frame))
-    own = [f for f in frames if not f.f_code.co_filename.startswith(LIBRARIES)]
-    frame = (own or frames)[0]
-    path, number = frame.f_code.co_filename, frame.f_lineno
-    return f"at {path}:{number} in {frame.f_code.co_name}: {linecache.getline(path, number).strip()}"
-
-
-def _outwards(frame: FrameType) -> Iterator[FrameType]:
-    outer: FrameType | None = frame
-    while outer is not None:
-        yield outer
-        outer = outer.f_back
