@@ -48,3 +48,14 @@ def test_a_tool_that_is_not_there(capsys):
     with pytest.raises(SystemExit):
         main(["nothing"])
     assert "invalid choice: 'nothing'" in capsys.readouterr().err
+
+
+def test_benchmarks_have_names(capsys):
+    from syncnorm.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["bench"])
+    assert "required: NAME" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "nothing"])
+    assert "invalid choice: 'nothing' (choose from" in capsys.readouterr().err

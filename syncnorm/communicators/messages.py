@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .library import MPI
 
-__all__ = ["arithmetic", "cuda_aware", "message", "stage", "wait_until"]
+__all__ = ["ARITHMETIC", "arithmetic", "cuda_aware", "memory_at", "message", "stage", "wait_until"]
 
 ARITHMETIC = {
     torch.float64: MPI.DOUBLE,
@@ -44,6 +44,7 @@ REPLACED = {  # what MPI has no type for -> what it is computed in
     torch.complex32: torch.complex64,
 }
 TRANSPORT = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}  # by item size
+memory_at = MPI.buffer.fromaddress  # refers to memory, does not keep it alive
 _ABANDONED: list[Any] = []  # what was not waited for to the end
 
 
@@ -57,8 +58,9 @@ def arithmetic(dtype: torch.dtype) -> tuple[torch.dtype, MPI.Datatype]:
 
 def message(tensor: Tensor, datatype: MPI.Datatype | None = None) -> list[Any]:
     """Return contiguous memory as mpi4py takes it. Without a datatype its elements are moved, not computed with."""
-    size = tensor.element_size()
-    return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.numel() * size), datatype or TRANSPORT[size]]
+    if datatype is None:
+        datatype = TRANSPORT[tensor.element_size()]
+    return [memory_at(tensor.data_ptr(), tensor.nbytes), datatype]
 
 
 def stage(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

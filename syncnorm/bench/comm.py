@@ -1,0 +1,167 @@
+"""`python -m syncnorm bench comm`: all-reduces by syncnorm against bare ones on the same memory.
+
+Under mpirun the bare one is mpi4py's `Allreduce`, else torch.distributed's on Gloo. Messages are what a SyncBatchNorm
+of C channels sends in forward, 2C + 1 float64, and one gradient bucket of DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import bootstrap, info
+from ..communicators import Communicator, communicator
+from . import report
+from .timing import FULL, QUICK, Candidates, Effort, Timing, interleave
+
+__all__ = ["MESSAGES", "Message", "Row", "Target", "check", "main", "measure"]
+
+COMMUNICATOR = "Communicator"
+MPI4PY = "torch on mpi4py"  # torch.distributed
+GLOO = "torch on gloo"
+NOISY = 1.5  # where the quartiles are this factor apart, the machine had other things to do
+COLUMNS = ("message", "all-reduce by", "median µs", "quartiles", "x raw", "µs over raw", "target", "")
+
+
+class Target(NamedTuple):
+    """What a path to MPI may cost over the raw call: a factor (`ratio`) or a time (`extra_us`)."""
+
+    quantity: str
+    limit: float
+
+    def __str__(self) -> str:
+        return f"<= {self.limit:g} x raw" if self.quantity == "ratio" else f"<= raw + {self.limit:g} µs"
+
+
+class Message(NamedTuple):
+    """What is summed, and the targets of the paths to MPI."""
+
+    name: str
+    elements: int
+    dtype: torch.dtype
+    targets: dict[str, Target]
+
+
+STATISTICS = {COMMUNICATOR: Target("ratio", 1.3), MPI4PY: Target("extra_us", 25)}
+MESSAGES = [
+    *(Message(f"C = {c}", 2 * c + 1, torch.float64, STATISTICS) for c in (64, 256, 1024, 2048)),
+    Message("25 MB bucket", 25 * 2**20 // 4, torch.float32, {MPI4PY: Target("ratio", 1.2)}),
+]
+
+
+class Row(NamedTuple):
+    """One path's time for one message, beside that of the raw call."""
+
+    message: Message
+    path: str
+    timing: Timing
+    raw: Timing
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the row as it is written to JSON."""
+        median, low, high = (1e6 * seconds for seconds in self.timing)
+        over = {"ratio": self.timing.median / self.raw.median, "extra_us": median - 1e6 * self.raw.median}
+        target = self.message.targets.get(self.path)
+        return {
+            "message": self.message.name,
+            "elements": self.message.elements,
+            "dtype": str(self.message.dtype).removeprefix("torch."),
+            "path": self.path,
+            "median_us": median,
+            "quartiles_us": [low, high],
+            **over,
+            "target": target and target._asdict(),
+            "met": target and over[target.quantity] <= target.limit,
+            "noisy": max(self.timing.high / self.timing.low, self.raw.high / self.raw.low) > NOISY,
+        }
+
+    def cells(self) -> list[str]:
+        """Return the row as it is printed."""
+        n = self.numbers()
+        low, high = n["quartiles_us"]
+        target = self.message.targets.get(self.path)
+        return [
+            n["message"],
+            n["path"],
+            _digits(n["median_us"]),
+            f"{_digits(low)} to {_digits(high)}",
+            f"{n['ratio']:.2f}",
+            _digits(n["extra_us"]),
+            str(target or ""),
+            {None: "", True: "met", False: "MISSED"}[n["met"]] + ", noisy" * n["noisy"] * (target is not None),
+        ]
+
+
+def main(path: Path | None = None, quick: bool = False) -> None:
+    """Join the job, measure, and print on rank 0; write all numbers to `path`. Collective on all ranks of the job.
+
+    Raises:
+        RuntimeError: this process is alone.
+    """
+    group = bootstrap.init()
+    if group.size == 1:
+        raise RuntimeError(
+            "expected a group of several ranks, got this process alone: mpirun -n 2 python -m syncnorm bench comm"
+        )
+    sections = list(measure(group, QUICK if quick else FULL))
+    job = info.job()
+    if group.rank == 0:
+        facts = report.header(job)
+        title = f"all-reduce on {group.size} ranks, of whom the slowest counts"
+        report.show(facts, title, COLUMNS, [[row.cells() for row in rows] for rows in sections])
+        if path is not None:
+            report.save(path, facts, [row.numbers() for rows in sections for row in rows])
+
+
+def measure(group: Communicator, effort: Effort) -> Iterator[list[Row]]:
+    """Time every message on every path; yield the rows of each message. Collective on all ranks of the job."""
+    gloo = dist.new_group(backend="gloo")
+    for message in MESSAGES:
+        tensor = torch.empty(message.elements, dtype=message.dtype)  # one memory for all paths
+        timings: dict[str, Timing] = {}
+        for candidates in paths(tensor, group, gloo):
+            for name, run in candidates.items():
+                check(name, run, tensor, group.size)
+            tensor.zero_()  # whose sums stay finite
+            timings |= interleave(candidates, group, effort)
+        raw = next(iter(timings.values()))
+        yield [Row(message, name, timing, raw) for name, timing in timings.items()]
+
+
+def check(name: str, run: Callable[[], object], tensor: Tensor, size: int) -> None:
+    """Raise RuntimeError if `run` does not sum the tensor over `size` ranks: a benchmark of something else is none."""
+    tensor.fill_(1)
+    run()
+    if not torch.equal(tensor, torch.full_like(tensor, size)):
+        raise RuntimeError(f"expected {name} to sum ones over {size} ranks, got {tensor}")
+
+
+def paths(tensor: Tensor, group: Communicator, gloo: dist.ProcessGroup) -> list[Candidates]:
+    """Return the ways to sum the tensor's memory over the ranks, by name: those that take turns in one mapping.
+
+    The first is the raw one. Gloo takes no turns with MPI, which is slower after it, since Gloo's ranks sleep.
+    """
+    over_gloo = {GLOO: lambda: dist.all_reduce(tensor, group=gloo)}
+    if dist.get_backend() != "mpi4py":
+        own = communicator(gloo)
+        return [{**over_gloo, COMMUNICATOR: lambda: own.all_reduce(tensor)}]
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    # The quickest spelling: mpi4py need not look for the datatype, and the list is made once.
+    memory = [tensor.numpy(), {torch.float64: MPI.DOUBLE, torch.float32: MPI.FLOAT}[tensor.dtype]]
+    over_mpi = {
+        "raw mpi4py": lambda: world.Allreduce(MPI.IN_PLACE, memory),
+        COMMUNICATOR: lambda: group.all_reduce(tensor),
+        MPI4PY: lambda: dist.all_reduce(tensor),
+    }
+    return [over_mpi, over_gloo]
+
+
+def _digits(micros: float) -> str:
+    return f"{micros:,.0f}" if abs(micros) >= 100 else f"{micros:.2f}"
