@@ -18,7 +18,7 @@ import torch.distributed as dist
 from . import communicators, rendezvous, roll_call
 from .communicators import Communicator
 from .errors import DesyncError
-from .launchers import launched
+from .launchers import launched, refuse_to_be_alone
 
 if TYPE_CHECKING:
     from .communicators.mpi import MpiCommunicator
@@ -90,6 +90,8 @@ def _join_over_mpi(backend: str, timeout: timedelta | None) -> None:
     from .communicators.mpi import MpiCommunicator
 
     world = MpiCommunicator(MPI.COMM_WORLD, timeout)
+    if world.size == 1:
+        refuse_to_be_alone("MPI")
     if dist.is_available():
         rendezvous.tell_over_mpi(world.comm)
         _make_default_group(backend, timeout)
@@ -127,7 +129,7 @@ def _make_default_group(backend: str, timeout: timedelta | None) -> None:
     rank = int(os.environ["RANK"])
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=len(ranks), device_id=device)
     atexit.register(_destroy_process_group)
-    if len(ranks) > 1:
+    if len(ranks) > 1 and not roll_call.is_attended():  # as after a group that was destroyed
         _report_an_exception(rank, [other["host"] for other in ranks])
 
 

@@ -38,10 +38,10 @@ def tell_over_mpi(world: MPI.Comm) -> None:
     """
     from .communicators.library import MPI
 
-    if world.size == 1:
-        refuse_to_be_alone("MPI")
     if os.environ.keys() >= {*RENDEZVOUS}:
         return
+    if world.size == 1:
+        refuse_to_be_alone("MPI")
     host = world.Split_type(MPI.COMM_TYPE_SHARED)
     where = None
     if world.rank == 0:

@@ -26,7 +26,17 @@ import torch.distributed as dist
 from .errors import DesyncError
 from .rendezvous import connect, serves_the_store
 
-__all__ = ["attend", "last_words", "leave", "raise_desync", "take", "tells_of_peers", "whereabouts", "whereabouts_of"]
+__all__ = [
+    "attend",
+    "is_attended",
+    "last_words",
+    "leave",
+    "raise_desync",
+    "take",
+    "tells_of_peers",
+    "whereabouts",
+    "whereabouts_of",
+]
 
 INTERVAL = 1.0  # seconds between two looks into the store
 PATIENCE = 2.5  # seconds for all answers to come
@@ -43,6 +53,11 @@ def attend(rank: int, hosts: Sequence[str]) -> None:
     """Answer roll calls from now on, as `rank` of a job whose ranks are on these hosts."""
     global _attendance
     _attendance = _Attendance(rank, hosts)
+
+
+def is_attended() -> bool:
+    """Return whether this rank answers roll calls."""
+    return _attendance is not None
 
 
 def leave() -> None:

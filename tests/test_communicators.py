@@ -72,6 +72,23 @@ class Contract:
         assert torch.equal(mine, contribution(0, (2, 3), torch.float16, "cpu"))
 
     @staticmethod
+    def conjugates_and_negatives_move_as_the_numbers_they_are(group):
+        ours = [torch.tensor([complex(r, r + 1)], dtype=torch.complex64) for r in range(group.size)]
+        conjugate = ours[group.rank].conj()
+        assert conjugate.is_conj()
+        assert conjugate.imag.is_neg()
+        for mine, expected in [
+            (conjugate, [z.conj().resolve_conj() for z in ours]),
+            (conjugate.imag, [-z.imag for z in ours]),
+        ]:
+            assert all(map(torch.equal, group.all_gather(mine), expected))
+            assert torch.equal(group.broadcast(mine.clone()), expected[0])
+            assert torch.equal(group.all_reduce(mine.clone()), sum(expected))
+        total = sum(z.conj() for z in ours)
+        assert torch.equal(group.all_reduce(conjugate), total)
+        assert torch.equal(ours[group.rank], total.conj())  # it was written in place
+
+    @staticmethod
     def tensors_that_require_grad_are_written_in_place(group):
         mine = torch.ones(3, requires_grad=True)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_readme import EXAMPLES
 from virtual_cluster import CLUSTER, cluster, namespaces, need_namespaces, on_hosts, processes_in
 
 CNN = Path(__file__).parent.parent / "examples" / "cnn.py"
@@ -66,6 +68,18 @@ def test_the_cnn_trains_on_several_hosts_as_alone(launcher, hosts, tmp_path, los
     on_hosts(hosts, 2, launcher, CNN, "--batch-per-rank", 12 // (2 * hosts), "--steps", 5, "--out", record)
     losses = torch.tensor(json.loads(record.read_text())["loss"])
     torch.testing.assert_close(losses, losses_alone, rtol=0, atol=1e-5)
+
+
+def test_a_script_for_torchrun_runs_unchanged_under_mpirun(tmp_path):
+    """The README's, with DistributedDataParallel."""
+    script = tmp_path / "train.py"
+    script.write_text(EXAMPLES["torchrun"])
+    means = {}
+    for launcher in ("torchrun", "mpirun"):
+        output = on_hosts(2, 2, launcher, script)
+        means[launcher] = re.findall(r"rank \d of 4: (tensor\(.*?\))", output, re.DOTALL)
+        assert len(means[launcher]) == 4
+        assert len(set(means[launcher])) == 1  # the same statistics everywhere
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])

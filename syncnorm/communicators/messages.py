@@ -66,6 +66,7 @@ def message(tensor: Tensor, datatype: MPI.Datatype | None = None) -> list[Any]:
 def stage(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return contiguous memory that MPI can read and write: the tensor's own wherever that is possible."""
     dtype = dtype or tensor.dtype
+    tensor = tensor.resolve_conj().resolve_neg()  # views whose memory is another number
     if tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous():
         return tensor
     tensor = tensor.detach()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..roll_call import raise_desync
-from .staging import write_back
+from .staging import dense, write_back
 
 __all__ = ["ProcessGroupCommunicator"]
 
@@ -39,24 +39,24 @@ class ProcessGroupCommunicator:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks in place: one `dist.all_reduce`."""
-        dense = tensor.contiguous()
+        message = dense(tensor)
         with self._explained("all_reduce"):
-            dist.all_reduce(dense, group=self.group)
-        return write_back(tensor, dense)
+            dist.all_reduce(message, group=self.group)
+        return write_back(tensor, message)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Replace `tensor` by that of `root` (a rank of this group) in place: one `dist.broadcast`."""
-        dense = tensor.contiguous()
+        message = dense(tensor)
         with self._explained("broadcast"):
-            dist.broadcast(dense, group=self.group, group_src=root)
-        return write_back(tensor, dense)
+            dist.broadcast(message, group=self.group, group_src=root)
+        return write_back(tensor, message)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks: one `dist.all_gather`."""
-        dense = tensor.detach().contiguous()
-        gathered = [torch.empty_like(dense) for _ in range(self.size)]
+        message = dense(tensor)
+        gathered = [torch.empty_like(message) for _ in range(self.size)]
         with self._explained("all_gather"):
-            dist.all_gather(gathered, dense, group=self.group)
+            dist.all_gather(gathered, message, group=self.group)
         return gathered
 
     def all_gather_object(self, obj: Any) -> list[Any]:
