@@ -5,7 +5,7 @@ from .bootstrap import init
 from .communicators import Communicator, communicator
 from .convert import convert_sync_batchnorm, register_conversion, revert_sync_batchnorm
 from .errors import DesyncError, SyncNormError
-from .modules import LazySyncBatchNorm, SyncBatchNorm
+from .modules import GroupNorm, LayerNorm, LazySyncBatchNorm, RMSNorm, SyncBatchNorm
 from .subgroups import new_subgroups
 
 __version__ = "0.1.0"
@@ -13,7 +13,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Communicator",
     "DesyncError",
+    "GroupNorm",
+    "LayerNorm",
     "LazySyncBatchNorm",
+    "RMSNorm",
     "SyncBatchNorm",
     "SyncNormError",
     "communicator",

@@ -1,19 +1,26 @@
-"""Synchronized BatchNorm as a function: the place where the flow is read.
+"""The norms as functions: the place where the flow is read.
 
-Shapes: input (N, C, *) with any number of trailing axes; everything per channel (C,).
+All of them take moments over some axes, combine them over the ranks that share these axes, and apply one affine map.
+`sync_batch_norm` shares the batch, which every data-parallel rank does. `layer_norm`, `rms_norm` and `group_norm` share
+nothing between ranks, and call torch's own functions, unless their axes are split: features under tensor parallelism,
+space or the channels of a group. Then they view their input as (1, rows, values) and go the same way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from . import running, validate
-from .communicators import LocalCommunicator, ProcessGroupLike, communicator
+from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
 from .launchers import warn_if_alone_in_a_larger_job
-from .moments import Moments, count_per_channel
+from .moments import Moments, MomentsAboutZero, count_per_channel
 from .normalize import normalize, normalize_by_constants
 
-__all__ = ["sync_batch_norm"]
+__all__ = ["group_norm", "layer_norm", "rms_norm", "sync_batch_norm"]
 
 
 def sync_batch_norm(
@@ -28,6 +35,7 @@ def sync_batch_norm(
     *,
     num_batches_tracked: Tensor | None = None,
     process_group: ProcessGroupLike = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Batch normalization by the statistics of the whole batch, wherever its shards live.
 
@@ -51,14 +59,18 @@ def sync_batch_norm(
         eps: added to the variance.
         num_batches_tracked: () int64, counts the batches in training; needed for momentum=None.
         process_group: the ranks that share the batch, as in `syncnorm.communicator`.
+        mask: (N, *) or (N, 1, *) or what broadcasts to it, bool or floating point: which positions count, each rank
+            with its own number of them. Statistics are those of the positions where it is true (or 1), on all ranks
+            together. The others are normalized by these too, and their values may be anything; they have no part in
+            the gradient of the statistics.
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of 2C
     in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none.
 
     Raises:
         ValueError: shapes do not fit; eps is not positive; this rank is not in the group; the whole batch has one value
-            per channel.
-        TypeError: the input or a buffer is not floating point.
+            per channel (with a mask on a GPU that is not looked at, which would wait for the device).
+        TypeError: the input or a buffer is not floating point, the mask neither that nor bool.
         RuntimeError: a parameter is on another device than the input.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015; the moments are merged as Chan, Golub and LeVeque do, 1979.
@@ -66,6 +78,7 @@ def sync_batch_norm(
     validate.batch_norm_arguments(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
     )
+    mask = validate.mask_over_channels(mask, input)
     if not training:
         assert running_mean is not None  # validated
         assert running_var is not None
@@ -74,14 +87,178 @@ def sync_batch_norm(
     if process_group is None and isinstance(group, LocalCommunicator):
         warn_if_alone_in_a_larger_job()
 
-    moments = Moments.of(input.detach())
-    if group.size > 1:
-        moments = Moments.unpack(group.all_reduce(moments.pack()))
-    if count_per_channel(input) <= 1 and moments.count == 1:  # asks the device only where it can be so
+    moments = _combined(Moments.of(input.detach(), mask), group)
+    few = count_per_channel(input) <= 1 if mask is None else mask.is_cpu
+    if few and moments.count == 1:  # asks the device only where it can be so
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
+            + (" and a mask" if mask is not None else "")
             + (f" on rank {group.rank} and 1 value on all {group.size} ranks" if group.size > 1 else "")
         )
-    output = normalize(input, moments, weight, bias, eps, group)
+    output = normalize(input, moments, weight, bias, eps, group, mask=mask)
     running.update(running_mean, running_var, num_batches_tracked, moments, momentum)
     return output
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    process_group: ProcessGroupLike = None,
+) -> Tensor:
+    """Layer normalization over the last axes, which may be split over ranks.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    mean and (biased) var are taken over the last axes, for each position of the others. Without a process group it is
+    `torch.nn.functional.layer_norm`.
+
+    Args:
+        input: (*, *normalized_shape) floating point; the output has its dtype.
+        normalized_shape: the last axes as they are on this rank.
+        weight: of normalized_shape, or None.
+        bias: of normalized_shape, or None.
+        eps: added to the variance.
+        process_group: the ranks among which the last axes are split, each with a share of any size, also none; the
+            other axes are the same on all of them. Weight and bias are this rank's shares, and so are their gradients.
+
+    Collectives: with a process group of more than one rank, one all-reduce of 2R + 1 float64 in forward, for R
+    positions, and one of 2R in backward. Otherwise none.
+
+    Raises:
+        ValueError: the last axes are not normalized_shape, or this rank is not in the group.
+        TypeError: the input is not floating point.
+
+    Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
+    """
+    shape = validate.trailing_axes(input, normalized_shape, weight, bias)
+    group = _sharing(process_group)
+    if group.size == 1:
+        return F.layer_norm(input, shape, weight, bias, eps)
+    y = _normalize_rows(_rows(input, len(shape)), Moments, eps, group).view_as(input)
+    return _affine(y, weight, bias).to(input.dtype)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    eps_outside: bool = False,
+    process_group: ProcessGroupLike = None,
+) -> Tensor:
+    """Root-mean-square normalization over the last axes, which may be split over ranks.
+
+        y = x / sqrt(mean(x²) + eps) * weight + bias        with eps_outside: x / (sqrt(mean(x²)) + eps) * weight + bias
+
+    The mean is taken over the last axes, for each position of the others. Without a process group and with epsilon
+    inside of the root it is `torch.nn.functional.rms_norm`, plus the bias.
+
+    Args:
+        input: (*, *normalized_shape) floating point; the output has its dtype.
+        normalized_shape: the last axes as they are on this rank.
+        weight: of normalized_shape, or None.
+        bias: of normalized_shape, or None.
+        eps: added to the mean square, or to its root.
+        eps_outside: add it to the root. Both definitions are in use; a checkpoint wants the one that it was trained by.
+        process_group: the ranks among which the last axes are split, as in `layer_norm`.
+
+    Collectives: with a process group of more than one rank, one all-reduce of R + 1 float64 in forward, for R
+    positions, and one of R in backward. Otherwise none.
+
+    Raises:
+        ValueError: the last axes are not normalized_shape, or this rank is not in the group.
+        TypeError: the input is not floating point.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
+    """
+    shape = validate.trailing_axes(input, normalized_shape, weight, bias)
+    group = _sharing(process_group)
+    if group.size == 1 and not eps_outside:
+        y = F.rms_norm(input, shape, weight, eps)
+        return y if bias is None else y + bias
+    y = _normalize_rows(_rows(input, len(shape)), MomentsAboutZero, eps, group, eps_outside=eps_outside).view_as(input)
+    return _affine(y, weight, bias).to(input.dtype)
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    process_group: ProcessGroupLike = None,
+) -> Tensor:
+    """Group normalization over the channels of a group and space, which may be split over ranks.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    mean and (biased) var are taken over space and the channels of each group, for each sample. Without a process group
+    it is `torch.nn.functional.group_norm`.
+
+    Args:
+        input: (N, C, *) floating point; the output has its dtype.
+        num_groups: into how many groups the C channels of this rank are divided.
+        weight: (C,) or None.
+        bias: (C,) or None.
+        eps: added to the variance.
+        process_group: the ranks that have a part of each group: of its space (images or volumes split along any axes),
+            or of its channels. Shares may differ in size, also be empty; N and num_groups are the same on all of them.
+            Where space is split, the gradients of weight and bias are this rank's share, to be summed over the ranks.
+
+    Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 1 float64 in forward and
+    one of 2 N num_groups in backward. Otherwise none.
+
+    Raises:
+        ValueError: the groups do not divide the channels, shapes do not fit, or this rank is not in the group.
+        TypeError: the input is not floating point.
+
+    Source: Wu and He, Group Normalization, 2018.
+    """
+    validate.groups_of_channels(input, num_groups, weight, bias)
+    group = _sharing(process_group)
+    if group.size == 1:
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    rows = input.reshape(1, len(input) * num_groups, input.shape[1:].numel() // num_groups)
+    y = _normalize_rows(rows, Moments, eps, group).view_as(input)
+    per_channel = [None if t is None else t.view(-1, *[1] * (input.dim() - 2)) for t in (weight, bias)]
+    return _affine(y, *per_channel).to(input.dtype)
+
+
+def _sharing(process_group: ProcessGroupLike) -> Communicator:
+    """Return the ranks that share a sample: this one alone unless others were given."""
+    return _ALONE if process_group is None else communicator(process_group)
+
+
+def _rows(input: Tensor, axes: int) -> Tensor:
+    """Return the input as (1, R, values): R positions as channels, the last axes as what they are normalized over."""
+    positions, values = input.shape[: input.dim() - axes], input.shape[input.dim() - axes :]
+    return input.reshape(1, positions.numel(), values.numel())
+
+
+def _normalize_rows(
+    rows: Tensor, kind: type[Moments], eps: float, group: Communicator, *, eps_outside: bool = False
+) -> Tensor:
+    """Return rows, (1, R, values), normalized by the moments of each over all ranks; in float32 or better."""
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    moments = _combined(kind.of(rows.detach()), group)
+    return normalize(rows, moments, None, None, eps, group, eps_outside=eps_outside)
+
+
+def _combined(moments: Moments, group: Communicator) -> Moments:
+    """Return the moments of all ranks: one all-reduce."""
+    return moments if group.size == 1 else type(moments).unpack(group.all_reduce(moments.pack()))
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+_ALONE = LocalCommunicator()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,23 @@ from torch.nn.parameter import is_lazy
 from . import functional, validate
 from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
 
-__all__ = ["LazySyncBatchNorm", "SyncBatchNorm"]
+__all__ = ["GroupNorm", "LayerNorm", "LazySyncBatchNorm", "RMSNorm", "SyncBatchNorm"]
 
 
-class SyncBatchNorm(_BatchNorm):
+class _Grouped(nn.Module):
+    """A module with a process group, which is no part of its pickle and is shared by its deep copies."""
+
+    @property
+    def process_group(self) -> ProcessGroupLike:
+        """The ranks that share the statistics, as they were given."""
+        return self._group.given
+
+    @process_group.setter
+    def process_group(self, process_group: ProcessGroupLike) -> None:
+        self._group = ProcessGroupReference(process_group)
+
+
+class SyncBatchNorm(_Grouped, _BatchNorm):
     """Batch normalization by the statistics of the whole batch, wherever its shards live.
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
@@ -76,17 +90,12 @@ class SyncBatchNorm(_BatchNorm):
             self.register_parameter("bias", None)
         self.process_group = process_group
 
-    @property
-    def process_group(self) -> ProcessGroupLike:
-        """The ranks that share the batch, as they were given."""
-        return self._group.given
+    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Normalize `input`, (N, C, *), and in training move the running statistics.
 
-    @process_group.setter
-    def process_group(self, process_group: ProcessGroupLike) -> None:
-        self._group = ProcessGroupReference(process_group)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize `input`, (N, C, *), and in training move the running statistics."""
+        Only the positions where `mask`, (N, *) or (N, 1, *), is true (or 1) count in them, see
+        `syncnorm.functional.sync_batch_norm`.
+        """
         tracks = self.track_running_stats or not self.training
         running_mean = self.running_mean if tracks else None
         return functional.sync_batch_norm(
@@ -100,6 +109,7 @@ class SyncBatchNorm(_BatchNorm):
             self.eps,
             num_batches_tracked=self.num_batches_tracked if tracks else None,
             process_group=self._group.resolve() if self.training else _ALONE,
+            mask=mask,
         )
 
     def reset_parameters(self) -> None:
@@ -191,12 +201,190 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         self.reset_parameters()
 
 
+class LayerNorm(_Grouped, nn.LayerNorm):
+    """Layer normalization over the last axes, which may be split over ranks (tensor parallelism).
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    Arguments and state-dict keys are those of `torch.nn.LayerNorm`, and so is the result without a process group: it
+    needs no communication. With one, normalized_shape, weight and bias are this rank's shares, of any size.
+
+    Shapes: input and output (*, *normalized_shape).
+
+    Args:
+        normalized_shape: the last axes, or the last one, as they are on this rank.
+        eps: added to the variance.
+        elementwise_affine: learn weight (and bias), of normalized_shape.
+        bias: learn the bias, if elementwise_affine.
+        device: of the parameters.
+        dtype: of the parameters.
+        process_group: the ranks among which the last axes are split; None: they are whole.
+
+    Collectives: with a process group of more than one rank, one all-reduce of 2R + 1 float64 in forward, for R
+    positions, and one of 2R in backward. At the first input of each size the ranks compare their R besides. Otherwise
+    none.
+
+    Raises:
+        ValueError: the input does not end with normalized_shape; the ranks have unequal axes beside the last ones; this
+            rank is not in the group.
+        TypeError: the input is not floating point.
+
+    Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        process_group: ProcessGroupLike = None,
+    ):
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self.process_group = process_group
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize `input`, (*, *normalized_shape)."""
+        shape = self.normalized_shape
+        group = self._group.resolve_for(input, input.shape[: -len(shape)])
+        weight, bias = _local(self.weight), _local(self.bias)
+        return functional.layer_norm(input, shape, weight, bias, self.eps, process_group=group)
+
+
+class RMSNorm(_Grouped, nn.RMSNorm):
+    """Root-mean-square normalization over the last axes, which may be split over ranks (tensor parallelism).
+
+        y = x / sqrt(mean(x²) + eps) * weight + bias        with eps_outside: x / (sqrt(mean(x²)) + eps) * weight + bias
+
+    Arguments and state-dict keys are those of `torch.nn.RMSNorm`, to which a bias may come. Without a process group it
+    needs no communication. With one, normalized_shape, weight and bias are this rank's shares, of any size.
+
+    Shapes: input and output (*, *normalized_shape).
+
+    Args:
+        normalized_shape: the last axes, or the last one, as they are on this rank.
+        eps: added to the mean square, or to its root.
+        elementwise_affine: learn weight (and bias), of normalized_shape.
+        bias: learn a bias, if elementwise_affine.
+        device: of the parameters.
+        dtype: of the parameters.
+        eps_outside: add eps to the root. Both definitions are in use; a checkpoint wants the one it was trained by.
+        process_group: the ranks among which the last axes are split; None: they are whole.
+
+    Collectives: with a process group of more than one rank, one all-reduce of R + 1 float64 in forward, for R
+    positions, and one of R in backward. At the first input of each size the ranks compare their R besides. Otherwise
+    none.
+
+    Raises:
+        ValueError: the input does not end with normalized_shape; the ranks have unequal axes beside the last ones; this
+            rank is not in the group.
+        TypeError: the input is not floating point.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-6,
+        elementwise_affine: bool = True,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        eps_outside: bool = False,
+        process_group: ProcessGroupLike = None,
+    ):
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        has_bias = elementwise_affine and bias
+        self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if has_bias else None)
+        self.eps_outside = eps_outside
+        self.process_group = process_group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `x`, (*, *normalized_shape)."""
+        shape = self.normalized_shape
+        options = {"eps_outside": self.eps_outside, "process_group": self._group.resolve_for(x, x.shape[: -len(shape)])}
+        eps = 1e-6 if self.eps is None else self.eps
+        return functional.rms_norm(x, shape, _local(self.weight), _local(self.bias), eps, **options)  # type: ignore[arg-type]
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1 and bias to 0."""
+        super().reset_parameters()
+        if getattr(self, "bias", None) is not None:
+            nn.init.zeros_(self.bias)  # type: ignore[arg-type]
+
+
+class GroupNorm(_Grouped, nn.GroupNorm):
+    """Group normalization over space and the channels of a group, which may be split over ranks (spatial parallelism).
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    Arguments and state-dict keys are those of `torch.nn.GroupNorm`, and so is the result without a process group: it
+    needs no communication.
+
+    Shapes: input and output (N, C, *) with any number of trailing axes.
+
+    Args:
+        num_groups: into how many groups the channels of this rank are divided.
+        num_channels: C, on this rank.
+        eps: added to the variance.
+        affine: learn weight and bias, (C,) each.
+        device: of the parameters.
+        dtype: of the parameters.
+        process_group: the ranks that have a part of each group: of its space, or of its channels; None: they are whole.
+            Parts may differ in size. Where space is split, the gradients of weight and bias are this rank's share.
+
+    Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 1 float64 in forward and
+    one of 2 N num_groups in backward. At the first input of each size the ranks compare N and num_groups besides.
+    Otherwise none.
+
+    Raises:
+        ValueError: the groups do not divide the channels; the ranks have unequal N or num_groups; this rank is not in
+            the group.
+        TypeError: the input is not floating point.
+
+    Source: Wu and He, Group Normalization, 2018.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        process_group: ProcessGroupLike = None,
+    ):
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        self.process_group = process_group
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize `input`, (N, C, *)."""
+        group = self._group.resolve_for(input, (*input.shape[:1], self.num_groups))
+        weight, bias = _local(self.weight), _local(self.bias)
+        return functional.group_norm(input, self.num_groups, weight, bias, self.eps, process_group=group)
+
+
+def _local(parameter: Tensor | None) -> Tensor | None:
+    """Return this rank's share of a parameter that tensor parallelism has distributed."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[union-attr]
+
+
 class ProcessGroupReference:
     """A module's process group: shared by deep copies and left out of pickles, which another job may load."""
 
     def __init__(self, given: ProcessGroupLike):
         self.given = given
         self._resolved: Communicator | None = None
+        self._compared: set[tuple[int, ...]] = set()
         with contextlib.suppress(ValueError):  # a rank outside the group may build the model, but not train it
             self.resolve()
 
@@ -205,6 +393,24 @@ class ProcessGroupReference:
         if self._resolved is None and self.given is not None:
             self._resolved = communicator(self.given)
         return self._resolved
+
+    def resolve_for(self, input: Tensor, whole: tuple[int, ...]) -> Communicator | None:
+        """Return the communicator of a group that splits some axes of the input, having compared the `whole` ones.
+
+        The ranks compare what they have not compared before, all at once; it is no part of what a step costs, and is
+        not counted.
+        """
+        group = self.resolve()
+        if group is None or group.size == 1 or whole in self._compared:
+            return group
+        everyones = getattr(group, "communicator", group).all_gather_object(tuple(whole))
+        if len(set(everyones)) > 1:
+            raise ValueError(
+                f"expected the same sizes {everyones[0]} on all ranks beside the axes that are split, got "
+                f"{tuple(whole)} of {tuple(input.shape)} on rank {group.rank}; on all ranks: {everyones}"
+            )
+        self._compared.add(tuple(whole))
+        return group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProcessGroupReference:
         return self

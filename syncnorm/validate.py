@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-__all__ = ["batch_norm_arguments"]
+__all__ = ["batch_norm_arguments", "channel_axis", "groups_of_channels", "mask_over_channels", "trailing_axes"]
 
 
 def batch_norm_arguments(
@@ -51,11 +54,63 @@ def batch_norm_arguments(
         raise ValueError("expected num_batches_tracked with momentum=None (cumulative average), got None")
 
 
+def mask_over_channels(mask: Tensor | None, input: Tensor) -> Tensor | None:
+    """Return the mask of an input (N, C, *) as it broadcasts to (N, 1, *); raise if it does not."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise TypeError(f"expected a mask of bool or floating point, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if mask.device != input.device:
+        raise RuntimeError(f"expected the mask on the input's device {input.device}, got it on {mask.device}")
+    whole = (len(input), 1, *input.shape[2:])
+    fitting = mask.unsqueeze(1) if mask.dim() == input.dim() - 1 else mask
+    if fitting.dim() != input.dim() or any(size not in (1, n) for size, n in zip(fitting.shape, whole, strict=True)):
+        raise ValueError(
+            f"expected a mask that broadcasts to {(len(input), *input.shape[2:])} or {whole} for an input of shape "
+            f"{tuple(input.shape)}, got shape {tuple(mask.shape)}"
+        )
+    return fitting.detach()
+
+
+def trailing_axes(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
+) -> tuple[int, ...]:
+    """Return normalized_shape as a tuple; raise unless the input ends with it and the parameters have it."""
+    _floating_point(input)
+    shape = tuple(normalized_shape)
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise ValueError(f"expected an input of shape (*, {', '.join(map(str, shape))}), got {tuple(input.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        _parameter(name, tensor, shape, input)
+    return shape
+
+
+def groups_of_channels(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raise unless the channels of an input (N, C, *) can be divided into the groups and the parameters are (C,)."""
+    channel_axis(input)
+    channels = input.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"expected a number of groups that divides the {channels} channels, got {num_groups}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        _parameter(name, tensor, (channels,), input)
+
+
+def _parameter(name: str, tensor: Tensor | None, shape: tuple[int, ...], input: Tensor) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"expected a {name} of shape {shape}, got {tuple(tensor.shape)}")
+    if tensor is not None and tensor.device != input.device:
+        raise RuntimeError(f"expected {name} on the input's device {input.device}, got it on {tensor.device}")
+
+
 def channel_axis(input: Tensor) -> None:
     """Raise unless the input is floating point and has a channel axis."""
+    _floating_point(input)
+    if input.dim() < 2:
+        raise ValueError(f"expected an input of at least 2 axes (N, C, *), got shape {tuple(input.shape)}")
+
+
+def _floating_point(input: Tensor) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"expected a tensor as input, got {type(input).__name__}")
     if not input.is_floating_point():
         raise TypeError(f"expected a floating-point input, got {input.dtype}")
-    if input.dim() < 2:
-        raise ValueError(f"expected an input of at least 2 axes (N, C, *), got shape {tuple(input.shape)}")

@@ -18,7 +18,7 @@ __all__ = ["Kernels", "reference", "select"]
 class Kernels(Protocol):
     """What an implementation has. Inputs are (N, C, *) in any memory format; see `reference` for the formulas."""
 
-    def moments(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, input: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Input -> mean, M2, each (C,) float64."""
         ...
 
@@ -26,7 +26,9 @@ class Kernels(Protocol):
         """Input and mean, scale (C,) float64, bias (C,) -> (x - mean) * scale + bias, like the input."""
         ...
 
-    def reduce_grad(self, grad_output: Tensor, input: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    def reduce_grad(
+        self, grad_output: Tensor, input: Tensor, mean: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Gradient, input and mean (C,) float64 -> Σ dy, Σ dy * (x - mean), each (C,) float64."""
         ...
 
@@ -38,8 +40,9 @@ class Kernels(Protocol):
         scale: Tensor,
         slope: Tensor | None,
         offset: Tensor | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Gradient, input and four (C,) float64 -> scale * dy + slope * (x - mean) + offset, like the input."""
+        """Gradient, input, four (C,) float64 -> scale * dy + mask * (slope * (x - mean) + offset), like the input."""
         ...
 
 

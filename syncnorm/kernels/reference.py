@@ -2,7 +2,8 @@
 
 They work on any device, and they are differentiable, so that they also carry the double backward.
 
-Shapes: input, grad_output and results (N, C, *); everything per channel (C,).
+Shapes: input, grad_output and results (N, C, *); everything per channel (C,); mask, or None for ones, what expands to
+(N, 1, *): the weight, not below 0, that a position has in the moments. Where it is 0 the input may hold anything.
 Tensors of the input's size are computed in float32, in float64 if the input is float64; what is per channel comes and
 goes in float64.
 """
@@ -15,22 +16,25 @@ from torch import Tensor
 __all__ = ["grad_input", "moments", "normalize", "reduce_grad"]
 
 
-def moments(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and M2 = Σ (x - mean)² of each channel, (C,) float64 each; zeros for an empty input.
+def moments(input: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return mean Σ w x / Σ w and M2 = Σ w (x - mean)² of each channel, (C,) float64 each; zeros for an empty input.
 
     The sums are of x - shift, where the shift is a first estimate of the mean, so they keep their digits however
     large the mean is.
     """
     axes = _reduced_axes(input)
-    count = input.numel() // max(input.shape[1], 1)
-    if count == 0:
-        zeros = input.new_zeros(input.shape[1], dtype=torch.float64)
-        return zeros, zeros.clone()
     x = input.to(_compute_dtype(input))
-    shift = x.mean(axes)
+    if mask is None:
+        count = torch.full((), max(x.numel() // max(x.shape[1], 1), 1), dtype=torch.float64, device=x.device)
+    else:
+        mask = mask.to(x.dtype)
+        count = mask.expand(x.shape[0], 1, *x.shape[2:]).sum(dtype=torch.float64)
+        count = torch.where(count > 0, count, 1)
+        x = x.masked_fill(mask == 0, 0)
+    shift = _weighted(x, mask).sum(axes) / count.to(x.dtype)
     centered = x - _per_channel(shift, x)
-    correction = centered.sum(axes).double() / count
-    m2 = centered.square().sum(axes).double() - count * correction.square()
+    correction = _weighted(centered, mask).sum(axes).double() / count
+    m2 = _weighted(centered.square(), mask).sum(axes).double() - count * correction.square()
     return shift.double() + correction, m2.clamp_min(0)
 
 
@@ -43,18 +47,26 @@ def normalize(input: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None) -
     return y.to(input.dtype)
 
 
-def reduce_grad(grad_output: Tensor, input: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σ dy and Σ dy * (x - mean) of each channel, (C,) float64 each."""
+def reduce_grad(grad_output: Tensor, input: Tensor, mean: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return Σ dy and Σ dy * (x - mean) of each channel, (C,) float64 each, over all positions, masked ones too."""
     axes = _reduced_axes(input)
     centered = _centered(input, mean)
     dy = grad_output.to(centered.dtype)
+    if mask is not None:
+        centered = centered.masked_fill((mask == 0) & (dy == 0), 0)  # it may be no number
     return dy.sum(axes).double(), (dy * centered).sum(axes).double()
 
 
 def grad_input(
-    grad_output: Tensor, input: Tensor, mean: Tensor, scale: Tensor, slope: Tensor | None, offset: Tensor | None
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    slope: Tensor | None,
+    offset: Tensor | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Return scale * dy + slope * (x - mean) + offset in the dtype and the memory format of the input.
+    """Return scale * dy + w * (slope * (x - mean) + offset) in the dtype and the memory format of the input.
 
     Without slope and offset (constant statistics) it is scale * dy.
     """
@@ -62,8 +74,14 @@ def grad_input(
         dx = torch.zeros_like(input, dtype=_compute_dtype(input))  # whose memory format the sum takes
     else:
         dx = _centered(input, mean)
-        dx = dx * _per_channel(slope, dx) + _per_channel(offset, dx)
+        if mask is not None:
+            dx = dx.masked_fill(mask == 0, 0)
+        dx = _weighted(dx * _per_channel(slope, dx) + _per_channel(offset, dx), mask)
     return (dx + grad_output.to(dx.dtype) * _per_channel(scale, dx)).to(input.dtype)
+
+
+def _weighted(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else values * mask.to(values.dtype)
 
 
 def _centered(input: Tensor, mean: Tensor) -> Tensor:

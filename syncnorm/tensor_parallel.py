@@ -1,0 +1,61 @@
+"""Norms over sharded features in a tensor-parallel plan of `torch.distributed.tensor.parallel.parallelize_module`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from .modules import LayerNorm, RMSNorm
+
+__all__ = ["ShardedNorm"]
+
+
+class ShardedNorm(ParallelStyle):
+    """Normalize features that are sharded over a tensor-parallel mesh by the statistics of all of them.
+
+    It stands in the plan for a `LayerNorm` or `RMSNorm`, of torch or of syncnorm, over one axis whose input arrives
+    sharded, say the query norm over all heads behind a `ColwiseParallel` projection:
+
+        parallelize_module(model, mesh, {"attention.wq": ColwiseParallel(), "attention.q_norm": ShardedNorm()})
+
+    Input and output are this rank's features, (*, D_rank), as `ColwiseParallel` leaves them. Weight and bias become
+    DTensors, `Shard(0)` on the mesh. Collectives are those of the norm, over the ranks of the mesh.
+
+    Raises:
+        TypeError: another module.
+        ValueError: the norm is over more than one axis, or the mesh has more than one dimension.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            raise TypeError(f"expected a LayerNorm or an RMSNorm, got {type(module).__name__}")
+        if len(module.normalized_shape) != 1:
+            raise ValueError(f"expected a norm over one axis, got one over {module.normalized_shape}")
+        norm = become_ours(module)  # in its place: a plan cannot put another module there
+        norm.process_group = device_mesh
+        for name, parameter in list(norm.named_parameters(recurse=False)):
+            sharded = distribute_tensor(parameter.detach(), device_mesh, [Shard(0)])
+            norm.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+        norm.normalized_shape = (share(norm.normalized_shape[0], device_mesh),)
+        return norm
+
+
+def become_ours(module: nn.LayerNorm | nn.RMSNorm) -> LayerNorm | RMSNorm:
+    """Turn a norm of torch's into syncnorm's, which has more attributes, as it stands."""
+    if isinstance(module, LayerNorm | RMSNorm):
+        return module
+    attributes: dict[str, Any] = {} if isinstance(module, nn.LayerNorm) else {"eps_outside": False, "bias": None}
+    module.__class__ = LayerNorm if isinstance(module, nn.LayerNorm) else RMSNorm
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module  # type: ignore[return-value]
+
+
+def share(features: int, mesh: DeviceMesh) -> int:
+    """Return how many of the features `Shard` gives to this rank."""
+    per_rank = -(-features // mesh.size())
+    return max(0, min(per_rank, features - per_rank * mesh.get_local_rank()))

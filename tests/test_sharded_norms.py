@@ -1,0 +1,300 @@
+"""LayerNorm, RMSNorm and GroupNorm: torch's own unsplit, and the same where their axes are split over ranks.
+
+The oracle is one process on the unsplit tensor in float64, with a random upstream gradient.
+"""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from test_normalize import Enter, Leave
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+import syncnorm
+from syncnorm.testing import CountingCommunicator
+
+
+def rms_outside(x, weight, bias, eps):
+    y = x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * weight
+    return y if bias is None else y + bias
+
+
+@dataclass(frozen=True)
+class Case:
+    """A norm, the whole shape of its input, the axis that is split and each rank's share of it."""
+
+    norm: str
+    shape: tuple
+    sizes: tuple  # along the axis
+    axis: int = -1
+    dtype: torch.dtype = torch.float32
+    mean: float = 0.0
+    options: dict = field(default_factory=dict)
+
+    def __str__(self):
+        words = [self.norm, "x".join(map(str, self.shape)), f"axis{self.axis}", "+".join(map(str, self.sizes))]
+        words += [str(self.dtype)[6:]] + [f"mean={self.mean:g}"] * bool(self.mean)
+        return "-".join(words + [f"{key}={value}" for key, value in self.options.items()])
+
+    @property
+    def per_channel(self):
+        """Whether weight and bias lie along the split axis, and not across it."""
+        return self.norm != "group" or self.axis == 1
+
+
+NORMS = {"layer": syncnorm.LayerNorm, "rms": syncnorm.RMSNorm, "group": syncnorm.GroupNorm}
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+SIZES = [(8,), (5, 3), (4, 0, 4), (1, 2, 3, 2)]
+CASES = [
+    *[Case(norm, shape, sizes) for norm in ("layer", "rms") for shape in [(8,), (3, 8), (2, 3, 8)] for sizes in SIZES],
+    *[Case(norm, (2, 3, 8), (5, 3), dtype=dtype) for norm in ("layer", "rms") for dtype in DTYPES],
+    *[Case(norm, (4, 64), (40, 24), mean=mean) for norm in ("layer", "rms") for mean in (1e3, 1e4)],
+    Case("layer", (2, 0, 8), (5, 3)),
+    Case("layer", (3, 8), (5, 3), options={"bias": False}),
+    Case("layer", (3, 8), (5, 3), options={"elementwise_affine": False}),
+    Case("layer", (3, 8), (5, 3), options={"eps": 1e-2}),
+    Case("rms", (3, 8), (5, 3), options={"bias": True}),
+    Case("rms", (3, 8), (5, 3), options={"elementwise_affine": False}),
+    *[Case("rms", (3, 8), sizes, options={"eps_outside": True, "eps": 1e-2}) for sizes in SIZES],
+    *[Case("group", (2, 4, 8), sizes) for sizes in SIZES],
+    *[Case("group", (2, 4, 3, 8), sizes) for sizes in SIZES],
+    *[Case("group", (2, 4, 8, 3, 2), (5, 3), axis=2, dtype=dtype) for dtype in DTYPES],
+    Case("group", (2, 4, 16, 16), (9, 7), axis=2, mean=1e4),
+    Case("group", (2, 4, 8), (5, 3), options={"affine": False}),
+    Case("group", (2, 8, 5), (5, 3), axis=1),  # one group whose channels span the ranks
+    Case("group", (2, 8), (2, 0, 6), axis=1),
+]
+GROUPS = 2
+
+
+def whole(case):
+    """Return the input, the upstream gradient, and the parameters of the unsplit norm."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(case.shape, generator=generator, dtype=torch.float64) + case.mean + 0.3
+    x[..., :2] *= 2.5
+    grad_output = torch.randn(case.shape, generator=generator, dtype=torch.float64)
+    features = case.shape[1] if case.norm == "group" else case.shape[-1]
+    weight, bias = torch.linspace(0.6, 1.4, features), torch.linspace(-0.5, 0.5, features)
+    return x.to(case.dtype), grad_output.to(case.dtype), {"weight": weight.double(), "bias": bias.double()}
+
+
+def in_one_process(case):
+    """Return y, the input gradient and the parameters' gradients of the unsplit norm in float64."""
+    x, grad_output, parameters = whole(case)
+    x = x.double().requires_grad_()
+    options = dict(case.options)
+    affine = options.pop("elementwise_affine", options.pop("affine", True))
+    has = {"weight": affine, "bias": affine and options.pop("bias", case.norm != "rms")}
+    named = {name: t.requires_grad_() for name, t in parameters.items() if has[name]}
+    weight, bias = named.get("weight"), named.get("bias")
+    if case.norm == "layer":
+        y = F.layer_norm(x, x.shape[-1:], weight, bias, options.get("eps", 1e-5))
+    elif case.norm == "group":
+        groups = 1 if case.axis == 1 else GROUPS
+        y = F.group_norm(x, groups, weight, bias)
+    elif options.get("eps_outside"):
+        y = rms_outside(x, weight, bias, options["eps"])
+    else:
+        y = F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+        y = y if bias is None else y + bias
+    y.backward(grad_output.double())
+    return y.detach(), x.grad, {name: t.grad for name, t in named.items()}
+
+
+def on_shard(case, split=True):
+    """Normalize this rank's part; return y, the input gradient and the parameters' gradients, and the calls."""
+    group = CountingCommunicator(syncnorm.communicator())
+    x, grad_output, parameters = whole(case)
+    start = sum(case.sizes[: group.rank])
+    part = slice(start, start + case.sizes[group.rank])
+    x, grad_output = (t.movedim(case.axis, 0)[part].movedim(0, case.axis) for t in (x, grad_output))
+    features = x.shape[1] if case.norm == "group" else x.shape[-1]
+    groups = [1 if case.axis == 1 else GROUPS] if case.norm == "group" else []
+    dtype = case.dtype if case.dtype == torch.float64 else torch.float32
+    layer = NORMS[case.norm](*groups, features, dtype=dtype, process_group=group if split else None, **case.options)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(parameters[name][part] if case.per_channel else parameters[name])
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    forward = len(group.calls)
+    y.backward(grad_output)
+    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    assert y.dtype == x.grad.dtype == case.dtype
+    return y.detach(), x.grad, grads, (group.calls[:forward], group.calls[forward:])
+
+
+def assert_matches(results, case):
+    y, grad_input, grads = in_one_process(case)
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(case.dtype, torch.finfo(case.dtype).eps)
+
+    def check(parts, expected, axis=None):
+        actual = sum(t.double() for t in parts) if axis is None else torch.cat([t.double() for t in parts], axis)
+        largest = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * largest)
+
+    check([r[0] for r in results], y, case.axis)
+    check([r[1] for r in results], grad_input, case.axis)
+    assert results[0][2].keys() == grads.keys()
+    for name, grad in grads.items():
+        check([r[2][name] for r in results], grad, 0 if case.per_channel else None)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_shards_match_the_unsplit_norm(run, case):
+    results = run(on_shard, len(case.sizes), case)
+    assert_matches(results, case)
+    rows = torch.Size(case.shape[:-1]).numel() if case.norm != "group" else 2 * (1 if case.axis == 1 else GROUPS)
+    sent = rows if case.norm == "rms" else 2 * rows
+    for *_, (forward, backward) in results:
+        assert [call.nbytes for call in forward] == ([8 * (sent + 1)] if len(case.sizes) > 1 else [])
+        assert [call.nbytes for call in backward] == ([8 * sent] if len(case.sizes) > 1 else [])
+        assert {call.name for call in forward + backward} <= {"all_reduce"}
+
+
+CONTROLS = [case for case in CASES if len(case.sizes) == 2 and 0 not in case.shape]
+
+
+@pytest.mark.parametrize("case", CONTROLS, ids=str)
+def test_without_a_group_they_do_not(run, case):
+    """The negative control."""
+    results = run(on_shard, len(case.sizes), case, False)
+    with pytest.raises(AssertionError):
+        assert_matches(results, case)
+
+
+FUNCTIONS = {
+    "layer": lambda x, weight, bias, group: syncnorm.functional.layer_norm(
+        x.movedim(0, -1), x.shape[:1], weight, bias, process_group=group
+    ),
+    "rms": lambda x, weight, bias, group: syncnorm.functional.rms_norm(
+        x.movedim(0, -1), x.shape[:1], weight, bias, 1e-2, process_group=group
+    ),
+    "rms, eps outside": lambda x, weight, bias, group: syncnorm.functional.rms_norm(
+        x.movedim(0, -1), x.shape[:1], weight, bias, 1e-2, eps_outside=True, process_group=group
+    ),
+    "group": lambda x, weight, bias, group: syncnorm.functional.group_norm(
+        x.movedim(0, -1), 1, weight[:2], bias[:2], process_group=group
+    ),
+}
+
+
+def check_gradients(norm, check):
+    """Check the gradients of a norm over an axis of which each rank has a share, as functions of the whole tensors."""
+    group = syncnorm.communicator()
+    sizes = [3, 1, 2, 2][: group.size]
+    start, stop = sum(sizes[: group.rank]), sum(sizes[: group.rank + 1])
+    torch.manual_seed(0)
+    x = torch.randn(sum(sizes), 2, 2, dtype=torch.float64) + 1
+    weight, bias = torch.linspace(0.6, 1.4, len(x)).double(), torch.linspace(-0.5, 0.5, len(x)).double()
+
+    def sharded(*whole):
+        x, weight, bias = (Enter.apply(t) for t in whole)
+        along = slice(start, stop) if norm != "group" else slice(None)
+        y = FUNCTIONS[norm](x[start:stop], weight[along], bias[along], group).movedim(-1, 0)
+        return Leave.apply(torch.cat([torch.zeros_like(x[:start]), y, torch.zeros_like(x[stop:])]))
+
+    return check(sharded, [t.requires_grad_() for t in (x, weight, bias)], raise_exception=False)
+
+
+@pytest.mark.parametrize("norm", FUNCTIONS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_gradcheck(run, world_size, norm):
+    assert all(run(check_gradients, world_size, norm, torch.autograd.gradcheck))
+
+
+@pytest.mark.parametrize("norm", FUNCTIONS)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_gradgradcheck(run, world_size, norm):
+    assert all(run(check_gradients, world_size, norm, torch.autograd.gradgradcheck))
+
+
+PAIRS = [
+    (syncnorm.LayerNorm(6), nn.LayerNorm(6), (4, 6)),
+    (syncnorm.LayerNorm((2, 3), 1e-3, bias=False), nn.LayerNorm((2, 3), 1e-3, bias=False), (4, 2, 3)),
+    (syncnorm.LayerNorm(6, elementwise_affine=False), nn.LayerNorm(6, elementwise_affine=False), (4, 6)),
+    (syncnorm.RMSNorm(6), nn.RMSNorm(6, 1e-6), (4, 6)),
+    (syncnorm.RMSNorm((2, 3), 1e-3), nn.RMSNorm((2, 3), 1e-3), (4, 2, 3)),
+    (syncnorm.GroupNorm(2, 6), nn.GroupNorm(2, 6), (4, 6, 5)),
+    (syncnorm.GroupNorm(3, 6, 1e-3, affine=False), nn.GroupNorm(3, 6, 1e-3, affine=False), (4, 6)),
+]
+
+
+@pytest.mark.parametrize(
+    ("ours", "torchs", "shape"), PAIRS, ids=lambda value: repr(value) if isinstance(value, nn.Module) else ""
+)
+def test_unsplit_they_are_torchs(ours, torchs, shape):
+    assert isinstance(ours, type(torchs))
+    for parameter in torchs.parameters():
+        nn.init.normal_(parameter)
+    ours.load_state_dict(torchs.state_dict())
+    torchs.load_state_dict(ours.state_dict())
+    x = torch.randn(shape)
+    assert torch.equal(ours(x), torchs(x))
+
+
+def test_rms_norm_has_a_bias_and_both_epsilons():
+    x = torch.randn(4, 6)
+    layer = syncnorm.RMSNorm(6, 0.5, bias=True, eps_outside=True)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+    torch.testing.assert_close(layer(x), rms_outside(x, layer.weight, layer.bias, 0.5))
+    layer.eps_outside = False
+    torch.testing.assert_close(layer(x), F.rms_norm(x, (6,), layer.weight, 0.5) + layer.bias)
+    layer.reset_parameters()
+    assert layer.bias.count_nonzero() == 0
+    assert torch.equal(layer.weight, torch.ones(6))
+
+
+def test_rms_norm_of_zeros_has_a_gradient():
+    for eps_outside in (False, True):
+        x = torch.zeros(2, 6, requires_grad=True)
+        syncnorm.RMSNorm(6, eps_outside=eps_outside)(x).backward(torch.ones(2, 6))
+        assert x.grad.isfinite().all()
+
+
+def on_unequal_shards():
+    group = syncnorm.communicator()
+    texts = []
+    for layer, shape in [
+        (syncnorm.LayerNorm(4, process_group=group), (2 + group.rank, 4)),
+        (syncnorm.RMSNorm(4, process_group=group), (2, 3 + group.rank, 4)),
+        (syncnorm.GroupNorm(2, 4, process_group=group), (2 + group.rank, 4, 5)),
+        (syncnorm.GroupNorm(1 + group.rank, 4, process_group=group), (2, 4, 5)),
+    ]:
+        with pytest.raises(ValueError, match="expected the same sizes") as raised:
+            layer(torch.randn(shape))
+        texts.append(str(raised.value))
+    return texts
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_unequal_sizes_beside_the_split_axes_are_refused_on_every_rank(run, world_size):
+    for rank, texts in enumerate(run(on_unequal_shards, world_size)):
+        assert f"got {(2 + rank,)} of {(2 + rank, 4)} on rank {rank}" in texts[0]
+        assert f"got {(2, 3 + rank)} of {(2, 3 + rank, 4)} on rank {rank}" in texts[1]
+        assert f"got {(2 + rank, 2)} of" in texts[2]
+        assert f"got {(2, 1 + rank)} of" in texts[3]
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: syncnorm.LayerNorm(6)(torch.randn(4, 5)), r"expected an input of shape \(\*, 6\), got \(4, 5\)"),
+        (lambda: syncnorm.RMSNorm((2, 3))(torch.randn(6)), r"expected an input of shape \(\*, 2, 3\), got \(6,\)"),
+        (lambda: syncnorm.GroupNorm(2, 6)(torch.randn(4, 5)), "a number of groups that divides the 5 channels, got 2"),
+        (lambda: syncnorm.GroupNorm(2, 6)(torch.randn(4, 4)), r"expected a weight of shape \(4,\), got \(6,\)"),
+        (lambda: syncnorm.functional.group_norm(torch.randn(4, 4), 0), "divides the 4 channels, got 0"),
+        (lambda: syncnorm.functional.layer_norm(torch.randn(4), []), "expected an input of shape"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match=r"expected a floating-point input, got torch.int64"):
+        syncnorm.LayerNorm(6)(torch.ones(4, 6, dtype=torch.int64))
