@@ -1,0 +1,223 @@
+"""Masked statistics: the positions that count, on all ranks, against one process on just these positions."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import syncnorm
+from syncnorm.functional import sync_batch_norm
+from syncnorm.testing import CountingCommunicator
+
+CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shards (N, C, *) of a batch, and the share of positions that count on each rank."""
+
+    shapes: tuple
+    valid: tuple
+    dtype: torch.dtype = torch.float32
+    mask_dtype: torch.dtype = torch.bool
+    keeps_channel_axis: bool = False  # (N, 1, *) instead of (N, *)
+
+    def __str__(self):
+        shards = "+".join("x".join(map(str, shape)) for shape in self.shapes)
+        words = [shards, "+".join(f"{share:g}" for share in self.valid), str(self.dtype)[6:], str(self.mask_dtype)[6:]]
+        return "-".join(words + ["N1"] * self.keeps_channel_axis)
+
+
+SHAPES = ((4, CHANNELS, 6), (3, CHANNELS, 5))
+CASES = [
+    Case(SHAPES[:1], (0.6,)),
+    Case(SHAPES, (0.3, 0.8)),
+    Case(SHAPES, (0, 0.8)),  # nothing counts on one rank
+    Case(SHAPES, (1, 1)),
+    Case(((4, CHANNELS), (3, CHANNELS)), (0.5, 0.7)),
+    Case(((2, CHANNELS, 5, 4), (1, CHANNELS, 3, 7), (0, CHANNELS, 2, 2)), (0.5, 0.4, 1)),
+    Case(((9, CHANNELS, 2),) * 4, (0.5, 0, 0.2, 1)),
+    *[Case(SHAPES, (0.3, 0.8), dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16)],
+    *[Case(SHAPES, (0.3, 0.8), mask_dtype=dtype) for dtype in (torch.float32, torch.float64, torch.float16)],
+    Case(SHAPES, (0.3, 0.8), keeps_channel_axis=True),
+]
+
+
+def shard(case, rank):
+    """Return input, mask and upstream gradient of a rank; what does not count is far off."""
+    generator = torch.Generator().manual_seed(rank)
+    shape = case.shapes[rank]
+    x = 2 + 0.5 * rank + torch.randn(shape, generator=generator, dtype=torch.float64)
+    mask = torch.rand(shape[0], *shape[2:], generator=generator) < case.valid[rank]
+    x = torch.where(mask.unsqueeze(1), x, 50 * x)
+    grad_output = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return x.to(case.dtype), mask, grad_output.to(case.dtype)
+
+
+def in_one_process(case):
+    """Return y and input gradient of each rank, parameter gradients and buffers: from the valid positions in float64.
+
+    y at the others is the same affine map; their gradient is that of a map by constants, while what they add to the
+    gradient of the statistics goes to the valid ones.
+    """
+    layer = nn.BatchNorm1d(CHANNELS, dtype=torch.float64)
+    nn.init.normal_(layer.weight, 1, generator=torch.Generator().manual_seed(0))
+    shards = [[t.double() for t in shard(case, rank)] for rank in range(len(case.shapes))]
+    x, mask, grad_output = (
+        torch.cat([t.movedim(1, -1).reshape(-1, CHANNELS) for t in (s[0] for s in shards)]),
+        torch.cat([s[1].flatten() for s in shards]).bool(),
+        torch.cat([s[2].movedim(1, -1).reshape(-1, CHANNELS) for s in shards]),
+    )
+    x.requires_grad_()
+    valid = x[mask]
+    layer(valid.detach())  # for the buffers
+    mean, var = valid.mean(0), valid.var(0, correction=0)
+    y = (x - mean) / (var + layer.eps).sqrt() * layer.weight + layer.bias
+    y.backward(grad_output)
+    sizes = [s[1].numel() for s in shards]
+
+    def cut(t):
+        shapes = [s[0].movedim(1, -1).shape for s in shards]
+        return [p.view(shape).movedim(-1, 1) for p, shape in zip(t.split(sizes), shapes, strict=True)]
+
+    grads = {"weight": layer.weight.grad, "bias": layer.bias.grad}
+    return cut(y.detach()), cut(x.grad), grads, dict(layer.named_buffers())
+
+
+def on_shard(case, masked=True):
+    group = CountingCommunicator(syncnorm.communicator())
+    x, mask, grad_output = shard(case, group.rank)
+    layer = syncnorm.SyncBatchNorm(CHANNELS, process_group=group, dtype=torch.float64)
+    nn.init.normal_(layer.weight, 1, generator=torch.Generator().manual_seed(0))
+    mask = (mask.unsqueeze(1) if case.keeps_channel_axis else mask).to(case.mask_dtype)
+    x.requires_grad_()
+    y = layer(x, mask=mask if masked else None)
+    y.backward(grad_output)
+    assert len(group.calls) == (2 if group.size > 1 else 0)
+    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return y.detach(), x.grad, grads, {name: buffer.clone() for name, buffer in layer.named_buffers()}
+
+
+def assert_matches(results, case):
+    y, grad_input, grads, buffers = in_one_process(case)
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(case.dtype, torch.finfo(case.dtype).eps)
+
+    def check(actual, expected):
+        largest = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * largest)
+
+    for rank, result in enumerate(results):
+        check(result[0], y[rank])
+        check(result[1], grad_input[rank])
+        for name, buffer in result[3].items():
+            assert torch.equal(buffer, results[0][3][name])
+            check(buffer, buffers[name])
+    for name, grad in grads.items():
+        check(sum(result[2][name] for result in results), grad)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_only_valid_positions_count(run, case):
+    assert_matches(run(on_shard, len(case.shapes), case), case)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if min(case.valid) < 1], ids=str)
+def test_without_the_mask_all_do(run, case):
+    """The negative control."""
+    results = run(on_shard, len(case.shapes), case, False)
+    with pytest.raises(AssertionError):
+        assert_matches(results, case)
+
+
+def with_garbage(value):
+    x = torch.randn(4, CHANNELS, 6, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(6) < torch.tensor([[6], [2], [3], [1]])
+    outcomes = []
+    for filling in (0.0, value):
+        filled = torch.where(mask.unsqueeze(1), x, filling).requires_grad_()
+        layer = syncnorm.SyncBatchNorm(CHANNELS)
+        y = layer(filled, mask=mask)
+        (y.masked_fill(~mask.unsqueeze(1), 0).sin()).sum().backward()
+        outcomes.append([y.detach().movedim(1, -1)[mask], filled.grad, layer.weight.grad, layer.running_var])
+    return outcomes
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_what_does_not_count_may_be_anything(value):
+    zeros, garbage = with_garbage(value)
+    for expected, actual in zip(zeros, garbage, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def nothing_counts():
+    layer = syncnorm.SyncBatchNorm(CHANNELS)
+    x = torch.randn(4, CHANNELS, 6, requires_grad=True)
+    y = layer(x, mask=torch.zeros(4, 6, dtype=torch.bool))
+    y.backward(torch.randn(4, CHANNELS, 6))
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+    return {name: buffer.clone() for name, buffer in layer.named_buffers()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_where_nothing_counts_running_statistics_stay(run, world_size):
+    for buffers in run(nothing_counts, world_size):
+        assert torch.equal(buffers["running_mean"], torch.zeros(CHANNELS))
+        assert torch.equal(buffers["running_var"], torch.ones(CHANNELS))
+        assert buffers["num_batches_tracked"] == 0
+
+
+def one_counts():
+    group = syncnorm.communicator()
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[0, 0] = group.rank == 0
+    with pytest.raises(ValueError, match="more than 1 value per channel") as raised:
+        syncnorm.SyncBatchNorm(CHANNELS)(torch.randn(4, CHANNELS, 6), mask=mask)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_one_position_has_no_variance(run, world_size):
+    assert all("and a mask" in text for text in run(one_counts, world_size))
+
+
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_gradients(check):
+    mask = torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) < 0.6
+
+    def masked(x, weight, bias):
+        return sync_batch_norm(x, None, None, weight, bias, training=True, eps=1e-2, mask=mask)
+
+    torch.manual_seed(0)
+    arguments = [torch.randn(shape, dtype=torch.float64) for shape in [(4, 2, 6), (2,), (2,)]]
+    assert check(masked, [t.requires_grad_() for t in arguments])
+
+
+def test_eval_takes_a_mask_and_needs_none():
+    layer = syncnorm.SyncBatchNorm(CHANNELS).eval()
+    x = torch.randn(4, CHANNELS, 6)
+    assert torch.equal(layer(x, mask=torch.rand(4, 6) < 0.5), layer(x))
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, CHANNELS, 6), (3, 6), (6,), (4, 1, 1, 6), ()])
+def test_a_mask_that_does_not_broadcast(shape):
+    with pytest.raises(ValueError, match=r"expected a mask that broadcasts to \(4, 6\) or \(4, 1, 6\) for an input of"):
+        syncnorm.SyncBatchNorm(CHANNELS)(torch.randn(4, CHANNELS, 6), mask=torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (4, 1), (4, 1, 6), (1, 1, 6)])
+def test_a_mask_that_broadcasts(shape):
+    x = torch.randn(4, CHANNELS, 6)
+    mask = torch.rand(shape) < 0.7
+    mask[..., 0] = True
+    whole = (mask if mask.dim() == 3 else mask.unsqueeze(1)).expand(4, 1, 6)
+    torch.testing.assert_close(
+        syncnorm.SyncBatchNorm(CHANNELS)(x, mask=mask), syncnorm.SyncBatchNorm(CHANNELS)(x, mask=whole)
+    )
+
+
+@pytest.mark.parametrize("mask", [torch.ones(4, 6, dtype=torch.int64), [[True] * 6] * 4])
+def test_a_mask_of_another_type(mask):
+    with pytest.raises(TypeError, match="expected a mask of bool or floating point, got"):
+        syncnorm.SyncBatchNorm(CHANNELS)(torch.randn(4, CHANNELS, 6), mask=mask)

@@ -1,0 +1,105 @@
+"""Norms over sharded features in a tensor-parallel plan, against the model that is not parallel."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import syncnorm
+from syncnorm.tensor_parallel import ShardedNorm
+from syncnorm.testing import run_ranks
+
+WIDTH = 12
+
+
+class QKNorm(nn.Module):
+    """Project, normalize over all heads, and project back."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.q = nn.Linear(8, WIDTH, bias=False)
+        self.q_norm = norm
+        self.out = nn.Linear(WIDTH, 8, bias=False)
+
+    def forward(self, x):
+        return self.out(self.q_norm(self.q(x)).sin())
+
+
+NORMS = {
+    "torch.nn.LayerNorm": lambda: nn.LayerNorm(WIDTH),
+    "torch.nn.RMSNorm": lambda: nn.RMSNorm(WIDTH, eps=1e-6),
+    "syncnorm.LayerNorm": lambda: syncnorm.LayerNorm(WIDTH),
+    "syncnorm.RMSNorm with a bias": lambda: syncnorm.RMSNorm(WIDTH, bias=True),
+    "without parameters": lambda: nn.LayerNorm(WIDTH, elementwise_affine=False),
+}
+
+
+def model(name):
+    torch.manual_seed(0)
+    made = QKNorm(NORMS[name]()).double()
+    for parameter in made.q_norm.parameters():
+        nn.init.normal_(parameter)
+    return made
+
+
+def train(name, parallel, style=ShardedNorm):
+    """Return the output, the input gradient and the parameters after a step of SGD."""
+    net = model(name)
+    if parallel:
+        mesh = init_device_mesh("cpu", (syncnorm.communicator().size,))
+        plan = {"q": ColwiseParallel(), "q_norm": style(), "out": RowwiseParallel()}
+        parallelize_module(net, mesh, plan)
+        assert all(isinstance(parameter, DTensor) for parameter in net.parameters())
+    torch.manual_seed(1)
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    y = net(x)
+    y.backward(torch.randn_like(y))
+    torch.optim.SGD(net.parameters(), lr=0.1, foreach=True).step()
+    state = {key: t.full_tensor() if isinstance(t, DTensor) else t for key, t in net.state_dict().items()}
+    return [y.detach(), x.grad, *state.values()], list(state)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_plan_with_sharded_norms_is_the_same_model(name, world_size):
+    expected, keys = train(name, parallel=False)
+    for actual, their_keys in run_ranks(train, world_size, name, True):
+        assert their_keys == keys
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+class PerRank(ShardedNorm):
+    """The negative control: the norm of each rank's own features."""
+
+    def _apply(self, module, device_mesh):
+        module = super()._apply(module, device_mesh)
+        module.process_group = None
+        return module
+
+
+@pytest.mark.parametrize("name", ["torch.nn.LayerNorm", "torch.nn.RMSNorm"])
+def test_norms_of_each_ranks_features_are_not(name):
+    expected, _ = train(name, parallel=False)
+    for actual, _ in run_ranks(train, 2, name, True, PerRank):
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def refuse(module):
+    mesh = init_device_mesh("cpu", (syncnorm.communicator().size,))
+    with pytest.raises((TypeError, ValueError)) as raised:
+        parallelize_module(module, mesh, ShardedNorm())
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (nn.BatchNorm1d(4), "expected a LayerNorm or an RMSNorm, got BatchNorm1d"),
+        (nn.LayerNorm((2, 4)), "expected a norm over one axis, got one over (2, 4)"),
+    ],
+)
+def test_other_modules_are_refused(module, text):
+    assert run_ranks(refuse, 1, module) == [text]
