@@ -180,8 +180,8 @@ def rms_norm(
     shape = validate.trailing_axes(input, normalized_shape, weight, bias)
     group = _sharing(process_group)
     if group.size == 1 and not eps_outside:
-        y = F.rms_norm(input, shape, weight, eps)
-        return y if bias is None else y + bias
+        x = input if weight is None else input.to(weight.dtype)  # unlike layer_norm, it takes one dtype
+        return _affine(F.rms_norm(x, shape, weight, eps), None, bias).to(input.dtype)
     y = _normalize_rows(_rows(input, len(shape)), MomentsAboutZero, eps, group, eps_outside=eps_outside).view_as(input)
     return _affine(y, weight, bias).to(input.dtype)
 

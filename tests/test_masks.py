@@ -23,6 +23,11 @@ class Case:
     mask_dtype: torch.dtype = torch.bool
     keeps_channel_axis: bool = False  # (N, 1, *) instead of (N, *)
 
+    @property
+    def world_size(self):
+        """The number of ranks."""
+        return len(self.shapes)
+
     def __str__(self):
         shards = "+".join("x".join(map(str, shape)) for shape in self.shapes)
         words = [shards, "+".join(f"{share:g}" for share in self.valid), str(self.dtype)[6:], str(self.mask_dtype)[6:]]
@@ -119,13 +124,13 @@ def assert_matches(results, case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_only_valid_positions_count(run, case):
-    assert_matches(run(on_shard, len(case.shapes), case), case)
+    assert_matches(run(on_shard, case.world_size, case), case)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if min(case.valid) < 1], ids=str)
 def test_without_the_mask_all_do(run, case):
     """The negative control."""
-    results = run(on_shard, len(case.shapes), case, False)
+    results = run(on_shard, case.world_size, case, False)
     with pytest.raises(AssertionError):
         assert_matches(results, case)
 

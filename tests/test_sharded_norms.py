@@ -32,6 +32,11 @@ class Case:
     mean: float = 0.0
     options: dict = field(default_factory=dict)
 
+    @property
+    def world_size(self):
+        """The number of ranks."""
+        return len(self.sizes)
+
     def __str__(self):
         words = [self.norm, "x".join(map(str, self.shape)), f"axis{self.axis}", "+".join(map(str, self.sizes))]
         words += [str(self.dtype)[6:]] + [f"mean={self.mean:g}"] * bool(self.mean)
@@ -143,7 +148,7 @@ def assert_matches(results, case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_shards_match_the_unsplit_norm(run, case):
-    results = run(on_shard, len(case.sizes), case)
+    results = run(on_shard, case.world_size, case)
     assert_matches(results, case)
     rows = torch.Size(case.shape[:-1]).numel() if case.norm != "group" else 2 * (1 if case.axis == 1 else GROUPS)
     sent = rows if case.norm == "rms" else 2 * rows
@@ -159,7 +164,7 @@ CONTROLS = [case for case in CASES if len(case.sizes) == 2 and 0 not in case.sha
 @pytest.mark.parametrize("case", CONTROLS, ids=str)
 def test_without_a_group_they_do_not(run, case):
     """The negative control."""
-    results = run(on_shard, len(case.sizes), case, False)
+    results = run(on_shard, case.world_size, case, False)
     with pytest.raises(AssertionError):
         assert_matches(results, case)
 
@@ -246,6 +251,16 @@ def test_rms_norm_has_a_bias_and_both_epsilons():
     layer.reset_parameters()
     assert layer.bias.count_nonzero() == 0
     assert torch.equal(layer.weight, torch.ones(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_unsplit_norms_take_half_precision_with_float_parameters(dtype):
+    x = torch.randn(2, 4, 6)
+    for layer in (syncnorm.LayerNorm(6), syncnorm.RMSNorm(6, bias=True), syncnorm.GroupNorm(2, 4)):
+        y = layer(x.to(dtype))
+        assert y.dtype == dtype
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(y.float(), layer(x), rtol=4 * eps, atol=4 * eps)
 
 
 def test_rms_norm_of_zeros_has_a_gradient():

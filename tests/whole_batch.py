@@ -25,6 +25,11 @@ class Case:
     param_dtype: torch.dtype | None = None  # float32 for half-precision data, else that of the data
     steps: int = 1  # training steps, each on new data
 
+    @property
+    def world_size(self):
+        """The number of ranks."""
+        return len(self.shapes)
+
     def __str__(self):
         words = ["+".join("x".join(map(str, shape)) for shape in self.shapes), str(self.dtype)[6:]]
         words += [] if self.memory_format == torch.contiguous_format else [str(self.memory_format)[6:]]
