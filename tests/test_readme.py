@@ -8,7 +8,11 @@ from launchers import launch
 
 README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = dict(
-    zip(["torchrun", "mpirun"], re.findall(r"```python\n(import torch.*?)```", README.read_text(), re.DOTALL), strict=True)
+    zip(
+        ["torchrun", "mpirun"],
+        re.findall(r"```python\n(import torch.*?)```", README.read_text(), re.DOTALL),
+        strict=True,
+    )
 )
 
 
