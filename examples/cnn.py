@@ -15,26 +15,22 @@ the same command with --resume goes on from there, on any number of ranks with t
 
 import argparse
 import functools
-import inspect
-import io
 import json
-import os
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from common import counted_all_reduce, launcher, load, per_step, positive, save, without_buffer_broadcast, write
 from rich.console import Console
 from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
-from syncnorm.launchers import launched
-from syncnorm.testing import Call, CountingCommunicator
+from syncnorm.testing import CountingCommunicator
 
 TRAIN_SIZE = 1500  # of 1797; the split is the same in every run
 
@@ -102,13 +98,6 @@ def accuracy(model, images, labels):
     model.eval()
     with torch.no_grad():
         return (model(images).argmax(1) == labels).double().mean().item()
-
-
-def positive(word):
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {word}")
-    return number
 
 
 def arguments():
@@ -204,67 +193,6 @@ def main():
         )
         write(path, json.dumps(record, indent=1).encode())
         print(f"test accuracy {record['test_accuracy']:.3f}, {record['samples_per_second']:.0f} samples/s -> {path}")
-
-
-def without_buffer_broadcast():
-    """DDP's option for leaving buffers alone: synchronized ones agree already. torch 2.13 gave it another name."""
-    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-
-
-def counted_all_reduce(calls, bucket):
-    """Average a bucket of gradients as DDP does, and note it in `calls`."""
-    calls.append(Call("all_reduce", bucket.buffer().nbytes))
-    return allreduce_hook(None, bucket)
-
-
-def per_step(calls, steps):
-    return {"collectives": len(calls) / steps, "bytes": sum(call.nbytes for call in calls) / steps}
-
-
-def launcher():
-    return launched().launcher.replace("none", "alone")
-
-
-def save(path, training, model, optimizer, losses):
-    """Write the state of a training after len(losses) steps."""
-    state = {
-        "training": training,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "loss": losses,
-    }
-    memory = io.BytesIO()
-    torch.save(state, memory)
-    write(path, memory.getbuffer())
-
-
-def load(path, training, model, optimizer, losses):
-    """Read the state of a training into model, optimizer and losses; return how many steps it has behind it."""
-    state = torch.load(path, map_location=losses.device, weights_only=True)
-    if state["training"] != training:
-        raise SystemExit(f"expected a checkpoint of {training}, got one of {state['training']}: {path}")
-    steps = len(state["loss"])
-    if steps >= len(losses):
-        raise SystemExit(f"expected a checkpoint of less than {len(losses)} steps, got one of {steps}: {path}")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    losses[:steps] = state["loss"]
-    return steps
-
-
-def write(path, content):
-    """Write a file so that whatever happens meanwhile leaves the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)  # the new name too
-    os.close(directory)
 
 
 if __name__ == "__main__":
