@@ -20,6 +20,7 @@ CNN = Path(__file__).parent.parent / "examples" / "cnn.py"
 
 fault, rank, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 sys.argv = [str(CNN), *sys.argv[4:]]
+sys.path.insert(0, str(CNN.parent))  # where the example, run as it is, would find its module
 forwards = 0
 
 
