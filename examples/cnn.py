@@ -119,10 +119,10 @@ def batch_of_step(step, global_batch, size, seed):
 
 
 def learning_rate(args, step):
-    """Return the learning rate of a step: constant, or risen over the first tenth, then fallen to 0 by the end."""
-    if not args.decay:
+    """Return the learning rate of a step: constant, or with --decay N risen over N / 10 steps, then fallen to 0."""
+    if args.decay is None:
         return args.lr
-    return args.lr * min(1, 10 * (step + 1) / args.steps) * (1 + math.cos(math.pi * step / args.steps)) / 2
+    return args.lr * min(1, 10 * (step + 1) / args.decay) * (1 + math.cos(math.pi * min(1, step / args.decay))) / 2
 
 
 def scaled(images):
@@ -136,11 +136,11 @@ def evaluate(model, args, group):
         return {}
     model.eval()
     device = next(model.parameters()).device
-    right = 0
+    right, count = 0, len(datasets.load(args.data)[1][1])
     with torch.no_grad():
         for images, labels in zip(*(tensor.split(500) for tensor in datasets.load(args.data)[1]), strict=True):
             right += (model(scaled(images.to(device))).argmax(1).cpu() == labels).sum().item()
-    return {"test_accuracy": right / len(datasets.load(args.data)[1][1])}
+    return {"test_accuracy": right / count, "test_images": count}
 
 
 class Stopwatch:
@@ -195,7 +195,7 @@ def arguments(words=None):
     parser.add_argument("--batch-per-rank", type=positive, default=16, metavar="N", help="samples (default: 16)")
     parser.add_argument("--steps", type=positive, default=200, metavar="N", help="optimizer steps (default: 200)")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate (default: 0.05)")
-    parser.add_argument("--decay", action="store_true", help="warm it up, then let it fall to 0, a half cosine")
+    parser.add_argument("--decay", type=positive, metavar="N", help="warm it up and let it fall to 0 in N steps")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the data")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the record (default: runs/cnn-....json)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write the state of the training there")
@@ -242,7 +242,7 @@ def train(args, group, track=iter):
         "data": args.data.name if args.data else "digits",
         "global_batch": global_batch,
         "lr": args.lr,
-        "decay": args.decay and args.steps,
+        "decay": args.decay,
         "seed": args.seed,
     }
     losses = torch.zeros(args.steps, dtype=torch.float64, device=device)
