@@ -26,27 +26,33 @@ global batch.
 
 import argparse
 import functools
-import inspect
-import io
 import json
-import math
-import os
 import time
 from pathlib import Path
 
 import datasets
 import torch
 import torch.distributed as dist
+from common import (
+    TimedCommunicator,
+    batch_of_step,
+    launcher,
+    learning_rate,
+    load,
+    per_step,
+    positive,
+    save,
+    timed_all_reduce,
+    without_buffer_broadcast,
+    write,
+)
 from rich.console import Console
 from rich.progress import track
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
-from syncnorm.launchers import launched
-from syncnorm.testing import Call, CountingCommunicator
 
 GROUPS = 8  # of GroupNorm
 
@@ -106,25 +112,6 @@ def cnn(channels, classes, norm):
     )
 
 
-@functools.lru_cache(maxsize=2)
-def permutation(size, seed, epoch):
-    """Return the order of the training set in an epoch, (size,)."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
-
-
-def batch_of_step(step, global_batch, size, seed):
-    """Return which of `size` samples the global batch of a step holds, (global_batch,), on any number of ranks."""
-    positions = range(step * global_batch, (step + 1) * global_batch)
-    return torch.stack([permutation(size, seed, p // size)[p % size] for p in positions])
-
-
-def learning_rate(args, step):
-    """Return the learning rate of a step: constant, or with --decay N risen over N / 10 steps, then fallen to 0."""
-    if args.decay is None:
-        return args.lr
-    return args.lr * min(1, 10 * (step + 1) / args.decay) * (1 + math.cos(math.pi * min(1, step / args.decay))) / 2
-
-
 def scaled(images):
     """Return images as float32 in [0, 1]; they are stored as uint8 where that is all that they have."""
     return images if images.is_floating_point() else images.float() / 255
@@ -141,51 +128,6 @@ def evaluate(model, args, group):
         for images, labels in zip(*(tensor.split(500) for tensor in datasets.load(args.data)[1]), strict=True):
             right += (model(scaled(images.to(device))).argmax(1).cpu() == labels).sum().item()
     return {"test_accuracy": right / count, "test_images": count}
-
-
-class Stopwatch:
-    """The time between starts and their ends, in seconds; on a GPU by events, which nothing waits for."""
-
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-        self.spans = []
-
-    def now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def span(self, start):
-        self.spans.append((start, self.now()))
-
-    def seconds(self):
-        if not self.cuda:
-            return sum(end - start for start, end in self.spans)
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in self.spans) / 1000
-
-
-class TimedCommunicator(CountingCommunicator):
-    """A CountingCommunicator that times its all-reduces, waiting for the slowest rank included."""
-
-    def __init__(self, group, stopwatch):
-        super().__init__(group)
-        self.stopwatch = stopwatch
-
-    def all_reduce(self, tensor):
-        start = self.stopwatch.now()
-        result = super().all_reduce(tensor)
-        self.stopwatch.span(start)
-        return result
-
-
-def positive(word):
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {word}")
-    return number
 
 
 def arguments(words=None):
@@ -231,8 +173,7 @@ def train(args, group, track=iter):
 
     torch.manual_seed(args.seed)
     model = cnn(images.shape[1], int(labels.max()) + 1, NORMS[args.norm]).to(device)
-    norm_time, gradient_time = Stopwatch(device), Stopwatch(device)
-    norm_group, gradient_group = TimedCommunicator(group, norm_time), CountingCommunicator(group)
+    norm_group, gradient_group = TimedCommunicator(group, device), TimedCommunicator(group, device)
     if args.norm == "sync_bn":
         model = syncnorm.convert_sync_batchnorm(model, norm_group)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
@@ -252,7 +193,7 @@ def train(args, group, track=iter):
     net = model
     if dist.is_initialized() and group.size > 1:
         net = DistributedDataParallel(model, **without_buffer_broadcast())
-        net.register_comm_hook((gradient_group.calls, gradient_time), timed_all_reduce)
+        net.register_comm_hook(gradient_group, timed_all_reduce)
 
     share = slice(group.rank * args.batch_per_rank, (group.rank + 1) * args.batch_per_rank)
     averaged = first  # losses that are those of the global batch; those after them are this rank's
@@ -285,7 +226,7 @@ def train(args, group, track=iter):
         "resumed_at_step": first,
         "samples_per_second": trained * global_batch / seconds,
         "seconds_per_step": seconds / trained,
-        "communication_seconds_per_step": (norm_time.seconds() + gradient_time.seconds()) / trained,
+        "communication_seconds_per_step": (norm_group.seconds() + gradient_group.seconds()) / trained,
         "per_step": {
             "norm": per_step(norm_group.calls, trained),
             "gradients": per_step(gradient_group.calls, trained),
@@ -294,74 +235,6 @@ def train(args, group, track=iter):
         "device": str(device),
         "loss": losses.tolist(),
     }
-
-
-def without_buffer_broadcast():
-    """DDP's option for leaving buffers alone: synchronized ones agree already. torch 2.13 gave it another name."""
-    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-
-
-def timed_all_reduce(notes, bucket):
-    """Average a bucket of gradients as DDP does, and note it and its time in the (calls, stopwatch) of `notes`."""
-    calls, stopwatch = notes
-    calls.append(Call("all_reduce", bucket.buffer().nbytes))
-    start = stopwatch.now()
-
-    def ended(reduced):
-        stopwatch.span(start)
-        return reduced.value()[0]
-
-    return allreduce_hook(None, bucket).then(ended)
-
-
-def per_step(calls, steps):
-    return {"collectives": len(calls) / steps, "bytes": sum(call.nbytes for call in calls) / steps}
-
-
-def launcher():
-    return launched().launcher.replace("none", "alone")
-
-
-def save(path, training, model, optimizer, losses):
-    """Write the state of a training after len(losses) steps."""
-    state = {
-        "training": training,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "loss": losses,
-    }
-    memory = io.BytesIO()
-    torch.save(state, memory)
-    write(path, memory.getbuffer())
-
-
-def load(path, training, model, optimizer, losses):
-    """Read the state of a training into model, optimizer and losses; return how many steps it has behind it."""
-    state = torch.load(path, map_location=losses.device, weights_only=True)
-    if state["training"] != training:
-        raise SystemExit(f"expected a checkpoint of {training}, got one of {state['training']}: {path}")
-    steps = len(state["loss"])
-    if steps >= len(losses):
-        raise SystemExit(f"expected a checkpoint of less than {len(losses)} steps, got one of {steps}: {path}")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    losses[:steps] = state["loss"]
-    return steps
-
-
-def write(path, content):
-    """Write a file so that whatever happens meanwhile leaves the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)  # the new name too
-    os.close(directory)
 
 
 if __name__ == "__main__":
