@@ -65,7 +65,7 @@ class OverChannels(nn.Module):
         self.norm = norm
 
     def forward(self, x):
-        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1).contiguous()
 
 
 NORMS = {  # of C channels
