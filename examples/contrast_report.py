@@ -110,6 +110,10 @@ def plural(number, noun):
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+def at(sizes):
+    return listed(map(str, sizes)) + " sample" + "s" * (list(sizes) != [1])
+
+
 def advise_error(cells):
     """Say for whom the CNN's error depends on the samples per rank, and what to take then."""
     sizes, norms = cells.sizes("cnn"), cells.norms("cnn")
@@ -125,35 +129,34 @@ def advise_error(cells):
             f"{plural(many, 'sample')} per rank to {error[norm][few].text(1, ' %')} at {few}."
         )
     if level:
-        sentences.append(f"With {names(level)} it does not depend on it beyond the spread over seeds.")
+        sentences.append(f"With {names(level)} the error does not depend on it beyond the spread over seeds.")
     if falling:
         sentences.append(
-            f"With {names(falling)} it is clearly lower at {few} than at {many}: with equally many samples seen, a "
-            "smaller batch makes more steps."
+            f"With {names(falling)} the error is clearly lower at {few} than at {many}: for equally many "
+            "samples, a smaller batch makes more steps."
         )
     if "bn" in norms and "sync_bn" in norms:
         helps = [s for s in sizes if error["bn"][s].clearly_above(error["sync_bn"][s])]
         if helps:
             rest = [str(s) for s in sizes if s not in helps]
             sentences.append(
-                f"**Synchronizing BatchNorm lowers the error at {listed(map(str, helps))} samples per rank"
+                f"**Synchronizing BatchNorm lowers the error at {at(helps)} per rank"
                 + (f"; at {listed(rest)} it makes no clear difference.**" if rest else ", so at all sizes tried.**")
             )
+        elif all(error["sync_bn"][s].clearly_above(error["bn"][s]) for s in sizes):
+            sentences.append("**Synchronizing BatchNorm raises the error at all of these sizes.**")
         else:
             sentences.append("**Synchronizing BatchNorm lowers the error at none of these sizes.**")
     if "sync_bn" in norms:
         for norm in [n for n in norms if n not in ("bn", "sync_bn")]:
             better = [s for s in sizes if error["sync_bn"][s].clearly_above(error[norm][s])]
             worse = [s for s in sizes if error[norm][s].clearly_above(error["sync_bn"][s])]
-            verdict = [f"better than SyncBatchNorm at {listed(map(str, better))}"] if better else []
-            verdict += [f"worse than SyncBatchNorm at {listed(map(str, worse))}"] if worse else []
-            end = "a choice without communication" if better and not worse else "not for nothing free of communication"
+            verdict = [f"better than SyncBatchNorm at {at(better)} per rank"] if better else []
+            verdict += [f"worse than SyncBatchNorm at {at(worse)} per rank"] if worse else []
+            end = "; the quality comes without communication" if better and not worse else ""
             if not verdict:
-                verdict, end = (
-                    ["not to be told from SyncBatchNorm at any size"],
-                    "it gives the same for no communication",
-                )
-            sentences.append(f"{NAMES[norm]} is {' and '.join(verdict)}: {end}.")
+                verdict, end = ["not to be told from SyncBatchNorm at any size"], ", and communicates nothing"
+            sentences.append(f"{NAMES[norm]} is {' and '.join(verdict)}{end}.")
     return " ".join(sentences)
 
 
@@ -288,7 +291,7 @@ TITLES = {
 
 
 def agreement(records):
-    """Return by how much the losses of one process differ from those of the ranks that it stood for, and in how many runs.
+    """Return by how much losses of one process differ from those of the ranks that it stood for, and in how many runs.
 
     Of the first steps: later on rounding errors grow.
     """
@@ -387,9 +390,12 @@ def draw(name, cells, directory):
 def label_ends(axis, ends, gap):
     """Write each curve's name beside its end, moved apart to at least `gap` (of the axis's height); {norm: (x, y)}."""
     places = {n: axis.transAxes.inverted().transform(axis.transData.transform(end)) for n, end in ends.items()}
-    height = -math.inf
-    for norm in sorted(places, key=lambda n: places[n][1]):
-        height = max(places[norm][1], height + gap)
+    ordered = sorted(places, key=lambda n: places[n][1])
+    heights, highest = [], 1 - gap * (len(ordered) - 1)  # of the first, so that the last is within the axis
+    for norm in ordered:
+        heights.append(max(min(places[norm][1], highest), heights[-1] + gap if heights else -math.inf))
+        highest += gap
+    for norm, height in zip(ordered, heights, strict=True):
         axis.annotate(
             NAMES[norm],
             xy=places[norm],
@@ -423,19 +429,23 @@ def curve(axis, norm, x, values, **options):
 def draw_error(plt, cells):
     figure, axis = plt.subplots(figsize=(8.3, 4.4), layout="constrained")
     sizes = cells.sizes("cnn")
+    ends, values = {}, []
     for place, norm in enumerate(cells.norms("cnn")):
         aside = 2 ** (0.04 * (place - 2))  # so that bars of equal height do not hide one another
-        values = [Value(v.mean, min(v.spread, 0.7 * v.mean)) for v in cells.values("cnn", norm, "error")]
-        curve(axis, norm, [size * aside for size in sizes], values)
-    axis.set_yscale("log")
+        errors = cells.values("cnn", norm, "error")
+        curve(axis, norm, [size * aside for size in sizes], errors)
+        ends[norm] = sizes[-1] * aside, max(errors[-1].mean, 0.1)
+        values += errors
+    low, high = 0.5 * max(0.2, min(v.mean for v in values)), 1.2 * max(v.mean + v.spread for v in values)
+    axis.set_yscale("log", nonpositive="clip")
+    axis.set_ylim(low, high)
     sizes_axis(axis, sizes)
-    low, high = axis.get_ylim()
     ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high]
     axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     axis.set_ylabel("test error (%, logarithmic)")
-    label_ends(axis, {n: (sizes[-1], cells["cnn", n, sizes[-1]]["error"].mean) for n in cells.norms("cnn")}, 0.065)
+    label_ends(axis, ends, 0.065)
     axis.set_title("CNN: mean and standard deviation over seeds", loc="left")
     return figure
 
@@ -457,15 +467,15 @@ def draw_step_time(plt, cells):
                 axis.errorbar(place, step.mean, step.spread, color="black", capsize=2, linewidth=1)
                 ticks.append((place, samples))
                 place += 1
-            axis.text((start + place - 1) / 2, -0.25, NAMES[norm], ha="center", transform=axis.get_xaxis_transform())
+            middle = (start + place - 1) / 2
+            axis.text(middle, 1, NAMES[norm], ha="center", va="top", transform=axis.get_xaxis_transform())
             place += 0.8
         axis.set_xticks(*zip(*ticks, strict=True))
         axis.tick_params(axis="x", length=0)
-        axis.set_xlabel("samples per rank (number), norm", labelpad=22)
-        axis.set(ylabel="time of a step (ms)", ylim=(0, 1.05 * top))
+        axis.set(xlabel="samples per rank (number)", ylabel="time of a step (ms)", ylim=(0, 1.2 * top))
         axis.set_title(MODELS[model], loc="left")
         for x, text, colour in (0.62, "compute", "#5F6B78"), (0.98, "communication, with waiting", "#A66F00"):
-            axis.text(x, 1.03, f"■ {text}", color=colour, ha="right", transform=axis.transAxes, weight="bold")
+            axis.text(x, 1.04, f"■ {text}", color=colour, ha="right", transform=axis.transAxes, weight="bold")
     return figure
 
 
@@ -492,9 +502,9 @@ def draw_collectives(plt, cells):
     axes[1].set_xlabel("given by each rank per step (kB)")
     for axis in axes:
         axis.tick_params(axis="y", length=0)
-        axis.set_xlim(0, 1.3 * axis.get_xlim()[1])
-    axes[0].set_title("■ of the gradients", color="#5F6B78", loc="left", weight="bold", size=10)
-    axes[1].set_title("■ + of the norms", color="#A66F00", loc="left", weight="bold", size=10)
+        axis.set_xlim(0, 1.4 * axis.get_xlim()[1])
+        for x, text, colour in (0, "of the gradients", "#5F6B78"), (0.5, "+ of the norms", "#A66F00"):
+            axis.text(x, 1.03, f"■ {text}", color=colour, weight="bold", transform=axis.transAxes)
     return figure
 
 
@@ -505,24 +515,29 @@ def draw_transformer(plt, cells):
         here = [cells["transformer", norm, size] for size in sizes]
         seconds = [cell["steps"] * cell["step"].mean / 1000 for cell in here]
         curve(axes[0], norm, seconds, [cell["bits"] for cell in here])
+        above = norm == "ln"  # whose curve and RMSNorm's may lie on each other
         for size, second, cell in zip(sizes, seconds, here, strict=True):
-            above = norm != "rms"
             axes[0].annotate(
-                str(size),
+                f"{NAMES[norm]}, {size}" if size == sizes[0] else str(size),
                 (second, cell["bits"].mean),
-                xytext=(0, 9 if above else -9),
+                xytext=(5, 5) if above else (-5, -5),
                 textcoords="offset points",
-                ha="center",
+                ha="left" if above else "right",
                 va="bottom" if above else "top",
                 color=STYLES[norm][0],
                 size=9,
             )
         curve(axes[1], norm, sizes, [cell["gap"] for cell in here])
+    axes[0].margins(0.12, 0.16)
     axes[0].set_xscale("log")
-    axes[0].set(
-        xlabel="time of the training on all ranks (s, logarithmic)", ylabel="validation, eval mode (bits per character)"
-    )
-    axes[0].set_title("quality against time, at 1 ... samples per rank", loc="left", size=10)
+    low, high = axes[0].get_xlim()
+    ticks = [t * 10**power for power in range(-3, 6) for t in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[0].minorticks_off()
+    axes[0].set_xlabel("training on all ranks (s, logarithmic)")
+    axes[0].set_ylabel("validation, eval mode (bits per character)")
+    axes[0].set_title("quality against time, by samples per rank", loc="left", size=10)
     sizes_axis(axes[1], sizes)
     axes[1].axhline(0, color="#BBBBBB", linewidth=0.8, zorder=0)
     axes[1].set_ylabel("eval - train mode (bits per character)")
