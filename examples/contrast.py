@@ -146,7 +146,7 @@ def train(runs, args):
             if run.kind == "quality":
                 record |= example.evaluate(model, arguments, group)
             if group.rank == 0:
-                record["arguments"] = run.words
+                record |= {"arguments": run.words, "cores": len(os.sched_getaffinity(0))}
                 write(args.out / run.path, json.dumps(record, indent=1).encode())
 
         for run in together:
@@ -179,10 +179,10 @@ def arguments():
     quick = args.quick
     args.sizes = sorted(set(args.sizes or ([1, 4, 16] if quick else [1, 2, 4, 8, 16])))
     args.samples = {
-        "cnn": args.cnn_samples or (3000 if quick else 15000),
-        "transformer": args.transformer_samples or (2000 if quick else 24000),
+        "cnn": args.cnn_samples or (2400 if quick else 15000),
+        "transformer": args.transformer_samples or (1600 if quick else 24000),
     }
-    args.timed_steps = args.timed_steps or (16 if quick else 50)
+    args.timed_steps = args.timed_steps or (10 if quick else 50)
     return args
 
 
