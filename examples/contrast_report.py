@@ -350,7 +350,8 @@ def write_report(directory, records):
     parts = ["# Do I need SyncBatchNorm?"]
     seen = {run.model: run.decay * run.ranks * run.samples for run in records}
     parts.append(
-        f"{plural(ranks, 'rank')} on {plural(record['cores'], 'core')} ({record['device']}), {plural(seeds, 'seed')}; each training sees about "
+        f"{plural(ranks, 'rank')} on {plural(record['cores'], 'core')} ({record['device']}), {plural(seeds, 'seed')}; "
+        "each training sees about "
         + listed(f"{count} samples ({MODELS[model]})" for model, count in seen.items())
         + f". Values are mean ± standard deviation over seeds. What the text calls clear is a difference of more than "
         f"{CLEAR} times the joint standard deviation of the two."
