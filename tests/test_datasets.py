@@ -1,5 +1,6 @@
 """The examples' images: CIFAR-10's two formats and image folders, in small files that the tests write."""
 
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launchers import launch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -128,6 +130,17 @@ def test_image_folder_needs_pillow(tmp_path, monkeypatch):
 def test_a_folder_of_nothing(tmp_path):
     with pytest.raises(ValueError, match="expected CIFAR-10's files or a sub-folder of images per class, got neither"):
         datasets.load(tmp_path)
+
+
+def test_the_cnn_trains_on_a_folder(tmp_path):
+    write_images(tmp_path / "images", COLOURS, 10)
+    options = ["--data", tmp_path / "images", "--norm", "gn", "--batch-per-rank", 4, "--steps", 12]
+    cnn = Path(datasets.__file__).with_name("cnn.py")
+    job = launch("alone", 1, cnn, *options, "--out", tmp_path / "record.json", NO_COLOR="1")
+    assert job.returncode == 0, job.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert (record["data"], record["test_images"], record["test_accuracy"]) == ("images", 4, 1.0)
+    assert record["communication_seconds_per_step"] == 0
 
 
 def test_digits():
