@@ -4,14 +4,16 @@ import argparse
 import functools
 import inspect
 import io
+import math
 import os
+import time
 
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.launchers import launched
-from syncnorm.testing import Call
+from syncnorm.testing import Call, CountingCommunicator
 
 
 def positive(word):
@@ -33,16 +35,61 @@ def batch_of_step(step, global_batch, size, seed):
     return torch.stack([permutation(size, seed, p // size)[p % size] for p in positions])
 
 
+def learning_rate(args, step):
+    """Return the learning rate of a step: constant, or with --decay N risen over N / 10 steps, then fallen to 0."""
+    if args.decay is None:
+        return args.lr
+    return args.lr * min(1, 10 * (step + 1) / args.decay) * (1 + math.cos(math.pi * min(1, step / args.decay))) / 2
+
+
 def without_buffer_broadcast():
     """DDP's option for leaving buffers alone: synchronized ones agree already. torch 2.13 gave it another name."""
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
 
 
-def counted_all_reduce(calls, bucket):
-    """Average a bucket of gradients as DDP does, and note it in `calls`."""
-    calls.append(Call("all_reduce", bucket.buffer().nbytes))
-    return allreduce_hook(None, bucket)
+class TimedCommunicator(CountingCommunicator):
+    """A CountingCommunicator that times its all-reduces; to wait for the slowest rank is part of them.
+
+    On a GPU the times are taken by events, for which nothing waits until `seconds` is called.
+    """
+
+    def __init__(self, group, device):
+        super().__init__(group)
+        self.cuda = device.type == "cuda"
+        self.spans = []
+
+    def now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def all_reduce(self, tensor):
+        start = self.now()
+        result = super().all_reduce(tensor)
+        self.spans.append((start, self.now()))
+        return result
+
+    def seconds(self):
+        """Return the time of all collectives so far."""
+        if not self.cuda:
+            return sum(end - start for start, end in self.spans)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self.spans) / 1000
+
+
+def timed_all_reduce(gradient_group, bucket):
+    """Average a bucket of gradients as DDP does, and note it and its time in a TimedCommunicator."""
+    gradient_group.calls.append(Call("all_reduce", bucket.buffer().nbytes))
+    start = gradient_group.now()
+
+    def ended(reduced):
+        gradient_group.spans.append((start, gradient_group.now()))
+        return reduced.value()[0]
+
+    return allreduce_hook(None, bucket).then(ended)
 
 
 def per_step(calls, steps):

@@ -30,6 +30,7 @@ Shapes: N samples, T bytes of context, C channels.
 
 import argparse
 import copy
+import functools
 import json
 import math
 import re
@@ -40,13 +41,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from common import (
+    TimedCommunicator,
     batch_of_step,
-    counted_all_reduce,
     launcher,
+    learning_rate,
     load,
     per_step,
     positive,
     save,
+    timed_all_reduce,
     without_buffer_broadcast,
     write,
 )
@@ -58,7 +61,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
 from syncnorm.communicators import LocalCommunicator
-from syncnorm.testing import CountingCommunicator
 
 PROMPT = "The value of "
 VALIDATION = 10  # one paragraph of so many is held out; the split is the same in every run
@@ -227,13 +229,14 @@ def continuation(model, context, length, seed, device):
     return bytes(text[1:]).decode(errors="replace")
 
 
-def arguments():
+def arguments(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     norms = ["ln", "rms", "sync_bn", "bn"]
     parser.add_argument("--norm", choices=norms, default="sync_bn", help="bn, per rank, is the control")
     parser.add_argument("--batch-per-rank", type=positive, default=16, metavar="N", help="samples (default: 16)")
     parser.add_argument("--steps", type=positive, default=300, metavar="N", help="optimizer steps (default: 300)")
     parser.add_argument("--lr", type=float, default=0.005, help="learning rate (default: 0.005)")
+    parser.add_argument("--decay", type=positive, metavar="N", help="warm it up and let it fall to 0 in N steps")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order of the data, continuation")
     parser.add_argument("--layers", type=positive, default=2, metavar="N", help="blocks (default: 2)")
     parser.add_argument("--width", type=positive, default=64, metavar="N", help="channels (default: 64)")
@@ -246,7 +249,7 @@ def arguments():
     parser.add_argument("--checkpoint-every", type=positive, default=50, metavar="N", help="steps (default: 50)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if it is there")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for a rank that does not come")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.resume and args.checkpoint is None:
         parser.error("--resume needs --checkpoint FILE")
     if args.width % args.heads:
@@ -256,18 +259,54 @@ def arguments():
     return args
 
 
+@functools.lru_cache(maxsize=1)
+def data(file, context, device):
+    """Return the samples to train on and to validate with, split the same way in every run, and their checksum."""
+    text = paragraphs(file)
+    order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0)).tolist()
+    held_out = len(text) // VALIDATION
+    valid = Samples([text[i] for i in order[:held_out]], context, device)
+    train = Samples([text[i] for i in order[held_out:]], context, device)
+    return train, valid, zlib.crc32(b"\n\n".join(text))
+
+
 def main():
     args = arguments()
     group = syncnorm.init(timeout=args.timeout)
+    description = f"{args.norm}, {group.size} x {args.batch_per_rank} samples"
+    model, record = train(
+        args, group, lambda steps: track(steps, description, console=Console(stderr=True), disable=group.rank != 0)
+    )
+    record |= evaluate(model, args, group)
+    if group.rank == 0:
+        device = next(model.parameters()).device
+        record["sample"] = continuation(model, args.context, args.sample, args.seed, device)
+        path = args.out or Path("runs") / (
+            "transformer-{norm}-{launcher}-{ranks}x{batch_per_rank}-seed{seed}.json".format(**record)
+        )
+        write(path, json.dumps(record, indent=1).encode())
+        print(
+            "{valid_bits_per_character:.3f} bits per character ({valid_bits_per_character_in_train_mode:.3f} by the "
+            "statistics of the batch), {tokens_per_second:.0f} tokens/s".format(**record),
+            f"-> {path}\n\n{record['sample']}",
+        )
+
+
+def evaluate(model, args, group):
+    """Return the bits per character on the held-out text, in eval and in train mode. All ranks call it."""
+    _, valid, _ = data(args.data, args.context, next(model.parameters()).device)
+    in_train_mode = bits_per_character(copy.deepcopy(model).train(), valid, args.batch_per_rank, group)
+    bits = bits_per_character(model.eval(), valid, args.batch_per_rank, group)
+    return {"valid_bits_per_character": bits, "valid_bits_per_character_in_train_mode": in_train_mode}
+
+
+def train(args, group, track=iter):
+    """Train on the ranks of the group; return the model and a record. `track` passes the steps on and may show them."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    text = paragraphs(args.data)
-    order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0)).tolist()
-    held_out = len(text) // VALIDATION
-    valid = Samples([text[i] for i in order[:held_out]], args.context, device)
-    train = Samples([text[i] for i in order[held_out:]], args.context, device)
+    samples, _, crc = data(args.data, args.context, device)
 
     torch.manual_seed(args.seed)
-    norm_group, gradient_group = CountingCommunicator(group), CountingCommunicator(group)
+    norm_group, gradient_group = TimedCommunicator(group, device), TimedCommunicator(group, device)
     norm = {
         "ln": LayerNorm,
         "rms": RMSNorm,
@@ -278,32 +317,27 @@ def main():
     model = Transformer(**shape, norm=norm).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
     global_batch = args.batch_per_rank * group.size
-    training = {"norm": args.norm, "global_batch": global_batch, "lr": args.lr, "seed": args.seed, **shape}
-    training["crc_of_text"] = zlib.crc32(b"\n\n".join(text))
+    training = {"norm": args.norm, "global_batch": global_batch, "lr": args.lr, "decay": args.decay, "seed": args.seed}
+    training |= {**shape, "crc_of_text": crc}
     losses = torch.zeros(args.steps, dtype=torch.float64, device=device)
     first = 0
     if args.resume and args.checkpoint.exists():
         first = load(args.checkpoint, training, model, optimizer, losses)
     net = model
-    if dist.is_initialized():
+    if dist.is_initialized() and group.size > 1:
         net = DistributedDataParallel(model, **without_buffer_broadcast())
-        net.register_comm_hook(gradient_group.calls, counted_all_reduce)
+        net.register_comm_hook(gradient_group, timed_all_reduce)
 
     share = slice(group.rank * args.batch_per_rank, (group.rank + 1) * args.batch_per_rank)
     averaged = first  # losses that are those of the global batch; those after them are this rank's
     tokens = 0  # valid bytes of all global batches
-    steps = track(
-        range(first, args.steps),
-        f"{args.norm}, {group.size} x {args.batch_per_rank} samples",
-        console=Console(stderr=True),
-        disable=group.rank != 0,
-    )
     group.barrier()
     start = time.perf_counter()
-    for step in steps:
-        batch = batch_of_step(step, global_batch, len(train), args.seed)
-        valid_bytes = train.lengths[batch].sum().item()  # of all ranks, which each of them knows
-        inputs, targets, mask = train.batch(batch[share])
+    for step in track(range(first, args.steps)):
+        optimizer.param_groups[0]["lr"] = learning_rate(args, step)
+        batch = batch_of_step(step, global_batch, len(samples), args.seed)
+        valid_bytes = samples.lengths[batch].sum().item()  # of all ranks, which each of them knows
+        inputs, targets, mask = samples.batch(batch[share])
         optimizer.zero_grad()
         loss = nats(net(inputs, mask), targets) * (group.size / valid_bytes)  # DDP divides by the number of ranks
         loss.backward()
@@ -319,42 +353,31 @@ def main():
     group.barrier()
     seconds = time.perf_counter() - start
     trained = args.steps - first
-    costs = {"norm": per_step(norm_group.calls, trained), "gradients": per_step(gradient_group.calls, trained)}
-
-    bits_in_train_mode = bits_per_character(copy.deepcopy(model).train(), valid, args.batch_per_rank, group)
-    bits = bits_per_character(model.eval(), valid, args.batch_per_rank, group)
-    if group.rank == 0:
-        record = {
-            "norm": args.norm,
-            "launcher": launcher(),
-            "ranks": group.size,
-            "batch_per_rank": args.batch_per_rank,
-            "steps": args.steps,
-            "resumed_at_step": first,
-            "lr": args.lr,
-            "seed": args.seed,
-            **shape,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "data": str(args.data or "pydoc_data.topics"),
-            "valid_bits_per_character": bits,
-            "valid_bits_per_character_in_train_mode": bits_in_train_mode,
-            "samples_per_second": trained * global_batch / seconds,
-            "tokens_per_second": tokens / seconds,
-            "seconds_per_step": seconds / trained,
-            "per_step": costs,
-            "torch": torch.__version__,
-            "device": str(device),
-            "loss": losses.tolist(),
-            "sample": continuation(model, args.context, args.sample, args.seed, device),
-        }
-        path = args.out or Path("runs") / (
-            "transformer-{norm}-{launcher}-{ranks}x{batch_per_rank}-seed{seed}.json".format(**record)
-        )
-        write(path, json.dumps(record, indent=1).encode())
-        print(
-            f"{bits:.3f} bits per character ({bits_in_train_mode:.3f} by the statistics of the batch), "
-            f"{record['tokens_per_second']:.0f} tokens/s -> {path}\n\n{record['sample']}"
-        )
+    return model, {
+        "norm": args.norm,
+        "launcher": launcher(),
+        "ranks": group.size,
+        "batch_per_rank": args.batch_per_rank,
+        "steps": args.steps,
+        "resumed_at_step": first,
+        "lr": args.lr,
+        "decay": args.decay,
+        "seed": args.seed,
+        **shape,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data": str(args.data or "pydoc_data.topics"),
+        "samples_per_second": trained * global_batch / seconds,
+        "tokens_per_second": tokens / seconds,
+        "seconds_per_step": seconds / trained,
+        "communication_seconds_per_step": (norm_group.seconds() + gradient_group.seconds()) / trained,
+        "per_step": {
+            "norm": per_step(norm_group.calls, trained),
+            "gradients": per_step(gradient_group.calls, trained),
+        },
+        "torch": torch.__version__,
+        "device": str(device),
+        "loss": losses.tolist(),
+    }
 
 
 if __name__ == "__main__":

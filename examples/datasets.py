@@ -1,0 +1,134 @@
+"""Images with labels, from scikit-learn's digits, CIFAR-10's folder, or a folder of images.
+
+N images of shape (C, H, W): float32 in [0, 1], or uint8, which takes a quarter of the memory.
+"""
+
+import functools
+import pickle
+
+import numpy as np
+import torch
+
+TRAIN_SIZE = 1500  # of the 1797 digits
+IMAGE_SIZE = 32  # pixels; an image folder's images are cropped to squares and brought to it
+TEST_SHARE = 5  # of an image folder without a test part: every fifth image
+
+
+@functools.lru_cache(maxsize=1)
+def load(folder=None):
+    """Return train and test (images, labels), (N, C, H, W) and (N,) int64, in a fixed order.
+
+    folder: CIFAR-10's with pickles (`data_batch_1` to 5, `test_batch`) or binary files (the same with `.bin`); or one
+        with a sub-folder of images per class, or with such folders `train` and `test`. None: the digits, 8 x 8.
+
+    Raises:
+        ValueError: the folder is none of these, or a file in it is not what its name says.
+        RuntimeError: an image folder wants Pillow, and there is none.
+    """
+    if folder is None:
+        return digits()
+    for suffix, read in ("", read_pickle), (".bin", read_binary):
+        if (folder / f"data_batch_1{suffix}").exists():
+            return cifar(folder, suffix, read)
+    return image_folder(folder)
+
+
+def digits():
+    """Return scikit-learn's handwritten digits; the split is the same in every run."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)[order]
+    labels = torch.tensor(bunch.target, dtype=torch.int64)[order]
+    return (images[:TRAIN_SIZE], labels[:TRAIN_SIZE]), (images[TRAIN_SIZE:], labels[TRAIN_SIZE:])
+
+
+def cifar(folder, suffix, read):
+    """Return CIFAR-10 from the files that the folder has, each (N, 3072) uint8 of red, green and blue planes."""
+    names = sorted(folder.glob(f"data_batch_[1-5]{suffix}")), [folder / f"test_batch{suffix}"]
+    return tuple(joined([read(path) for path in paths]) for paths in names)
+
+
+def joined(parts):
+    """Return (images, labels) of several ((N, 3072) uint8, (N,)) arrays, as tensors."""
+    pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), torch.from_numpy(labels.astype(np.int64))
+
+
+class CifarUnpickler(pickle.Unpickler):
+    """An unpickler of arrays, numbers and strings, which runs nothing that a file names beside them."""
+
+    ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype", "encode"})
+    MODULES = frozenset({"numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs"})
+
+    def find_class(self, module, name):
+        if module in self.MODULES and name in self.ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def read_pickle(path):
+    with path.open("rb") as file:
+        try:
+            batch = CifarUnpickler(file, encoding="bytes").load()
+            pixels, labels = batch[b"data"], np.asarray(batch[b"labels"])
+        except (pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+            raise ValueError(f"expected a batch of CIFAR-10 with data and labels, got {error!r}: {path}") from error
+    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072):
+        raise ValueError(f"expected ({len(labels)}, 3072) uint8, got {pixels.shape} {pixels.dtype}: {path}")
+    return pixels, labels
+
+
+def read_binary(path):
+    """Read a file of 3073 bytes for each image: the label, then the pixels."""
+    values = np.fromfile(path, np.uint8)
+    if values.size == 0 or values.size % 3073:
+        raise ValueError(f"expected images of 3073 bytes, got {values.size} bytes: {path}")
+    values = values.reshape(-1, 3073)
+    return values[:, 1:], values[:, 0]
+
+
+def image_folder(folder):
+    """Return the images of the folder's sub-folders, whose names in alphabetical order are the classes."""
+    if (folder / "train").is_dir() and (folder / "test").is_dir():
+        parts = [images_by_class(folder / part) for part in ("train", "test")]
+        classes = [sorted({name for name, _ in part}) for part in parts]
+        if classes[0] != classes[1]:
+            raise ValueError(
+                f"expected the same classes in train and test, got {classes[0]} and {classes[1]}: {folder}"
+            )
+    else:
+        images = images_by_class(folder)
+        parts = [
+            [image for i, image in enumerate(images) if (i % TEST_SHARE == TEST_SHARE - 1) == test]
+            for test in (False, True)
+        ]
+        classes = [sorted({name for name, _ in images})]
+    if not all(parts):
+        raise ValueError(f"expected at least {TEST_SHARE} images, got {sum(map(len, parts))}: {folder}")
+    labels = {name: label for label, name in enumerate(classes[0])}
+    return tuple(
+        (torch.stack([read_image(path) for _, path in part]), torch.tensor([labels[name] for name, _ in part]))
+        for part in parts
+    )
+
+
+def images_by_class(folder):
+    """Return (class, path) of each image in a sub-folder, in alphabetical order."""
+    suffixes = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
+    images = [(path.parent.name, path) for path in sorted(folder.glob("*/*")) if path.suffix.lower() in suffixes]
+    if not images:
+        raise ValueError(f"expected CIFAR-10's files or a sub-folder of images per class, got neither: {folder}")
+    return images
+
+
+def read_image(path):
+    """Return an image's middle square as (3, IMAGE_SIZE, IMAGE_SIZE) uint8."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise RuntimeError("an image folder is read by Pillow: pip install pillow") from error
+    with Image.open(path) as image:
+        square = ImageOps.fit(image.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
