@@ -524,8 +524,9 @@ def draw_transformer(plt, cells):
         here = [cells["transformer", norm, size] for size in sizes]
         seconds = [cell["steps"] * cell["step"].mean / 1000 for cell in here]
         curve(axes[0], norm, seconds, [cell["bits"] for cell in here])
-        above = norm == "ln"  # whose curve and RMSNorm's may lie on each other
         for size, second, cell in zip(sizes, seconds, here, strict=True):
+            steps = [cells["transformer", n, size]["step"].mean for n in ("ln", "rms") if n in norms]
+            above = norm != "sync_bn" and cell["step"].mean == max(steps)  # these two curves lie near each other
             axes[0].annotate(
                 f"{NAMES[norm]}, {size}" if size == sizes[0] else str(size),
                 (second, cell["bits"].mean),
