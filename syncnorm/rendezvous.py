@@ -89,7 +89,9 @@ def _tell(rank: int, size: int, local_rank: Any, local_size: int, address: str, 
 
 
 def meet(note: dict[str, Any]) -> tuple[Store, list[dict[str, Any]]]:
-    """Wait for all ranks at the address that the environment tells; return the store there, and each rank's note.
+    """Wait for all ranks at the address that the environment tells; return a store for torch, and each rank's note.
+
+    The store is this attempt's: where torchrun starts ranks anew, those of before have left their addresses in its own.
 
     Raises:
         RuntimeError: the address is not reached, or ranks are missing, after five minutes; with their numbers.
@@ -111,7 +113,7 @@ def meet(note: dict[str, Any]) -> tuple[Store, list[dict[str, Any]]]:
         raise RuntimeError(
             f"expected {size} ranks to join within {PATIENCE.total_seconds():g} s, missing: {', '.join(missing)}"
         ) from None
-    return store, [json.loads(word) for word in words.multi_get(notes)]
+    return dist.PrefixStore("torch", words), [json.loads(word) for word in words.multi_get(notes)]  # type: ignore[attr-defined]
 
 
 def serves_the_store() -> bool:

@@ -138,6 +138,22 @@ def test_ranks_that_do_not_come_are_named(script):
     assert job.stdout == "RuntimeError expected 3 ranks to join within 2 s, missing: 1, 2\n"
 
 
+def test_ranks_that_torchrun_starts_anew_join_again(script):
+    code = """
+        import os, sys, torch, syncnorm
+        group = syncnorm.init()
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        group.all_reduce(torch.ones(1))
+        if attempt == "0" and group.rank == 1:
+            raise ValueError("the first time")
+        total = group.all_reduce(torch.ones(1)).item()
+        sys.stdout.write(f"rank {group.rank} sums {total} at attempt {attempt}\\n")
+    """
+    job = launch("torchrun", 3, script(code), PET_MAX_RESTARTS="1")
+    assert job.returncode == 0, job.stderr
+    assert sorted(job.stdout.splitlines()) == [f"rank {rank} sums 3.0 at attempt 1" for rank in range(3)]
+
+
 WRITTEN_FOR_TORCHRUN = """
     import os, sys, torch, torch.distributed as dist, syncnorm
     syncnorm.init({backend!r})
