@@ -36,10 +36,13 @@ def sync_batch_norm(
     num_batches_tracked: Tensor | None = None,
     process_group: ProcessGroupLike = None,
     mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """Batch normalization by the statistics of the whole batch, wherever its shards live.
 
-        y = (x - mean) / sqrt(var + eps) * weight + bias
+        y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
     In training, mean and (biased) var of each channel are taken over the batch and trailing axes of *all* ranks'
     inputs, and the running statistics move towards them (see `syncnorm.running.update`); else the running statistics
@@ -63,26 +66,35 @@ def sync_batch_norm(
             with its own number of them. Statistics are those of the positions where it is true (or 1), on all ranks
             together. The others are normalized by these too, and their values may be anything; they have no part in
             the gradient of the statistics.
+        residual: added before the activation, of the input's shape and dtype.
+        activation: None, "relu", "leaky_relu" (slope 0.01), "silu" or "gelu_tanh", in the same pass over the data.
+            Backward keeps the input and, with a residual, the signs of its sum, one bit each (silu and gelu_tanh: the
+            residual).
+        inplace: write the output over the input, for activation None or "leaky_relu" and no residual. Backward keeps
+            the output alone and computes the input from it: in a channel whose weight is 0 the weight's gradient is 0.
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of 2C
     in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none.
 
     Raises:
-        ValueError: shapes do not fit; eps is not positive; this rank is not in the group; the whole batch has one value
-            per channel (with a mask on a GPU that is not looked at, which would wait for the device).
+        ValueError: shapes do not fit; the activation is unknown or cannot be in place; eps is not positive; this rank
+            is not in the group; the whole batch has one value per channel (with a mask on a GPU that is not looked at,
+            which would wait for the device).
         TypeError: the input or a buffer is not floating point, the mask neither that nor bool.
         RuntimeError: a parameter is on another device than the input.
 
-    Source: Ioffe and Szegedy, Batch Normalization, 2015; the moments are merged as Chan, Golub and LeVeque do, 1979.
+    Source: Ioffe and Szegedy, Batch Normalization, 2015; the moments are merged as Chan, Golub and LeVeque do, 1979;
+    in place: Rota Bulò, Porzi and Kontschieder, In-Place Activated BatchNorm, 2018.
     """
     validate.batch_norm_arguments(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
     )
     mask = validate.mask_over_channels(mask, input)
+    epilogue = validate.epilogue(input, residual, activation, inplace)
     if not training:
         assert running_mean is not None  # validated
         assert running_var is not None
-        return normalize_by_constants(input, running_mean, running_var, weight, bias, eps)
+        return normalize_by_constants(input, running_mean, running_var, weight, bias, eps, epilogue=epilogue)
     group = communicator(process_group)
     if process_group is None and isinstance(group, LocalCommunicator):
         warn_if_alone_in_a_larger_job()
@@ -95,7 +107,7 @@ def sync_batch_norm(
             + (" and a mask" if mask is not None else "")
             + (f" on rank {group.rank} and 1 value on all {group.size} ranks" if group.size > 1 else "")
         )
-    output = normalize(input, moments, weight, bias, eps, group, mask=mask)
+    output = normalize(input, moments, weight, bias, eps, group, mask=mask, epilogue=epilogue)
     running.update(running_mean, running_var, num_batches_tracked, moments, momentum)
     return output
 

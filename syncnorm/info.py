@@ -88,4 +88,4 @@ def _mpi() -> str:
 
 
 def _kernels(device: str) -> str:
-    return getattr(kernels.select(torch.device(device)), "__name__", "unknown").rpartition(".")[2]
+    return getattr(kernels.select(torch.empty(0, device=device)), "__name__", "unknown").rpartition(".")[2]

@@ -33,7 +33,7 @@ class _Grouped(nn.Module):
 class SyncBatchNorm(_Grouped, _BatchNorm):
     """Batch normalization by the statistics of the whole batch, wherever its shards live.
 
-        y = (x - mean) / sqrt(var + eps) * weight + bias
+        y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
     In training, mean and (biased) var of each channel are taken over the batch and trailing axes of the inputs of
     *all* ranks of `process_group`; the running statistics move towards them by `momentum` (var unbiased, by the
@@ -59,6 +59,9 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         device: of parameters and buffers.
         dtype: of parameters and buffers.
         bias: learn the bias, if affine.
+        activation: None, "relu", "leaky_relu" (slope 0.01), "silu" or "gelu_tanh", in the same pass over the data.
+        inplace: write the output over the input, for activation None or "leaky_relu" and no residual; see
+            `syncnorm.functional.sync_batch_norm` for what each of them keeps for backward.
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of
     2C in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none.
@@ -84,17 +87,22 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        activation: str | None = None,
+        inplace: bool = False,
     ):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
+        validate.known_activation(activation, inplace)
+        self.activation, self.inplace = activation, inplace
         self.process_group = process_group
 
-    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalize `input`, (N, C, *), and in training move the running statistics.
 
         Only the positions where `mask`, (N, *) or (N, 1, *), is true (or 1) count in them, see
-        `syncnorm.functional.sync_batch_norm`.
+        `syncnorm.functional.sync_batch_norm`. `residual`, of the input's shape and dtype, is added before the
+        activation.
         """
         tracks = self.track_running_stats or not self.training
         running_mean = self.running_mean if tracks else None
@@ -110,6 +118,9 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
             num_batches_tracked=self.num_batches_tracked if tracks else None,
             process_group=self._group.resolve() if self.training else _ALONE,
             mask=mask,
+            residual=residual,
+            activation=self.activation,
+            inplace=self.inplace,
         )
 
     def reset_parameters(self) -> None:
@@ -125,6 +136,8 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
+            + (f", activation={self.activation}" if self.activation else "")
+            + (", inplace=True" if self.inplace else "")
         )
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -183,10 +196,14 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        activation: str | None = None,
+        inplace: bool = False,
     ):
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
+        validate.known_activation(activation, inplace)
+        self.activation, self.inplace = activation, inplace
         self.process_group = process_group
 
     def initialize_parameters(self, input: Tensor) -> None:

@@ -22,34 +22,47 @@ class Moments:
     """The moments of a set of values, for each of C channels.
 
     Attributes:
-        count: number of values per channel, or the sum of their weights, () float64.
-        mean: their mean, (C,) float64; 0 of no values.
-        m2: Σ (x - mean)², (C,) float64.
+        values: [mean, M2, count], (2C + 1,) float64.
+        centered: whether they are about the mean; else about zero, and `values` is [0, Σ x², count].
     """
 
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
+    values: Tensor
 
-    centered: ClassVar[bool] = True  # about the mean
+    centered: ClassVar[bool] = True
 
     @classmethod
     def of(cls, input: Tensor, mask: Tensor | None = None) -> Moments:
         """Return the moments of (N, C, *) over all axes but the channels', weighted by the mask."""
-        mean, m2 = kernels.select(input.device).moments(input, mask)
-        return cls(_count(input, mask, mean), mean, m2)
+        return cls(kernels.select(input).moments(input, mask))
 
     def pack(self) -> Tensor:
         """Return [n·mean, M2 + n·mean², n], (2C + 1,) float64: the sum over the ranks packs the whole batch."""
-        total = self.count * self.mean
-        return torch.cat([total, torch.addcmul(self.m2, total, self.mean), self.count.view(1)])
+        return kernels.select(self.values).pack(self.values)
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Moments:
         """Return the moments that `packed`, (2C + 1,) float64, stands for."""
-        total, total_square, count = packed[:-1].view(2, -1)[0], packed[:-1].view(2, -1)[1], packed[-1]
-        mean = total / or_one(count)
-        return cls(count, mean, torch.addcmul(total_square, total, mean, value=-1).clamp_min(0))
+        return cls(kernels.select(packed).unpack(packed))
+
+    @classmethod
+    def constant(cls, mean: Tensor, variance: Tensor) -> Moments:
+        """Return moments of this mean and variance, as if of one value, for statistics that are given."""
+        return cls(torch.cat([mean.double(), variance.double(), mean.new_ones(1, dtype=torch.float64)]))
+
+    @property
+    def count(self) -> Tensor:
+        """The number of values per channel, or the sum of their weights, ()."""
+        return self.values[-1]
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, (C,); 0 of no values."""
+        return self.values[: len(self.values) // 2]
+
+    @property
+    def m2(self) -> Tensor:
+        """Σ (x - mean)², (C,)."""
+        return self.values[len(self.values) // 2 : -1]
 
     @property
     def variance(self) -> Tensor:
@@ -70,29 +83,22 @@ class MomentsAboutZero(Moments):
     @classmethod
     def of(cls, input: Tensor, mask: Tensor | None = None) -> MomentsAboutZero:
         """Return the moments of (N, C, *) over all axes but the channels', weighted by the mask."""
-        mean, m2 = kernels.select(input.device).moments(input, mask)
-        count = _count(input, mask, mean)
-        return cls(count, torch.zeros_like(mean), torch.addcmul(m2, count * mean, mean))
+        about_mean = Moments.of(input, mask)
+        return cls.unpack(about_mean.pack()[len(about_mean.mean) :])
 
     def pack(self) -> Tensor:
         """Return [Σ x², n], (C + 1,) float64."""
-        return torch.cat([self.m2, self.count.view(1)])
+        return self.values[len(self.mean) :].clone()
 
     @classmethod
     def unpack(cls, packed: Tensor) -> MomentsAboutZero:
         """Return the moments that `packed`, (C + 1,) float64, stands for."""
-        return cls(packed[-1], torch.zeros_like(packed[:-1]), packed[:-1])
+        return cls(torch.cat([torch.zeros_like(packed[:-1]), packed]))
 
 
 def or_one(count: Tensor) -> Tensor:
     """Return a count to divide by: 1 where there is nothing."""
     return torch.where(count > 0, count, 1)
-
-
-def _count(input: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
-    if mask is None:
-        return like.new_full((), count_per_channel(input))
-    return mask.expand(len(input), 1, *input.shape[2:]).sum(dtype=torch.float64)
 
 
 def count_per_channel(input: Tensor) -> int:

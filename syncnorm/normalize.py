@@ -1,21 +1,23 @@
 """Normalization by moments that depend on the input, or by constants: the one hand-written backward.
 
-Shapes: input (N, C, *); mask what expands to (N, 1, *); weight, bias, mean, variance, invstd (C,); count ().
+Shapes: input and residual (N, C, *); mask what expands to (N, 1, *); weight, bias (C,); statistics (2, C) = [mean,
+invstd]; count (1,).
 
-With x̂ = (x - mean) * invstd and y = x̂ * weight + bias, the loss L depends on x directly and, through the sums over all
-ranks, by mean and invstd. The gradients with respect to these two are
+With x̂ = (x - mean) * invstd, z = x̂ * weight + bias + residual and y = activation(z), the loss L depends on x directly
+and, through the sums over all ranks, by mean and invstd. The gradients with respect to these two are
 
-    ∂L/∂mean   = -weight * invstd * Σ dy          summed over all ranks
-    ∂L/∂invstd =  weight * Σ dy * (x - mean)      summed over all ranks
+    ∂L/∂mean   = -invstd * Σ weight * dz            summed over all ranks
+    ∂L/∂invstd =  Σ weight * dz * x̂ / invstd        summed over all ranks
 
 because the adjoint of a sum over the ranks is the sum over the ranks (L is the sum of the ranks' losses). Then
 
-    dx = weight * invstd * dy + mask * (∂L/∂mean - invstd³ * ∂L/∂invstd * (x - mean)) / count
+    dx = weight * invstd * dz + mask * (∂L/∂mean - invstd² * x̂ * ∂L/∂invstd) / count
+       = weight * invstd * dz - mask * invstd * (Σ weight * dz + x̂ * Σ weight * dz * x̂) / count
 
 Moments about zero (RMSNorm) have no ∂L/∂mean. With epsilon outside of the root, invstd = 1 / (sqrt(variance) + eps),
-invstd³ / (1 - eps * invstd) stands in the place of invstd³.
+the last sum is divided by 1 - eps * invstd.
 
-The function returns mean and invstd beside y and saves these outputs, so a backward with create_graph=True goes through
+The function returns the statistics beside y and saves these outputs, so a backward with create_graph=True goes through
 them to the input again: double backward, and any order above it, is the same code on the differentiable kernels.
 """
 
@@ -29,7 +31,8 @@ from torch.autograd import Function
 
 from . import kernels
 from .communicators import Communicator
-from .moments import Moments, or_one
+from .kernels import PLAIN, Epilogue
+from .moments import Moments
 
 __all__ = ["normalize", "normalize_by_constants"]
 
@@ -44,26 +47,44 @@ def normalize(
     *,
     mask: Tensor | None = None,
     eps_outside: bool = False,
+    epilogue: Epilogue = PLAIN,
 ) -> Tensor:
-    """Return (x - mean) / sqrt(variance + eps) * weight + bias, where `moments` are of all the inputs of `group`.
+    """Return activation((x - mean) / sqrt(variance + eps) * weight + bias + residual), `moments` being of all inputs.
 
     With `eps_outside` it divides by sqrt(variance) + eps. Backward issues one all-reduce of 2C float64 (C for moments
     about zero) if the input needs a gradient and the group has more than one rank.
     """
-    options = (mask, moments.centered, eps_outside)
-    output, _, _ = _Normalize.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, moments.mean, moments.variance, or_one(moments.count), eps, group, *options
-    )
-    return output  # type: ignore[no-any-return]
+    return _apply(input, moments, weight, bias, eps, group, mask, eps_outside, epilogue)
 
 
 def normalize_by_constants(
-    input: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    input: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    epilogue: Epilogue = PLAIN,
 ) -> Tensor:
-    """Return (x - mean) / sqrt(variance + eps) * weight + bias for constant mean and variance. No collective."""
-    options = (None, True, False)
-    output, _, _ = _Normalize.apply(input, weight, bias, mean, variance, None, eps, None, *options)  # type: ignore[no-untyped-call]
-    return output  # type: ignore[no-any-return]
+    """Return the same for constant mean and variance. No collective."""
+    return _apply(input, Moments.constant(mean, variance), weight, bias, eps, None, None, False, epilogue)
+
+
+def _apply(
+    input: Tensor,
+    moments: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    group: Communicator | None,
+    mask: Tensor | None,
+    eps_outside: bool,
+    epilogue: Epilogue,
+) -> Tensor:
+    activation, residual, inplace = epilogue
+    options = (mask, moments.centered, eps_outside, activation, inplace)
+    return _Normalize.apply(input, weight, bias, residual, moments.values, eps, group, *options)[0]  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Normalize(Function):
@@ -73,52 +94,61 @@ class _Normalize(Function):
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
-        count: Tensor | None,  # None: mean and variance are constants
+        residual: Tensor | None,
+        moments: Tensor,
         eps: float,
-        group: Communicator | None,
+        group: Communicator | None,  # None: the moments are constants
         mask: Tensor | None,
         centered: bool,
         eps_outside: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mean = mean.to(torch.float64, copy=True)
-        variance = variance.double()
-        invstd = 1 / (variance.sqrt() + eps) if eps_outside else (variance + eps).rsqrt()
-        output = kernels.select(input.device).normalize(input, mean, _scale(invstd, weight), bias)
-        if count is None:
-            ctx.mark_non_differentiable(mean, invstd)
-        ctx.save_for_backward(input, weight, mean, invstd, count, mask)
-        ctx.group, ctx.centered, ctx.outside = group, centered, eps if eps_outside else 0
-        return output, mean, invstd
+        activation: str | None,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor]:
+        epilogue = Epilogue(activation, residual, inplace)
+        output, statistics, signs = kernels.select(input).normalize(
+            input, moments, weight, bias, eps, eps_outside=eps_outside, epilogue=epilogue
+        )
+        if inplace:
+            ctx.mark_dirty(input)
+        if group is None:
+            ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        kept = residual if epilogue.keeps_residual else signs
+        saved = output if inplace else input
+        count = None if group is None else moments[-1:]
+        ctx.save_for_backward(saved, weight, bias if epilogue.needs_bias else None, kept, statistics, count, mask)
+        ctx.group, ctx.centered, ctx.eps_outside = group, centered, eps if eps_outside else 0.0
+        ctx.activation, ctx.inplace = activation, inplace
+        return output, statistics
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_output, grad_mean, grad_invstd = grads
-        input, weight, mean, invstd, count, mask = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias, *others = ctx.needs_input_grad
-        kernel = kernels.reference if torch.is_grad_enabled() else kernels.select(input.device)
-        sum_grad, sum_grad_centered = kernel.reduce_grad(grad_output, input, mean, mask)
-        grad_weight = sum_grad_centered * invstd if needs_weight else None  # autograd casts to the weight's dtype
-        grad_bias = sum_grad if needs_bias else None
-        if not needs_input:
-            return None, grad_weight, grad_bias, *[None] * len(others)
-
-        scale = _scale(invstd, weight)
-        slope = offset = None
-        if count is not None:
-            grad_invstd = grad_invstd + _scale(sum_grad_centered, weight)
-            if ctx.centered:
-                grad_mean = grad_mean - scale * sum_grad
-                grad_mean, grad_invstd = _all_reduce(torch.cat([grad_mean, grad_invstd]), ctx.group).view(2, -1)
-                offset = grad_mean / count
-            else:
-                grad_invstd = _all_reduce(grad_invstd, ctx.group)
-                offset = torch.zeros_like(grad_invstd)
-            inside = 1 - ctx.outside * invstd  # 0 where all values are, at which x is too
-            slope = -(invstd**3) * grad_invstd / (count * torch.where(inside > 0, inside, 1))
-        grad_input = kernel.grad_input(grad_output, input, mean, scale, slope, offset, mask)
-        return grad_input, grad_weight, grad_bias, *[None] * len(others)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_output, grad_statistics = grads
+        input, weight, bias, kept, statistics, count, mask = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias, needs_residual, *others = ctx.needs_input_grad
+        kernel = kernels.reference if torch.is_grad_enabled() else kernels.select(input)
+        epilogue = Epilogue(ctx.activation, kept, ctx.inplace)
+        if grad_output is None:
+            grad_output = torch.zeros_like(input)
+        arguments = (grad_output, input, statistics, weight, bias)
+        sums = weighted = None
+        if needs_weight or needs_bias or (needs_input and ctx.group is not None):
+            sums, weighted = kernel.reduce_grad(*arguments, mask=mask, epilogue=epilogue)
+        if not needs_input or ctx.group is None:
+            weighted = None
+        else:
+            assert weighted is not None
+            if grad_statistics is not None:  # of a backward pass through this backward pass
+                weighted = weighted + grad_statistics * torch.stack([-1 / statistics[1], statistics[1]])
+            weighted = _all_reduce(weighted, ctx.group) if ctx.centered else _second_all_reduced(weighted, ctx.group)
+        grad_input, grad_residual = None, grad_output if needs_residual else None
+        if needs_input or (needs_residual and kept is not None):
+            options = {"centered": ctx.centered, "eps_outside": ctx.eps_outside, "mask": mask, "epilogue": epilogue}
+            grad_input, passed = kernel.grad_input(*arguments, weighted, count, **options)
+            grad_residual = grad_residual if passed is None else passed
+        grad_bias = sums[0] if sums is not None and needs_bias else None  # autograd casts to the parameter's dtype
+        grad_weight = sums[1] if sums is not None and needs_weight else None
+        return grad_input, grad_weight, grad_bias, grad_residual, *[None] * len(others)
 
 
 class _AllReduce(Function):
@@ -142,5 +172,7 @@ def _all_reduce(tensor: Tensor, group: Communicator) -> Tensor:
     return _AllReduce.apply(tensor, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _scale(vector: Tensor, weight: Tensor | None) -> Tensor:
-    return vector if weight is None else vector * weight
+def _second_all_reduced(sums: Tensor, group: Communicator) -> Tensor:
+    """Return [0, the sum over the ranks of sums[1]]: what moments about zero need."""
+    second = _all_reduce(sums[1].clone(), group)
+    return torch.stack([torch.zeros_like(second), second])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import kernels
 from .moments import Moments
 
 __all__ = ["update"]
@@ -32,17 +33,9 @@ def update(
     """
     if running_mean is None or running_var is None or _recomputing():
         return
-    seen = moments.count > 0  # () bool
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(seen)
-    if momentum is None:
-        assert num_batches_tracked is not None  # validated by functional
-        factor = 1 / num_batches_tracked.double()
-    else:
-        factor = torch.full_like(moments.count, momentum)
-    for running, batch in ((running_mean, moments.mean), (running_var, moments.unbiased_variance)):
-        moved = torch.lerp(running.double(), batch, factor)
-        running.copy_(torch.where(seen, moved, running))
+    kernels.select(running_mean).update_running(
+        running_mean, running_var, num_batches_tracked, moments.values, momentum
+    )
 
 
 def _recomputing() -> bool:

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["batch_norm_arguments", "channel_axis", "groups_of_channels", "mask_over_channels", "trailing_axes"]
+from .kernels import ACTIVATIONS, PLAIN, Epilogue
+
+__all__ = [
+    "batch_norm_arguments",
+    "channel_axis",
+    "epilogue",
+    "groups_of_channels",
+    "known_activation",
+    "mask_over_channels",
+    "trailing_axes",
+]
 
 
 def batch_norm_arguments(
@@ -70,6 +80,33 @@ def mask_over_channels(mask: Tensor | None, input: Tensor) -> Tensor | None:
             f"{tuple(input.shape)}, got shape {tuple(mask.shape)}"
         )
     return fitting.detach()
+
+
+def known_activation(activation: str | None, inplace: bool) -> None:
+    """Raise unless the activation is a known one, and has an inverse if it is to be in place."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"expected an activation of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    if inplace and activation not in (None, "leaky_relu"):
+        raise ValueError(f"expected activation None or 'leaky_relu' with inplace=True, got {activation!r}")
+
+
+def epilogue(input: Tensor, residual: Tensor | None, activation: str | None, inplace: bool) -> Epilogue:
+    """Return what follows the affine map; raise if it cannot."""
+    if residual is None and activation is None and not inplace:
+        return PLAIN
+    known_activation(activation, inplace)
+    if residual is not None:
+        if inplace:
+            raise ValueError("expected no residual with inplace=True, got one")
+        if residual.shape != input.shape:
+            raise ValueError(
+                f"expected a residual of the input's shape {tuple(input.shape)}, got {tuple(residual.shape)}"
+            )
+        if residual.dtype != input.dtype:
+            raise TypeError(f"expected a residual of the input's dtype {input.dtype}, got {residual.dtype}")
+        if residual.device != input.device:
+            raise RuntimeError(f"expected the residual on the input's device {input.device}, got {residual.device}")
+    return Epilogue(activation, residual, inplace)
 
 
 def trailing_axes(

@@ -1,4 +1,4 @@
-"""The passes over the data. An implementation is a module with four functions; `select` picks one by device.
+"""The passes over the data. An implementation is a module with the functions of `Kernels`; `select` picks one.
 
 `reference` defines what they compute. Kernels import nothing of the package: they know tensors alone.
 """
@@ -7,45 +7,87 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from . import reference
+from .epilogue import ACTIVATIONS, PLAIN, Epilogue
 
-__all__ = ["Kernels", "reference", "select"]
+__all__ = ["ACTIVATIONS", "PLAIN", "Epilogue", "Kernels", "reference", "select"]
 
 
 class Kernels(Protocol):
-    """What an implementation has. Inputs are (N, C, *) in any memory format; see `reference` for the formulas."""
+    """What an implementation has. Inputs are (N, C, *) in any memory format; `reference` has the formulas."""
 
-    def moments(self, input: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Input -> mean, M2, each (C,) float64."""
+    def moments(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Input -> [mean, M2, count]."""
         ...
 
-    def normalize(self, input: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Input and mean, scale (C,) float64, bias (C,) -> (x - mean) * scale + bias, like the input."""
+    def pack(self, moments: Tensor) -> Tensor:
+        """[mean, M2, n] -> [n·mean, M2 + n·mean², n]."""
+        ...
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[n·mean, M2 + n·mean², n] -> [mean, M2, n]."""
+        ...
+
+    def update_running(
+        self,
+        running_mean: Tensor,
+        running_var: Tensor,
+        num_batches_tracked: Tensor | None,
+        moments: Tensor,
+        momentum: float | None,
+    ) -> None:
+        """Move the buffers in place."""
+        ...
+
+    def normalize(
+        self,
+        input: Tensor,
+        moments: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        *,
+        eps_outside: bool = False,
+        epilogue: Epilogue = PLAIN,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input and moments -> y, [mean, invstd], and the signs of z if the epilogue keeps them."""
         ...
 
     def reduce_grad(
-        self, grad_output: Tensor, input: Tensor, mean: Tensor, mask: Tensor | None = None
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        statistics: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        mask: Tensor | None = None,
+        epilogue: Epilogue = PLAIN,
     ) -> tuple[Tensor, Tensor]:
-        """Gradient, input and mean (C,) float64 -> Σ dy, Σ dy * (x - mean), each (C,) float64."""
+        """Gradient, input and [mean, invstd] -> [Σ dz, Σ dz * x̂], and the same times weight."""
         ...
 
     def grad_input(
         self,
         grad_output: Tensor,
         input: Tensor,
-        mean: Tensor,
-        scale: Tensor,
-        slope: Tensor | None,
-        offset: Tensor | None,
+        statistics: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        sums: Tensor | None,
+        count: Tensor | None,
+        *,
+        centered: bool = True,
+        eps_outside: float = 0.0,
         mask: Tensor | None = None,
-    ) -> Tensor:
-        """Gradient, input, four (C,) float64 -> scale * dy + mask * (slope * (x - mean) + offset), like the input."""
+        epilogue: Epilogue = PLAIN,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradient, input, [mean, invstd], sums and count of all shards -> dx, and dz if a residual was there."""
         ...
 
 
-def select(device: torch.device) -> Kernels:
-    """Return the implementation for tensors on `device`."""
+def select(tensor: Tensor) -> Kernels:
+    """Return the implementation for a tensor."""
     return reference

@@ -1,23 +1,28 @@
-"""The four kernels in plain PyTorch operations: what every faster implementation has to agree with.
+"""The kernels in plain PyTorch operations: what every faster implementation has to agree with.
 
 They work on any device, and they are differentiable, so that they also carry the double backward.
 
-Shapes: input, grad_output and results (N, C, *); everything per channel (C,); mask, or None for ones, what expands to
-(N, 1, *): the weight, not below 0, that a position has in the moments. Where it is 0 the input may hold anything.
-Tensors of the input's size are computed in float32, in float64 if the input is float64; what is per channel comes and
-goes in float64.
+Shapes: input, grad_output, residual and results (N, C, *); weight and bias (C,); everything else per channel in
+float64: moments (2C + 1,) = [mean, M2, count], statistics (2, C) = [mean, invstd], sums (2, C); mask, or None for ones,
+what expands to (N, 1, *): the weight, not below 0, that a position has in the moments. Where it is 0 the input may hold
+anything. Tensors of the input's size are computed in float32, in float64 if the input is float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-__all__ = ["grad_input", "moments", "normalize", "reduce_grad"]
+from .epilogue import NEGATIVE_SLOPE, PLAIN, Epilogue, channels_last
+
+__all__ = ["grad_input", "moments", "normalize", "pack", "reduce_grad", "unpack", "update_running"]
 
 
-def moments(input: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return mean Σ w x / Σ w and M2 = Σ w (x - mean)² of each channel, (C,) float64 each; zeros for an empty input.
+def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return mean Σ w x / Σ w, M2 = Σ w (x - mean)² and the count Σ w, (2C + 1,); zeros for an empty input.
 
     The sums are of x - shift, where the shift is a first estimate of the mean, so they keep their digits however
     large the mean is.
@@ -25,68 +30,228 @@ def moments(input: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     axes = _reduced_axes(input)
     x = input.to(_compute_dtype(input))
     if mask is None:
-        count = torch.full((), max(x.numel() // max(x.shape[1], 1), 1), dtype=torch.float64, device=x.device)
+        values = x.numel() // max(x.shape[1], 1)
+        count = torch.full((), values, dtype=torch.float64, device=x.device)
     else:
         mask = mask.to(x.dtype)
         count = mask.expand(x.shape[0], 1, *x.shape[2:]).sum(dtype=torch.float64)
-        count = torch.where(count > 0, count, 1)
         x = x.masked_fill(mask == 0, 0)
-    shift = _weighted(x, mask).sum(axes) / count.to(x.dtype)
+    shift = _weighted(x, mask).sum(axes) / _or_one(count).to(x.dtype)
     centered = x - _per_channel(shift, x)
-    correction = _weighted(centered, mask).sum(axes).double() / count
+    correction = _weighted(centered, mask).sum(axes).double() / _or_one(count)
     m2 = _weighted(centered.square(), mask).sum(axes).double() - count * correction.square()
-    return shift.double() + correction, m2.clamp_min(0)
+    return torch.cat([shift.double() + correction, m2.clamp_min(0), count.view(1)])
 
 
-def normalize(input: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Return (x - mean) * scale + bias in the dtype and the memory format of the input."""
-    y = _centered(input, mean)
-    y = y * _per_channel(scale, y)
-    if bias is not None:
-        y = y + _per_channel(bias, y)
-    return y.to(input.dtype)
+def pack(moments: Tensor) -> Tensor:
+    """Return [n·mean, M2 + n·mean², n], (2C + 1,), whose sum over shards packs the moments of them all."""
+    mean, m2 = moments[:-1].view(2, -1)
+    total = moments[-1] * mean
+    return torch.cat([total, torch.addcmul(m2, total, mean), moments[-1:]])
 
 
-def reduce_grad(grad_output: Tensor, input: Tensor, mean: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return Σ dy and Σ dy * (x - mean) of each channel, (C,) float64 each, over all positions, masked ones too."""
+def unpack(packed: Tensor) -> Tensor:
+    """Return the moments, (2C + 1,), that `packed` stands for."""
+    total, total_square = packed[:-1].view(2, -1)
+    mean = total / _or_one(packed[-1])
+    return torch.cat([mean, torch.addcmul(total_square, total, mean, value=-1).clamp_min(0), packed[-1:]])
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    moments: Tensor,
+    momentum: float | None,
+) -> None:
+    """Move the buffers in place towards mean and M2 / (n - 1), by momentum or 1 / num_batches_tracked, if n > 0."""
+    (mean, m2), count = moments[:-1].view(2, -1), moments[-1]
+    seen = count > 0  # () bool
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(seen)
+    if momentum is None:
+        assert num_batches_tracked is not None
+        factor = 1 / num_batches_tracked.double()
+    else:
+        factor = torch.full_like(count, momentum)
+    for running, batch in ((running_mean, mean), (running_var, m2 / _or_one(count - 1))):
+        moved = torch.lerp(running.double(), batch, factor)
+        running.copy_(torch.where(seen, moved, running))
+
+
+def normalize(
+    input: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    eps_outside: bool = False,
+    epilogue: Epilogue = PLAIN,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return y = activation((x - mean) * invstd * weight + bias + residual), the statistics, and the signs of z.
+
+    invstd is 1 / sqrt(M2 / n + eps), or 1 / (sqrt(M2 / n) + eps) with eps_outside. y has the dtype and the memory
+    format of the input. Of the signs, (⌈numel / 8⌉,) uint8, bit i % 8 of byte i // 8 tells whether z > 0 for the value
+    at place i in the memory of y; they are None unless the epilogue keeps signs.
+    """
+    mean, m2 = moments[:-1].view(2, -1)
+    variance = m2 / _or_one(moments[-1])
+    invstd = 1 / (variance.sqrt() + eps) if eps_outside else (variance + eps).rsqrt()
+    statistics = torch.stack([mean, invstd])
+    z = _affine(_centered(input, statistics), statistics, weight, bias, epilogue.residual)
+    signs = _to_bits(z > 0, input) if epilogue.keeps_signs else None
+    y = _ACTIVATE[epilogue.activation](z).to(input.dtype)
+    return (input.copy_(y) if epilogue.inplace else y), statistics, signs
+
+
+def reduce_grad(
+    grad_output: Tensor,
+    input: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    epilogue: Epilogue = PLAIN,
+) -> tuple[Tensor, Tensor]:
+    """Return [Σ dz, Σ dz * x̂], (2, C), and the same times weight, over all positions, masked ones too.
+
+    x̂ = (x - mean) * invstd, and dz is the gradient with respect to z.
+    """
     axes = _reduced_axes(input)
-    centered = _centered(input, mean)
-    dy = grad_output.to(centered.dtype)
+    centered, dz = _centered_and_grad(grad_output, input, statistics, weight, bias, epilogue)
     if mask is not None:
-        centered = centered.masked_fill((mask == 0) & (dy == 0), 0)  # it may be no number
-    return dy.sum(axes).double(), (dy * centered).sum(axes).double()
+        centered = centered.masked_fill((mask == 0) & (dz == 0), 0)  # it may be no number
+    sums = torch.stack([dz.sum(axes).double(), (dz * centered).sum(axes).double() * statistics[1]])
+    return sums, sums.clone() if weight is None else sums * weight
 
 
 def grad_input(
     grad_output: Tensor,
     input: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    slope: Tensor | None,
-    offset: Tensor | None,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor | None,
+    count: Tensor | None,
+    *,
+    centered: bool = True,
+    eps_outside: float = 0.0,
     mask: Tensor | None = None,
-) -> Tensor:
-    """Return scale * dy + w * (slope * (x - mean) + offset) in the dtype and the memory format of the input.
+    epilogue: Epilogue = PLAIN,
+) -> tuple[Tensor, Tensor | None]:
+    """Return dx in the dtype and the memory format of the input, and dz if the epilogue has kept of a residual.
 
-    Without slope and offset (constant statistics) it is scale * dy.
+        dx = weight * invstd * dz - w * invstd * (sums[0] + sums[1] * x̂) / n
+
+    `sums` are [Σ weight * dz, Σ weight * dz * x̂] over all shards; without them the statistics are constants and
+    dx = weight * invstd * dz. Moments about zero (not `centered`) have no sums[0]; with an epsilon outside of the root
+    sums[1] is divided by 1 - eps * invstd.
     """
-    if slope is None or offset is None:
-        dx = torch.zeros_like(input, dtype=_compute_dtype(input))  # whose memory format the sum takes
+    x_centered, dz = _centered_and_grad(grad_output, input, statistics, weight, bias, epilogue)
+    invstd = statistics[1]
+    scale = invstd if weight is None else invstd * weight
+    if sums is None or count is None:
+        dx = torch.zeros_like(x_centered)  # whose memory format the sum takes
     else:
-        dx = _centered(input, mean)
-        if mask is not None:
-            dx = dx.masked_fill(mask == 0, 0)
-        dx = _weighted(dx * _per_channel(slope, dx) + _per_channel(offset, dx), mask)
-    return (dx + grad_output.to(dx.dtype) * _per_channel(scale, dx)).to(input.dtype)
+        count = _or_one(count)
+        inside = 1 - eps_outside * invstd  # 0 where all values are, at which x is too
+        slope = -invstd.square() * sums[1] / (count * torch.where(inside > 0, inside, 1))
+        dx = x_centered if mask is None else x_centered.masked_fill(mask == 0, 0)
+        dx = dx * _per_channel(slope, dx)
+        if centered:
+            dx = dx - _per_channel(invstd * sums[0] / count, dx)
+        dx = _weighted(dx, mask)
+    dx = dx + dz * _per_channel(scale, dx)
+    return dx.to(input.dtype), None if epilogue.residual is None else dz.to(grad_output.dtype)
+
+
+def _centered_and_grad(
+    grad_output: Tensor,
+    input: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epilogue: Epilogue,
+) -> tuple[Tensor, Tensor]:
+    """Return x - mean, and dz from dy = grad_output: what passes through the activation."""
+    activation, residual, inplace = epilogue
+    dy = grad_output.to(_compute_dtype(input))
+    if inplace:  # input is y
+        z = input.to(dy.dtype)
+        slope = torch.where(z > 0, 1.0, NEGATIVE_SLOPE if activation == "leaky_relu" else 1.0).to(z.dtype)
+        z = z / slope if bias is None else z / slope - _per_channel(bias, z)
+        scale = statistics[1] if weight is None else statistics[1] * weight
+        inverse = torch.where(scale == 0, 0, 1 / scale)  # x cannot be had where the weight is 0, nor has it a gradient
+        return z * _per_channel(inverse, z), dy * slope
+    centered = _centered(input, statistics)
+    if activation is None:
+        return centered, dy
+    if epilogue.keeps_signs:
+        assert residual is not None
+        positive = _from_bits(residual, input)
+        return centered, torch.where(positive, dy, dy * (NEGATIVE_SLOPE if activation == "leaky_relu" else 0))
+    z = _affine(centered, statistics, weight, bias, residual)
+    return centered, dy * _DERIVATIVE[activation](z)
+
+
+def _affine(
+    centered: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    z = centered * _per_channel(statistics[1] if weight is None else statistics[1] * weight, centered)
+    z = z if bias is None else z + _per_channel(bias, z)
+    return z if residual is None else z + residual.to(z.dtype)
+
+
+def _gelu_tanh_derivative(z: Tensor) -> Tensor:
+    inner = 0.7978845608028654 * (z + 0.044715 * z**3)  # sqrt(2 / π)
+    tanh = inner.tanh()
+    slope = 0.7978845608028654 * (1 + 3 * 0.044715 * z.square())
+    return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh.square()) * slope
+
+
+def _silu_derivative(z: Tensor) -> Tensor:
+    sigmoid = z.sigmoid()
+    return sigmoid * (1 + z * (1 - sigmoid))
+
+
+_ACTIVATE: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda z: z,
+    "relu": F.relu,
+    "leaky_relu": lambda z: F.leaky_relu(z, NEGATIVE_SLOPE),
+    "silu": F.silu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+}
+_DERIVATIVE: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "relu": lambda z: (z > 0).to(z.dtype),
+    "leaky_relu": lambda z: torch.where(z > 0, 1.0, NEGATIVE_SLOPE).to(z.dtype),
+    "silu": _silu_derivative,
+    "gelu_tanh": _gelu_tanh_derivative,
+}
+
+
+def _to_bits(positive: Tensor, input: Tensor) -> Tensor:
+    """Return a bool tensor as bits in the order of the dense input's memory, (⌈numel / 8⌉,) uint8."""
+    flat = (positive.movedim(1, -1) if channels_last(input) else positive).reshape(-1)
+    flat = F.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (flat * (1 << torch.arange(8, device=flat.device))).sum(1).to(torch.uint8)
+
+
+def _from_bits(bits: Tensor, input: Tensor) -> Tensor:
+    """Return the bool tensor of the input's shape that `bits` stand for."""
+    flat = ((bits.view(-1, 1) >> torch.arange(8, device=bits.device, dtype=torch.uint8)) & 1).view(-1)
+    flat = flat[: input.numel()].bool()
+    return flat.view(input.movedim(1, -1).shape).movedim(-1, 1) if channels_last(input) else flat.view(input.shape)
 
 
 def _weighted(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if mask is None else values * mask.to(values.dtype)
 
 
-def _centered(input: Tensor, mean: Tensor) -> Tensor:
+def _centered(input: Tensor, statistics: Tensor) -> Tensor:
     """Return x - mean with the mean as a high and a low part, which together keep its float64 digits."""
-    x = input.to(_compute_dtype(input))
+    x, mean = input.to(_compute_dtype(input)), statistics[0]
     high = mean.to(x.dtype)
     low = mean - high  # zero where x is float64
     return (x - _per_channel(high, x)) - _per_channel(low, x)
@@ -94,6 +259,11 @@ def _centered(input: Tensor, mean: Tensor) -> Tensor:
 
 def _compute_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _or_one(count: Tensor) -> Tensor:
+    """Return a count to divide by: 1 where there is nothing."""
+    return torch.where(count > 0, count, 1)
 
 
 def _reduced_axes(input: Tensor) -> list[int]:

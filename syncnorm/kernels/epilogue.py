@@ -1,0 +1,72 @@
+"""What follows the affine map of a norm, in the same pass over the data.
+
+Shapes: residual (N, C, *), as the input; positive bits (⌈numel / 8⌉,) uint8.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "NEGATIVE_SLOPE", "PLAIN", "Epilogue", "channels_last", "dense"]
+
+ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu_tanh")
+NEGATIVE_SLOPE = 0.01  # of leaky_relu
+
+
+class Epilogue(NamedTuple):
+    """y = activation(z), with z = (x - mean) * invstd * weight + bias + residual.
+
+    Attributes:
+        activation: one of ACTIVATIONS; None: y = z.
+        residual: forward: what is added, or None. Backward: what forward kept of it (`kept_of_residual`).
+        inplace: y takes the memory of the input, and backward computes the input from it; the activation is None or
+            leaky_relu, which have an inverse.
+    """
+
+    activation: str | None = None
+    residual: Tensor | None = None
+    inplace: bool = False
+
+    @property
+    def keeps_signs(self) -> bool:
+        """Whether backward needs no more than the signs of z, which with a residual cannot be had from the input."""
+        return self.residual is not None and self.activation in ("relu", "leaky_relu")
+
+    @property
+    def keeps_residual(self) -> bool:
+        """Whether backward needs the residual itself."""
+        return self.residual is not None and self.activation in ("silu", "gelu_tanh")
+
+    @property
+    def needs_bias(self) -> bool:
+        """Whether backward computes z from the input, or the input from y."""
+        return self.inplace or (self.activation is not None and not self.keeps_signs)
+
+
+PLAIN = Epilogue()
+
+
+def channels_last(tensor: Tensor) -> bool | None:
+    """Return whether a dense tensor (N, C, *) has its channels innermost, or after N; None: it is neither."""
+    if tensor.is_contiguous():
+        return False
+    stride, expected = tensor.stride(), tensor.shape[1]
+    if stride[1] != 1:
+        return None
+    for axis in (*range(tensor.dim() - 1, 1, -1), 0):
+        if tensor.shape[axis] != 1:
+            if stride[axis] != expected:
+                return None
+            expected *= tensor.shape[axis]
+    return True
+
+
+def dense(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Return a tensor (N, C, *) in a dense memory format, or in that of `like`; copied if need be."""
+    if like is not None:
+        same = tensor.stride() == like.stride()
+        return tensor if same else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    return tensor if channels_last(tensor) is not None else tensor.contiguous()
