@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from . import reference
 from .epilogue import ACTIVATIONS, PLAIN, Epilogue
@@ -89,5 +92,38 @@ class Kernels(Protocol):
 
 
 def select(tensor: Tensor) -> Kernels:
-    """Return the implementation for a tensor."""
+    """Return the implementation for a tensor: the fastest there is, or what SYNCNORM_KERNELS names.
+
+    Tensors that are not what they seem, such as those of a compiler that traces the program, go to the reference.
+
+    Raises:
+        RuntimeError: SYNCNORM_KERNELS names an implementation that is missing or cannot take the tensor.
+    """
+    if type(tensor) not in _PLAIN or torch.compiler.is_compiling():
+        return reference
+    return _implementation(tensor.device.type, tensor.dtype)
+
+
+@functools.cache
+def _implementation(device: str, dtype: torch.dtype) -> Kernels:
+    choice = os.environ.get("SYNCNORM_KERNELS")
+    if choice not in (None, "reference", "cpu"):
+        raise RuntimeError(f"expected SYNCNORM_KERNELS to be reference or cpu, got {choice!r}")
+    if choice == "reference" or dtype not in _DTYPES:
+        return reference
+    if device == "cpu":
+        try:
+            from . import cpu
+        except OSError as error:
+            if choice == "cpu":
+                raise RuntimeError(
+                    f"expected the compiled kernels that SYNCNORM_KERNELS=cpu asks for, got {error}; install syncnorm "
+                    "where there is a C++ compiler: pip install --force-reinstall --no-deps syncnorm"
+                ) from None
+            return reference
+        return cpu
     return reference
+
+
+_PLAIN = (Tensor, nn.Parameter)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

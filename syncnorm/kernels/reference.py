@@ -180,7 +180,7 @@ def _centered_and_grad(
     dy = grad_output.to(_compute_dtype(input))
     if inplace:  # input is y
         z = input.to(dy.dtype)
-        slope = torch.where(z > 0, 1.0, NEGATIVE_SLOPE if activation == "leaky_relu" else 1.0).to(z.dtype)
+        slope = _leaky_relu_derivative(z) if activation == "leaky_relu" else torch.ones_like(z)
         z = z / slope if bias is None else z / slope - _per_channel(bias, z)
         scale = statistics[1] if weight is None else statistics[1] * weight
         inverse = torch.where(scale == 0, 0, 1 / scale)  # x cannot be had where the weight is 0, nor has it a gradient
@@ -211,6 +211,10 @@ def _gelu_tanh_derivative(z: Tensor) -> Tensor:
     return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh.square()) * slope
 
 
+def _leaky_relu_derivative(z: Tensor) -> Tensor:
+    return torch.where(z > 0, torch.ones_like(z), NEGATIVE_SLOPE)
+
+
 def _silu_derivative(z: Tensor) -> Tensor:
     sigmoid = z.sigmoid()
     return sigmoid * (1 + z * (1 - sigmoid))
@@ -225,7 +229,7 @@ _ACTIVATE: dict[str | None, Callable[[Tensor], Tensor]] = {
 }
 _DERIVATIVE: dict[str | None, Callable[[Tensor], Tensor]] = {
     "relu": lambda z: (z > 0).to(z.dtype),
-    "leaky_relu": lambda z: torch.where(z > 0, 1.0, NEGATIVE_SLOPE).to(z.dtype),
+    "leaky_relu": _leaky_relu_derivative,
     "silu": _silu_derivative,
     "gelu_tanh": _gelu_tanh_derivative,
 }

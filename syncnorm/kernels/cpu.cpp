@@ -1,0 +1,1070 @@
+// The kernels on CPUs: plain C ABI, OpenMP, no torch. cpu.py calls them; reference.py defines what they compute.
+//
+// The build compiles this file once per instruction set, SYNCNORM_ISA, into one library; all but the exported functions
+// have internal linkage, so that no code of a wider instruction set stands in for that of a narrower one. For the same
+// reason nothing of the C++ library is used.
+//
+// Memory: a dense tensor (N, C, *) with S trailing values is walked in one of two ways.
+//
+//     by plane    [N, C, S] with S >= 16: runs of one channel
+//     by period   [N, *, C], or [N, C, S] with a small S: the channels of one row repeat all along the memory, so a row,
+//                 or several short ones, are a period of values of which each has a channel of its own
+//
+// Either way the memory falls into segments of up to SEGMENT values, small enough for the first cache: half-precision
+// values are converted there, and what is written past the caches is gathered there. T is the type in memory, R the
+// type of the arithmetic: float, or double for double. Per channel everything comes and goes as double.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
+static int omp_get_num_threads() { return 1; }
+#endif
+
+#define JOIN(a, b, c) a##b##c
+#define NAME(prefix, isa, function) JOIN(prefix, isa, _##function)
+#define EXPORT(function) \
+    extern "C" __attribute__((visibility("default"))) int NAME(syncnorm_, SYNCNORM_ISA, function)
+#define SIMD _Pragma("omp simd")
+
+namespace {
+
+constexpr int64_t SEGMENT = 1024;         // values
+constexpr int64_t SMALLEST_PLANE = 16;    // values: smaller planes are walked by period
+constexpr int64_t SMALLEST_PERIOD = 64;   // values: shorter rows are taken several at a time
+constexpr int64_t ROWS_IN_SINGLE = 32;    // periods that are summed in R before they go to double
+constexpr int64_t VALUES_PER_THREAD = 32768;
+constexpr int64_t STREAMED = 4 << 20;     // bytes: a larger result is written past the caches
+constexpr int64_t FIRST_VALUES = 8;       // of a channel, for the first estimate of its mean
+constexpr double CANCELLATION = 8;        // square of the shift's error over the variance that is summed anew
+
+enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+enum Activation : int64_t { NONE, RELU, LEAKY_RELU, SILU, GELU_TANH };
+constexpr double NEGATIVE_SLOPE = 0.01;
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+template <class T> struct Arithmetic { using type = float; };
+template <> struct Arithmetic<double> { using type = double; };
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---------------------------------------------------------------------------------------------- arguments, from cpu.py
+
+struct Shape {
+    int64_t n, c, s, channels_last, dtype, threads;
+    int64_t values() const { return n * c * s; }
+};
+
+struct Parameters {  // of the layer: (C,) each, or null
+    const void *weight, *bias;
+    int64_t dtype;
+};
+
+struct Epilogue {
+    int64_t activation;
+    const void *residual;  // like x, or null
+    uint8_t *signs;        // (ceil(values / 8),) or null
+    int64_t inplace;       // x is y
+};
+
+struct MomentsArguments {
+    Shape shape;
+    const void *x;
+    const void *mask;  // (N, S) in the type of the arithmetic, or null
+    double *moments;   // (2C + 1,)
+};
+
+struct NormalizeArguments {
+    Shape shape;
+    const void *x;
+    void *y;
+    const double *moments;  // (2C + 1,)
+    Parameters parameters;
+    double eps;
+    int64_t eps_outside;
+    Epilogue epilogue;
+    double *statistics;  // (2, C)
+};
+
+struct ReduceGradArguments {
+    Shape shape;
+    const void *dy, *x;
+    const double *statistics;  // (2, C)
+    Parameters parameters;
+    Epilogue epilogue;
+    const void *mask;
+    double *sums, *weighted;  // (2, C) each
+};
+
+struct GradInputArguments {
+    Shape shape;
+    const void *dy, *x;
+    const double *statistics;  // (2, C)
+    Parameters parameters;
+    Epilogue epilogue;
+    const void *mask;
+    const double *sums;   // (2, C), or null
+    const double *count;  // (1,), or null
+    int64_t centered;
+    double eps_outside;
+    void *dx;
+    void *dz;  // like x, or null
+};
+
+struct UpdateArguments {
+    void *mean, *var;
+    int64_t dtype;  // of these two
+    int64_t *batches;  // or null
+    const double *moments;
+    int64_t c, cumulative;
+    double momentum;
+};
+
+struct PackArguments {
+    const double *from;
+    double *to;
+    int64_t c;
+};
+
+// ------------------------------------------------------------------------------------------------------------- memory
+
+class Scratch {  // for one call, cut into arrays
+  public:
+    explicit Scratch(int64_t bytes) : start_(static_cast<char *>(aligned_alloc(64, rounded(bytes) + 64))), next_(start_) {}
+    ~Scratch() { free(start_); }
+    Scratch(const Scratch &) = delete;
+    template <class T> T *array(int64_t size) {
+        T *array = reinterpret_cast<T *>(next_);
+        next_ += bytes<T>(size);
+        return array;
+    }
+    template <class T> static int64_t bytes(int64_t size) { return rounded(size * static_cast<int64_t>(sizeof(T))); }
+    explicit operator bool() const { return start_; }
+
+  private:
+    static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+    char *start_, *next_;
+};
+
+inline float single(bf16 value) {
+    uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float result;
+    memcpy(&result, &bits, 4);
+    return result;
+}
+
+inline bf16 to_bf16(float value) {  // to the nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return {static_cast<uint16_t>(value != value ? 0x7fc0 : rounded)};
+}
+
+#if !defined(__F16C__) && !defined(__ARM_FP16_FORMAT_IEEE)
+inline float single(fp16 value) {
+    uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16, rest = value.bits & 0x7fff;
+    uint32_t bits = (rest << 13) + 0x38000000;  // the exponent's bias: 127 instead of 15
+    if (rest >= 0x7c00) bits = 0x7f800000 | (rest & 0x3ff) << 13;
+    float result;
+    if (rest < 0x400) {  // subnormal
+        result = static_cast<float>(rest) * 0x1p-24f;
+        memcpy(&bits, &result, 4);
+    }
+    bits |= sign;
+    memcpy(&result, &bits, 4);
+    return result;
+}
+
+inline fp16 to_fp16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
+    if (bits >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // 65520 and more
+    if (bits < 0x38800000) {  // below 2^-14: in steps of 2^-24, which adding 1/2 rounds to
+        float magnitude;
+        memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        memcpy(&bits, &magnitude, 4);
+        return {static_cast<uint16_t>(sign | (bits - 0x3f000000))};
+    }
+    bits += 0xfff + ((bits >> 13) & 1);
+    return {static_cast<uint16_t>(sign | (bits - 0x38000000) >> 13)};
+}
+#endif
+
+// load(from, buffer, n): n values in the type of the arithmetic, in the buffer if they are not so already.
+inline const float *load(const float *from, float *, int64_t) { return from; }
+inline const double *load(const double *from, double *, int64_t) { return from; }
+
+inline const float *load(const bf16 *from, float *buffer, int64_t n) {
+    SIMD for (int64_t i = 0; i < n; ++i) buffer[i] = single(from[i]);
+    return buffer;
+}
+
+inline const float *load(const fp16 *from, float *buffer, int64_t n) {
+#if defined(__F16C__)
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i))));
+    for (; i < n; ++i) buffer[i] = _cvtsh_ss(from[i].bits);
+#elif defined(__ARM_FP16_FORMAT_IEEE)
+    for (int64_t i = 0; i < n; ++i) buffer[i] = reinterpret_cast<const __fp16 *>(from)[i];
+#else
+    for (int64_t i = 0; i < n; ++i) buffer[i] = single(from[i]);
+#endif
+    return buffer;
+}
+
+inline void convert(const float *from, bf16 *to, int64_t n) {
+    SIMD for (int64_t i = 0; i < n; ++i) to[i] = to_bf16(from[i]);
+}
+
+inline void convert(const float *from, fp16 *to, int64_t n) {
+#if defined(__F16C__)
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+    for (; i < n; ++i) to[i].bits = _cvtss_sh(from[i], 0);
+#elif defined(__ARM_FP16_FORMAT_IEEE)
+    for (int64_t i = 0; i < n; ++i) reinterpret_cast<__fp16 *>(to)[i] = static_cast<__fp16>(from[i]);
+#else
+    for (int64_t i = 0; i < n; ++i) to[i] = to_fp16(from[i]);
+#endif
+}
+
+// Copy past the caches: lines that are written whole need not be read before, and evict nothing.
+inline void stream(const void *from, void *to, int64_t bytes) {
+#if defined(__x86_64__)
+    const char *source = static_cast<const char *>(from);
+    char *target = static_cast<char *>(to);
+    int64_t head = smaller((64 - reinterpret_cast<intptr_t>(target) % 64) % 64, bytes);
+    memcpy(target, source, head);
+    source += head, target += head, bytes -= head;
+    for (; bytes >= 64; source += 64, target += 64, bytes -= 64) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512(reinterpret_cast<__m512i *>(target), _mm512_loadu_si512(source));
+#else
+        for (int part = 0; part < 64; part += 16)
+            _mm_stream_si128(reinterpret_cast<__m128i *>(target + part),
+                             _mm_loadu_si128(reinterpret_cast<const __m128i *>(source + part)));
+#endif
+    }
+    memcpy(target, source, bytes);
+#else
+    memcpy(to, from, bytes);
+#endif
+}
+
+struct Fence {  // at its end, what was streamed is there for all threads
+    ~Fence() {
+#if defined(__x86_64__)
+        _mm_sfence();
+#endif
+    }
+};
+
+// Where the segments of a result are computed, and how they get to their place: at once, or, past the caches, together.
+template <class T, class R> class Result {
+  public:
+    Result(void *memory, bool streams, R *buffer)  // buffer: 2 SEGMENT
+        : memory_(static_cast<T *>(memory)), streams_(streams), buffer_(buffer),
+          converted_(reinterpret_cast<T *>(buffer + SEGMENT)) {}
+    ~Result() { flush(); }
+
+    R *place(int64_t at, int64_t n) {
+        if (!streams_) {
+            if constexpr (same) return memory_ + at;
+            return buffer_;
+        }
+        if (at != at_ + filled_ || filled_ + n > SEGMENT) {
+            flush();
+            at_ = at;
+        }
+        return buffer_ + filled_;
+    }
+    void put(int64_t at, int64_t n) {
+        if (streams_) filled_ += n;
+        if constexpr (!same)
+            if (!streams_) convert(buffer_, memory_ + at, n);
+    }
+
+  private:
+    static constexpr bool same = sizeof(T) == sizeof(R);
+    void flush() {
+        if (!filled_) return;
+        const void *from = buffer_;
+        if constexpr (!same) {
+            convert(buffer_, converted_, filled_);
+            from = converted_;
+        }
+        stream(from, memory_ + at_, filled_ * static_cast<int64_t>(sizeof(T)));
+        filled_ = 0;
+    }
+    T *memory_;
+    bool streams_;
+    R *buffer_;
+    T *converted_;
+    int64_t at_ = 0, filled_ = 0;
+};
+
+// --------------------------------------------------------------------------------------------------------------- walk
+
+struct Walk {
+    int64_t values, plane, period, channels;
+    bool by_period, repeats;  // repeats: the channel of place v in a period is v % C, else v / S % C
+    int64_t threads, quantum;  // threads begin at multiples of quantum: planes' values, or periods
+
+    Walk(const Shape &shape, bool has_signs)
+        : values(shape.values()), plane(shape.s), period(0), channels(shape.c),
+          by_period(shape.channels_last || shape.s < SMALLEST_PLANE), repeats(shape.channels_last || shape.s == 1) {
+        if (by_period) {
+            int64_t row = repeats ? shape.c : shape.c * shape.s;
+            int64_t rows = row >= SMALLEST_PERIOD ? 1 : (SMALLEST_PERIOD + row - 1) / larger(row, 1);
+            period = row * rows;
+        }
+        threads = larger(1, smaller(shape.threads, values / VALUES_PER_THREAD));
+        quantum = by_period ? (has_signs && period % 8 ? 8 : 1) : 64;  // no two threads share a byte of signs
+    }
+    int64_t entries() const { return by_period ? period : channels; }  // of an array with a value per channel
+    int64_t channel(int64_t entry) const { return !by_period ? entry : repeats ? entry % channels : entry / plane % channels; }
+    int64_t units() const { return by_period ? (values + period - 1) / period : values; }
+    int64_t begin(int64_t thread) const {
+        return thread == threads ? units() : units() * thread / threads / quantum * quantum;
+    }
+
+    // Call segment(at, entry, n): n values from place `at` on, the first of which belongs to `entry`.
+    // Backwards, what the last pass has left in the caches is met first.
+    template <class Segment> void forward(int64_t thread, Segment segment) const {
+        int64_t first = begin(thread), last = begin(thread + 1);
+        if (by_period) {
+            for (int64_t row = first; row < last; ++row) one_period(row, segment);
+        } else if (first < last) {
+            for (int64_t p = first / plane; p <= (last - 1) / plane; ++p) one_plane(p, first, last, segment);
+        }
+    }
+    template <class Segment> void backward(int64_t thread, Segment segment) const {
+        int64_t first = begin(thread), last = begin(thread + 1);
+        if (by_period) {
+            in_groups_from_last(first, last, period, [&](int64_t row) { one_period(row, segment); });
+        } else if (first < last) {
+            in_groups_from_last(first / plane, (last - 1) / plane + 1, plane,
+                                [&](int64_t p) { one_plane(p, first, last, segment); });
+        }
+    }
+
+  private:
+    // The last group of units first, but its units in order: together they are a run of memory.
+    template <class Unit> static void in_groups_from_last(int64_t first, int64_t last, int64_t size, Unit unit) {
+        int64_t group = larger(1, SEGMENT / size);
+        for (int64_t end = last; end > first; end -= group)
+            for (int64_t u = larger(end - group, first); u < end; ++u) unit(u);
+    }
+    template <class Segment> void one_period(int64_t row, Segment segment) const {
+        int64_t at = row * period, end = smaller(at + period, values);
+        for (int64_t entry = 0; at < end; at += SEGMENT, entry += SEGMENT)
+            segment(at, entry, smaller(SEGMENT, end - at));
+    }
+    template <class Segment> void one_plane(int64_t p, int64_t first, int64_t last, Segment segment) const {
+        int64_t at = larger(p * plane, first), end = smaller((p + 1) * plane, last), channel = p % channels;
+        for (; at < end; at += SEGMENT) segment(at, channel, smaller(SEGMENT, end - at));
+    }
+};
+
+template <class Work> void in_parallel(int64_t threads, Work work) {
+    if (threads == 1) return work(0);
+#pragma omp parallel num_threads(threads)
+    for (int64_t thread = omp_get_thread_num(); thread < threads; thread += omp_get_num_threads()) work(thread);
+}
+
+// Give the entries of a period the values of their channels.
+template <class R> void expand(const Walk &walk, const double *of_channel, R *of_entry) {
+    int64_t channels = walk.channels, entries = walk.entries();
+    SIMD for (int64_t c = 0; c < smaller(channels, entries); ++c) of_entry[c] = static_cast<R>(of_channel[c]);
+    if (!walk.by_period) return;
+    if (walk.repeats) {
+        for (int64_t e = channels; e < entries; ++e) of_entry[e] = of_entry[e - channels];
+        return;
+    }
+    for (int64_t e = 0, c = 0; e < entries; ++c, c = c == channels ? 0 : c)
+        for (int64_t s = 0; s < walk.plane; ++s) of_entry[e++] = static_cast<R>(of_channel[c]);
+}
+
+template <class P> void parameter(const P *from, int64_t channels, double *to) {
+    for (int64_t c = 0; c < channels; ++c) {
+        if constexpr (sizeof(P) == 2) {
+            float buffer;
+            to[c] = *load(from + c, &buffer, 1);
+        } else {
+            to[c] = from[c];
+        }
+    }
+}
+
+inline void parameter(const void *from, int64_t dtype, int64_t channels, double otherwise, double *to) {
+    if (!from)
+        for (int64_t c = 0; c < channels; ++c) to[c] = otherwise;
+    else if (dtype == FLOAT32)
+        parameter(static_cast<const float *>(from), channels, to);
+    else if (dtype == FLOAT64)
+        parameter(static_cast<const double *>(from), channels, to);
+    else if (dtype == BFLOAT16)
+        parameter(static_cast<const bf16 *>(from), channels, to);
+    else
+        parameter(static_cast<const fp16 *>(from), channels, to);
+}
+
+// The mask of a segment: a weight for each of its values.
+template <class R> const R *weights(const R *mask, const Walk &walk, int64_t at, int64_t n, R *buffer) {
+    if (!walk.by_period) return mask + at / (walk.plane * walk.channels) * walk.plane + at % walk.plane;
+    if (walk.repeats) {  // at = position * C + channel
+        int64_t position = at / walk.channels, channel = at % walk.channels;
+        for (int64_t i = 0; i < n; ++position, channel = 0)
+            for (; i < n && channel < walk.channels; ++channel) buffer[i++] = mask[position];
+        return buffer;
+    }
+    for (int64_t i = 0; i < n; ++i)
+        buffer[i] = mask[(at + i) / (walk.plane * walk.channels) * walk.plane + (at + i) % walk.plane];
+    return buffer;
+}
+
+// --------------------------------------------------------------------------------------------------------------- signs
+
+void write_signs(const uint8_t *positive, uint8_t *bits, int64_t at, int64_t n) {  // bits are 0 before
+    int64_t i = 0;
+    for (; i < n && (at + i) % 8; ++i) bits[(at + i) / 8] |= positive[i] << (at + i) % 8;
+    for (; i + 8 <= n; i += 8) {
+        uint64_t eight;
+        memcpy(&eight, positive + i, 8);
+        bits[(at + i) / 8] = static_cast<uint8_t>((eight * 0x0102040810204080) >> 56);
+    }
+    for (; i < n; ++i) bits[(at + i) / 8] |= positive[i] << (at + i) % 8;
+}
+
+void read_signs(const uint8_t *bits, uint8_t *positive, int64_t at, int64_t n) {
+    int64_t i = 0;
+    for (; i < n && (at + i) % 8; ++i) positive[i] = bits[(at + i) / 8] >> (at + i) % 8 & 1;
+    for (; i + 8 <= n; i += 8) {
+        uint64_t eight = (bits[(at + i) / 8] * 0x0101010101010101) & 0x8040201008040201;  // bit k in byte k
+        eight = ((eight + 0x7f7f7f7f7f7f7f7f) | eight) >> 7 & 0x0101010101010101;
+        memcpy(positive + i, &eight, 8);
+    }
+    for (; i < n; ++i) positive[i] = bits[(at + i) / 8] >> (at + i) % 8 & 1;
+}
+
+// --------------------------------------------------------------------------------------------------------- activations
+
+inline double exponential(double x) { return exp(x); }
+
+inline float exponential(float x) {  // 2^k * e^r with |r| <= ln(2) / 2: within 1e-7, relative
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float k = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds
+    float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t bits; float value; } power = {(static_cast<int32_t>(k) + 127) << 23};  // 2^k
+    return p * power.value;
+}
+
+template <class R> inline R sigmoid(R z) { return 1 / (1 + exponential(-z)); }
+
+constexpr double GELU = 1.5957691216057308, CUBE = 0.044715;  // 2 sqrt(2 / π); 0.5 z (1 + tanh u) = z sigmoid(2 u)
+
+template <class R, int64_t ACTIVATION> inline R activate(R z) {
+    if constexpr (ACTIVATION == RELU) return z > 0 ? z : z != z ? z : 0;
+    if constexpr (ACTIVATION == LEAKY_RELU) return z > 0 ? z : z * R(NEGATIVE_SLOPE);
+    if constexpr (ACTIVATION == SILU) return z * sigmoid(z);
+    if constexpr (ACTIVATION == GELU_TANH) return z * sigmoid(R(GELU) * (z + R(CUBE) * z * z * z));
+    return z;
+}
+
+template <class R> inline R derivative(int64_t activation, R z) {
+    if (activation == SILU) {
+        R s = sigmoid(z);
+        return s * (1 + z * (1 - s));
+    }
+    R s = sigmoid(R(GELU) * (z + R(CUBE) * z * z * z));
+    return s + z * s * (1 - s) * R(GELU) * (1 + 3 * R(CUBE) * z * z);
+}
+
+// -------------------------------------------------------------------------------------------------------- two reductions
+
+// Sums over a segment, of e and of e * d, where d = x - shift. What e is:
+enum Kind { DEVIATION, WEIGHTED_DEVIATION, GRADIENT, GRADIENT_THROUGH_RELU, MASKED_GRADIENT };
+
+template <class R> struct Operands {
+    const R *x, *dy, *mask;            // SEGMENT
+    const R *high, *scale, *shift;     // by entry
+};
+
+template <int KIND, class X> inline void term(X x, X dy, X mask, X high, X scale, X shift, X &e, X &d) {
+    d = x - high;
+    if constexpr (KIND == DEVIATION) e = d;
+    if constexpr (KIND == WEIGHTED_DEVIATION) {
+        d = mask == X{} ? X{} : d;
+        e = mask * d;
+    }
+    if constexpr (KIND == GRADIENT) e = dy;
+    if constexpr (KIND == GRADIENT_THROUGH_RELU) e = d * scale + shift > X{} ? dy : X{};
+    if constexpr (KIND == MASKED_GRADIENT) {
+        e = dy;
+        d = mask == X{} ? (e == X{} ? X{} : d) : d;
+    }
+}
+
+// Each entry has sums of its own.
+template <class R, int KIND> void accumulate_by_period(const Operands<R> &of, int64_t n, R *sum, R *product) {
+    SIMD for (int64_t i = 0; i < n; ++i) {
+        R e, d, dy = of.dy ? of.dy[i] : 0, mask = of.mask ? of.mask[i] : 0;
+        term<KIND>(of.x[i], dy, mask, of.high[i], of.scale[i], of.shift[i], e, d);
+        sum[i] += e;
+        product[i] += e * d;
+    }
+}
+
+template <class R> struct Vector {  // 64 bytes, wherever they lie
+    typedef R type __attribute__((vector_size(64), aligned(alignof(R)), may_alias));
+    static constexpr int64_t size = 64 / sizeof(R);
+};
+
+template <class R> inline R across(typename Vector<R>::type vector) {  // the sum of its values
+    R values[Vector<R>::size];
+    memcpy(values, &vector, sizeof(values));
+    for (int64_t half = Vector<R>::size / 2; half; half /= 2)
+        for (int64_t j = 0; j < half; ++j) values[j] += values[j + half];
+    return values[0];
+}
+
+// All values have one entry: two vectors of sums at a time, so that an addition need not wait for the last one.
+template <class R, int KIND> void accumulate_by_plane(const Operands<R> &of, int64_t n, R *sum, R *product) {
+    using V = typename Vector<R>::type;
+    constexpr int64_t size = Vector<R>::size;
+    constexpr bool has_dy = KIND >= GRADIENT, has_mask = KIND == WEIGHTED_DEVIATION || KIND == MASKED_GRADIENT;
+    constexpr bool has_map = KIND == GRADIENT_THROUGH_RELU;
+    const R high = of.high[0], scale = has_map ? of.scale[0] : 0, shift = has_map ? of.shift[0] : 0;
+#define LOAD(X, from, there, i) (there ? *reinterpret_cast<const X *>(from + (i)) : X{})
+    V sums[2] = {}, products[2] = {}, e, d;
+    int64_t i = 0;
+    auto take = [&](int64_t j) __attribute__((always_inline)) {
+        term<KIND, V>(LOAD(V, of.x, true, j), LOAD(V, of.dy, has_dy, j), LOAD(V, of.mask, has_mask, j), V{} + high,
+                      V{} + scale, V{} + shift, e, d);
+    };
+    for (; i + 2 * size <= n; i += 2 * size) {
+        take(i);
+        sums[0] += e, products[0] += e * d;
+        take(i + size);
+        sums[1] += e, products[1] += e * d;
+    }
+    if (i + size <= n) {
+        take(i);
+        sums[0] += e, products[0] += e * d;
+        i += size;
+    }
+    R total = 0, total_product = 0;
+    if (i < n && n >= size) {  // the last vector, of which some values were taken already
+        take(n - size);
+        for (int64_t j = 0; j < size; ++j) e[j] = n - size + j < i ? 0 : e[j], d[j] = n - size + j < i ? 0 : d[j];
+        sums[1] += e, products[1] += e * d;
+        i = n;
+    }
+    for (; i < n; ++i) {
+        R one, deviation;
+        term<KIND, R>(of.x[i], LOAD(R, of.dy, has_dy, i), LOAD(R, of.mask, has_mask, i), high, scale, shift, one, deviation);
+        total += one, total_product += one * deviation;
+    }
+    *sum = total + across<R>(sums[0] + sums[1]), *product = total_product + across<R>(products[0] + products[1]);
+}
+
+template <class R>
+inline void accumulate(int kind, bool by_period, const Operands<R> &of, int64_t n, R *sum, R *product) {
+#define CASE(K) \
+    case K: \
+        return by_period ? accumulate_by_period<R, K>(of, n, sum, product) : accumulate_by_plane<R, K>(of, n, sum, product);
+    switch (kind) {
+        CASE(DEVIATION)
+        CASE(WEIGHTED_DEVIATION)
+        CASE(GRADIENT)
+        CASE(GRADIENT_THROUGH_RELU)
+        CASE(MASKED_GRADIENT)
+    }
+#undef CASE
+}
+
+// Sum over all the memory: `segment(thread, at, entry, n, kind)` gives the operands. (C,) each.
+template <class R> struct Sums {
+    const Walk &walk;
+    Scratch scratch;
+    double *sum, *product;                // (C,)
+    double *sums, *products;              // (threads, entries)
+    R *row_sums, *row_products;           // (threads, entries)
+
+    explicit Sums(const Walk &w)
+        : walk(w), scratch(2 * Scratch::bytes<double>(w.channels) +
+                           2 * w.threads * (Scratch::bytes<double>(w.entries()) + Scratch::bytes<R>(w.entries()))) {
+        if (!scratch) return;
+        sum = scratch.array<double>(walk.channels), product = scratch.array<double>(walk.channels);
+        sums = scratch.array<double>(walk.threads * walk.entries());
+        products = scratch.array<double>(walk.threads * walk.entries());
+        row_sums = scratch.array<R>(walk.threads * walk.entries());
+        row_products = scratch.array<R>(walk.threads * walk.entries());
+    }
+
+    template <class Segment> void add_up(int kind, Segment segment) {
+        int64_t entries = walk.entries();
+        in_parallel(walk.threads, [&](int64_t thread) {
+            double *s = sums + thread * entries, *p = products + thread * entries;
+            R *rs = row_sums + thread * entries, *rp = row_products + thread * entries;
+            memset(s, 0, entries * sizeof(double)), memset(p, 0, entries * sizeof(double));
+            if (!walk.by_period) {
+                walk.forward(thread, [&](int64_t at, int64_t entry, int64_t n) {
+                    R one, other;
+                    accumulate<R>(kind, false, segment(thread, at, entry, n), n, &one, &other);
+                    s[entry] += one, p[entry] += other;
+                });
+                return;
+            }
+            memset(rs, 0, entries * sizeof(R)), memset(rp, 0, entries * sizeof(R));
+            int64_t rows = 0;
+            auto flush = [&] {
+                SIMD for (int64_t e = 0; e < entries; ++e) {
+                    s[e] += rs[e], p[e] += rp[e];
+                    rs[e] = rp[e] = 0;
+                }
+                rows = 0;
+            };
+            walk.forward(thread, [&](int64_t at, int64_t entry, int64_t n) {
+                if (entry == 0 && rows++ == ROWS_IN_SINGLE) flush();
+                accumulate<R>(kind, true, segment(thread, at, entry, n), n, rs + entry, rp + entry);
+            });
+            flush();
+        });
+        memset(sum, 0, walk.channels * sizeof(double)), memset(product, 0, walk.channels * sizeof(double));
+        for (int64_t thread = 0; thread < walk.threads; ++thread) {  // in this order: the same sums each time
+            const double *s = sums + thread * entries, *p = products + thread * entries;
+            if (!walk.by_period || (walk.repeats && entries == walk.channels)) {
+                SIMD for (int64_t c = 0; c < walk.channels; ++c) sum[c] += s[c], product[c] += p[c];
+            } else {
+                for (int64_t e = 0; e < entries; ++e) sum[walk.channel(e)] += s[e], product[walk.channel(e)] += p[e];
+            }
+        }
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------- kernels
+
+// The value that memory of type T holds. A shift like that leaves differences of few digits, whose sums round less: the
+// digits of any other, the same in each difference, are rounded off in the same direction each time.
+template <class T> double in_memory(double value) {
+    using R = typename Arithmetic<T>::type;
+    if constexpr (sizeof(T) == sizeof(R)) {
+        return static_cast<T>(value);
+    } else {
+        float single_value = static_cast<float>(value), buffer;
+        T stored;
+        convert(&single_value, &stored, 1);
+        return *load(&stored, &buffer, 1);
+    }
+}
+
+// A first estimate of each channel's mean, from its first few values.
+template <class T, class R> void estimate(const Walk &walk, const T *x, const R *mask, double *mean, double *seen) {
+    memset(mean, 0, walk.channels * sizeof(double)), memset(seen, 0, walk.channels * sizeof(double));
+    R buffer[FIRST_VALUES * SMALLEST_PLANE], weight;
+    auto take = [&](int64_t at, int64_t channel, int64_t n) {
+        const R *values = load(x + at, buffer, n);
+        for (int64_t i = 0; i < n; ++i) {
+            bool counts = !mask || *weights(mask, walk, at + i, 1, &weight) != 0;
+            mean[channel] += counts ? values[i] : 0;
+            seen[channel] += counts;
+        }
+    };
+    if (walk.by_period && walk.repeats) {
+        int64_t rows = smaller(walk.values / walk.channels, FIRST_VALUES);
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t c = 0; c < walk.channels; ++c) take(row * walk.channels + c, c, 1);
+    } else {
+        int64_t samples = walk.by_period ? smaller(walk.values / (walk.plane * walk.channels), FIRST_VALUES) : 1;
+        for (int64_t plane = 0; plane < samples * walk.channels; ++plane)
+            take(plane * walk.plane, plane % walk.channels, smaller(walk.plane, FIRST_VALUES));
+    }
+    for (int64_t c = 0; c < walk.channels; ++c)
+        if (seen[c] > 0) mean[c] = in_memory<T>(mean[c] / seen[c]);
+}
+
+template <class T> int moments(const MomentsArguments &a) {
+    using R = typename Arithmetic<T>::type;
+    const T *x = static_cast<const T *>(a.x);
+    const R *mask = static_cast<const R *>(a.mask);
+    int64_t channels = a.shape.c, positions = a.shape.n * a.shape.s;
+    double *mean = a.moments, *m2 = a.moments + channels, count = static_cast<double>(positions);
+    if (mask) {
+        count = 0;
+        for (int64_t i = 0; i < positions; ++i) count += mask[i];
+    }
+    a.moments[2 * channels] = count;
+    if (!(count > 0) || channels == 0) {
+        memset(a.moments, 0, 2 * channels * sizeof(double));
+        return 0;
+    }
+    Walk walk(a.shape, false);
+    Sums<R> sums(walk);
+    Scratch scratch(Scratch::bytes<R>(walk.entries()) + 2 * walk.threads * Scratch::bytes<R>(SEGMENT));
+    if (!sums.scratch || !scratch) return 1;
+    R *high = scratch.array<R>(walk.entries());
+    R *values = scratch.array<R>(walk.threads * SEGMENT), *weight = scratch.array<R>(walk.threads * SEGMENT);
+    estimate<T, R>(walk, x, mask, mean, m2);
+    for (int attempt = 0; attempt < 2; ++attempt) {
+        expand(walk, mean, high);
+        sums.add_up(mask ? WEIGHTED_DEVIATION : DEVIATION, [&](int64_t thread, int64_t at, int64_t entry, int64_t n) {
+            Operands<R> of{};
+            of.x = load(x + at, values + thread * SEGMENT, n);
+            if (mask) of.mask = weights(mask, walk, at, n, weight + thread * SEGMENT);
+            of.high = high + entry;
+            return of;
+        });
+        bool good = true;
+        for (int64_t c = 0; c < channels; ++c) {
+            double off = sums.sum[c] / count, rest = sums.product[c] - sums.sum[c] * off;
+            m2[c] = rest > 0 ? rest : rest != rest ? rest : 0;
+            good = good && !(sums.sum[c] * off > CANCELLATION * m2[c]);
+            mean[c] += off;
+        }
+        if (good) break;  // else once more about the mean, for the channels whose first values were unlike the rest
+        if (attempt == 0)
+            for (int64_t c = 0; c < channels; ++c) mean[c] = in_memory<T>(mean[c]);
+    }
+    return 0;
+}
+
+// The arrays by entry that the passes over the data read.
+template <class R> struct Affine {
+    R *high, *scale, *shift, *slope, *offset;
+
+    static int64_t bytes(const Walk &walk) {
+        return 5 * Scratch::bytes<R>(walk.entries()) + 4 * Scratch::bytes<double>(walk.channels);
+    }
+    Affine(Scratch &scratch, const Walk &walk)
+        : high(scratch.array<R>(walk.entries())), scale(scratch.array<R>(walk.entries())),
+          shift(scratch.array<R>(walk.entries())), slope(scratch.array<R>(walk.entries())),
+          offset(scratch.array<R>(walk.entries())) {}
+
+    // high: the mean; its rest, which R cannot hold beside it, goes into the shift: z = (x - high) * scale + shift
+    void fill(Scratch &scratch, const Walk &walk, const double *statistics, const Parameters &of) {
+        int64_t channels = walk.channels;
+        const double *mean = statistics, *invstd = statistics + channels;
+        double *w = scratch.array<double>(channels), *b = scratch.array<double>(channels);
+        parameter(of.weight, of.dtype, channels, 1, w);
+        parameter(of.bias, of.dtype, channels, 0, b);
+        SIMD for (int64_t c = 0; c < channels; ++c) {
+            w[c] *= invstd[c];
+            b[c] -= (mean[c] - static_cast<R>(mean[c])) * w[c];
+        }
+        expand(walk, mean, high);
+        expand(walk, w, scale);
+        expand(walk, b, shift);
+    }
+};
+
+template <class R, int64_t ACTIVATION, bool BY_PERIOD, bool RESIDUAL>
+void affine(const R *x, const R *residual, R *y, uint8_t *positive, int64_t n, const Affine<R> &of, int64_t entry) {
+    const R *high = of.high + entry, *scale = of.scale + entry, *shift = of.shift + entry;
+    SIMD for (int64_t i = 0; i < n; ++i) {
+        int64_t e = BY_PERIOD ? i : 0;
+        R z = (x[i] - high[e]) * scale[e] + shift[e];
+        if constexpr (RESIDUAL) z += residual[i];
+        if constexpr (RESIDUAL && (ACTIVATION == RELU || ACTIVATION == LEAKY_RELU)) positive[i] = z > 0;
+        y[i] = activate<R, ACTIVATION>(z);
+    }
+}
+
+template <class R> using AffineSegment = void (*)(const R *, const R *, R *, uint8_t *, int64_t, const Affine<R> &, int64_t);
+
+template <class R, int64_t ACTIVATION> AffineSegment<R> affine_with(bool by_period, bool residual) {
+    if (by_period) return residual ? affine<R, ACTIVATION, true, true> : affine<R, ACTIVATION, true, false>;
+    return residual ? affine<R, ACTIVATION, false, true> : affine<R, ACTIVATION, false, false>;
+}
+
+template <class R> AffineSegment<R> affine_segment(int64_t activation, bool by_period, bool residual) {
+    switch (activation) {
+        case RELU: return affine_with<R, RELU>(by_period, residual);
+        case LEAKY_RELU: return affine_with<R, LEAKY_RELU>(by_period, residual);
+        case SILU: return affine_with<R, SILU>(by_period, residual);
+        case GELU_TANH: return affine_with<R, GELU_TANH>(by_period, residual);
+        default: return affine_with<R, NONE>(by_period, residual);
+    }
+}
+
+template <class T> int normalize(const NormalizeArguments &a) {
+    using R = typename Arithmetic<T>::type;
+    int64_t channels = a.shape.c;
+    double count = a.moments[2 * channels] > 0 ? a.moments[2 * channels] : 1;
+    SIMD for (int64_t c = 0; c < channels; ++c) {
+        double variance = a.moments[channels + c] / count;
+        a.statistics[c] = a.moments[c];
+        a.statistics[channels + c] = a.eps_outside ? 1 / (sqrt(variance) + a.eps) : 1 / sqrt(variance + a.eps);
+    }
+    if (a.shape.values() == 0) return 0;
+
+    const T *x = static_cast<const T *>(a.x), *residual = static_cast<const T *>(a.epilogue.residual);
+    uint8_t *signs = a.epilogue.signs;
+    Walk walk(a.shape, signs);
+    Scratch scratch(Affine<R>::bytes(walk) + 4 * walk.threads * Scratch::bytes<R>(SEGMENT) + walk.threads * SEGMENT);
+    if (!scratch) return 1;
+    Affine<R> map(scratch, walk);
+    map.fill(scratch, walk, a.statistics, a.parameters);
+    R *buffers = scratch.array<R>(4 * walk.threads * SEGMENT);
+    uint8_t *positives = scratch.array<uint8_t>(walk.threads * SEGMENT);
+    if (signs) memset(signs, 0, (a.shape.values() + 7) / 8);
+    AffineSegment<R> affine = affine_segment<R>(a.epilogue.activation, walk.by_period, residual);
+    bool streams = a.y != a.x && a.shape.values() * static_cast<int64_t>(sizeof(T)) > STREAMED;
+    in_parallel(walk.threads, [&](int64_t thread) {
+        Fence fence;
+        R *buffer = buffers + 4 * thread * SEGMENT;
+        uint8_t *positive = positives + thread * SEGMENT;
+        Result<T, R> y(a.y, streams, buffer);
+        walk.backward(thread, [&](int64_t at, int64_t entry, int64_t n) {
+            const R *added = residual ? load(residual + at, buffer + 2 * SEGMENT, n) : nullptr;
+            affine(load(x + at, buffer + 3 * SEGMENT, n), added, y.place(at, n), positive, n, map, entry);
+            y.put(at, n);
+            if (signs) write_signs(positive, signs, at, n);
+        });
+    });
+    return 0;
+}
+
+// Of a segment: dz, the gradient of z, from dy, and x - mean where x is to be had from y.
+template <class T> struct Backward {
+    using R = typename Arithmetic<T>::type;
+    const T *dy, *x, *residual;
+    const R *mask;
+    const Epilogue &epilogue;
+    const Walk &walk;
+    Affine<R> &map;
+    R *buffers;  // (threads, 5, SEGMENT)
+    bool direct;  // x and dy are all that it takes
+
+    Operands<R> operator()(int64_t thread, int64_t at, int64_t entry, int64_t n) const {
+        R *buffer = buffers + 5 * thread * SEGMENT;
+        Operands<R> of{load(x + at, buffer, n), load(dy + at, buffer + SEGMENT, n), nullptr,
+                       map.high + entry, map.scale + entry, map.shift + entry};
+        if (mask) of.mask = weights(mask, walk, at, n, buffer + 2 * SEGMENT);
+        if (!direct) through_epilogue(of, buffer + 3 * SEGMENT, buffer + 4 * SEGMENT, at, n);
+        return of;
+    }
+
+  private:
+    void through_epilogue(Operands<R> &of, R *dz, R *centered, int64_t at, int64_t n) const {
+        int64_t by = walk.by_period;  // 1: an entry a value
+        R slope = epilogue.activation == LEAKY_RELU ? R(NEGATIVE_SLOPE) : epilogue.activation == RELU ? 0 : 1;
+        const R *dy = of.dy, *x = of.x;
+        if (epilogue.inplace) {
+            SIMD for (int64_t i = 0; i < n; ++i) {
+                R z = x[i] > 0 ? x[i] : x[i] / slope, scale = of.scale[i * by];
+                dz[i] = x[i] > 0 ? dy[i] : dy[i] * slope;
+                centered[i] = scale == 0 ? of.high[i * by] : (z - of.shift[i * by]) / scale + of.high[i * by];
+            }
+            of.x = centered;
+        } else if (epilogue.signs) {
+            uint8_t positive[SEGMENT];
+            read_signs(epilogue.signs, positive, at, n);
+            SIMD for (int64_t i = 0; i < n; ++i) dz[i] = positive[i] ? dy[i] : dy[i] * slope;
+        } else if (epilogue.activation == RELU || epilogue.activation == LEAKY_RELU) {
+            SIMD for (int64_t i = 0; i < n; ++i) {
+                R z = (x[i] - of.high[i * by]) * of.scale[i * by] + of.shift[i * by];
+                dz[i] = z > 0 ? dy[i] : dy[i] * slope;
+            }
+        } else {
+            const R *added = residual ? load(residual + at, dz, n) : nullptr;
+            SIMD for (int64_t i = 0; i < n; ++i) {
+                R z = (x[i] - of.high[i * by]) * of.scale[i * by] + of.shift[i * by];
+                centered[i] = added ? z + added[i] : z;
+            }
+            if (epilogue.activation == SILU) {
+                SIMD for (int64_t i = 0; i < n; ++i) dz[i] = dy[i] * derivative<R>(SILU, centered[i]);
+            } else {
+                SIMD for (int64_t i = 0; i < n; ++i) dz[i] = dy[i] * derivative<R>(GELU_TANH, centered[i]);
+            }
+        }
+        of.dy = dz;
+    }
+};
+
+template <class T> int reduce_grad(const ReduceGradArguments &a) {
+    using R = typename Arithmetic<T>::type;
+    int64_t channels = a.shape.c;
+    Walk walk(a.shape, false);
+    Sums<R> sums(walk);
+    Scratch scratch(Affine<R>::bytes(walk) + 5 * walk.threads * Scratch::bytes<R>(SEGMENT));
+    if (!sums.scratch || !scratch) return 1;
+    Affine<R> map(scratch, walk);
+    map.fill(scratch, walk, a.statistics, a.parameters);
+    bool plain = a.epilogue.activation == NONE && !a.epilogue.inplace, relu = a.epilogue.activation == RELU;
+    bool direct = plain || (relu && !a.epilogue.signs && !a.mask);
+    Backward<T> segment{static_cast<const T *>(a.dy), static_cast<const T *>(a.x),
+                        static_cast<const T *>(a.epilogue.residual), static_cast<const R *>(a.mask), a.epilogue, walk, map,
+                        scratch.array<R>(5 * walk.threads * SEGMENT), direct};
+    sums.add_up(a.mask ? MASKED_GRADIENT : direct && relu ? GRADIENT_THROUGH_RELU : GRADIENT, segment);
+    double *weight = sums.sums;  // no longer needed; (entries,) holds (C,)
+    parameter(a.parameters.weight, a.parameters.dtype, channels, 1, weight);
+    const double *mean = a.statistics, *invstd = mean + channels;
+    SIMD for (int64_t c = 0; c < channels; ++c) {
+        double low = mean[c] - static_cast<R>(mean[c]);
+        a.sums[c] = sums.sum[c];
+        a.sums[channels + c] = (sums.product[c] - low * sums.sum[c]) * invstd[c];
+        a.weighted[c] = a.sums[c] * weight[c];
+        a.weighted[channels + c] = a.sums[channels + c] * weight[c];
+    }
+    return 0;
+}
+
+// dx = scale * dz + slope * (x - high) + offset
+template <class R, bool BY_PERIOD, bool THROUGH_RELU, bool MASKED>
+void grad_segment(const Operands<R> &of, const Affine<R> &map, int64_t entry, R *dx, int64_t n) {
+    const R *slope = map.slope + entry, *offset = map.offset + entry;
+    SIMD for (int64_t i = 0; i < n; ++i) {
+        int64_t e = BY_PERIOD ? i : 0;
+        R d = of.x[i] - of.high[e], dz = of.dy[i];
+        if constexpr (THROUGH_RELU) dz = d * of.scale[e] + of.shift[e] > 0 ? dz : 0;
+        R through = slope[e] * d + offset[e];
+        if constexpr (MASKED) through = of.mask[i] == 0 ? 0 : of.mask[i] * through;
+        dx[i] = of.scale[e] * dz + through;
+    }
+}
+
+template <class R> using GradSegment = void (*)(const Operands<R> &, const Affine<R> &, int64_t, R *, int64_t);
+
+template <class R, bool BY_PERIOD> GradSegment<R> grad_by(bool through_relu, bool masked) {
+    if (masked) return grad_segment<R, BY_PERIOD, false, true>;
+    return through_relu ? grad_segment<R, BY_PERIOD, true, false> : grad_segment<R, BY_PERIOD, false, false>;
+}
+
+template <class T> int grad_input(const GradInputArguments &a) {
+    using R = typename Arithmetic<T>::type;
+    if (a.shape.values() == 0) return 0;
+    int64_t channels = a.shape.c;
+    Walk walk(a.shape, false);
+    Scratch scratch(Affine<R>::bytes(walk) + 9 * walk.threads * Scratch::bytes<R>(SEGMENT));
+    if (!scratch) return 1;
+    Affine<R> map(scratch, walk);
+    map.fill(scratch, walk, a.statistics, a.parameters);
+    double *slope = scratch.array<double>(channels), *offset = scratch.array<double>(channels);
+    const double *mean = a.statistics, *invstd = mean + channels;
+    double count = a.count && *a.count > 0 ? *a.count : 1;
+    for (int64_t c = 0; c < channels; ++c) {
+        double inside = 1 - a.eps_outside * invstd[c];  // 0 where all values are, at which x is too
+        slope[c] = a.sums ? -invstd[c] * invstd[c] * a.sums[channels + c] / (count * (inside > 0 ? inside : 1)) : 0;
+        offset[c] = a.sums && a.centered ? -invstd[c] * a.sums[c] / count : 0;
+        offset[c] -= slope[c] * (mean[c] - static_cast<R>(mean[c]));
+    }
+    expand(walk, slope, map.slope);
+    expand(walk, offset, map.offset);
+    bool plain = a.epilogue.activation == NONE && !a.epilogue.inplace, relu = a.epilogue.activation == RELU;
+    bool direct = plain || (relu && !a.epilogue.signs && !a.mask && !a.dz);
+    R *buffers = scratch.array<R>(9 * walk.threads * SEGMENT);
+    Backward<T> segment{static_cast<const T *>(a.dy), static_cast<const T *>(a.x),
+                        static_cast<const T *>(a.epilogue.residual), static_cast<const R *>(a.mask), a.epilogue, walk, map,
+                        buffers, direct};
+    GradSegment<R> grad = walk.by_period ? grad_by<R, true>(direct && relu, a.mask) : grad_by<R, false>(direct && relu, a.mask);
+    bool streams = a.shape.values() * static_cast<int64_t>(sizeof(T)) > STREAMED;
+    in_parallel(walk.threads, [&](int64_t thread) {
+        Fence fence;
+        R *buffer = buffers + (5 * walk.threads + 4 * thread) * SEGMENT;
+        Result<T, R> dx(a.dx, streams, buffer), dz(a.dz, streams, buffer + 2 * SEGMENT);
+        walk.backward(thread, [&](int64_t at, int64_t entry, int64_t n) {
+            Operands<R> of = segment(thread, at, entry, n);
+            grad(of, map, entry, dx.place(at, n), n);
+            dx.put(at, n);
+            if (a.dz) {
+                memcpy(dz.place(at, n), of.dy, n * sizeof(R));
+                dz.put(at, n);
+            }
+        });
+    });
+    return 0;
+}
+
+template <class P> void update_running(const UpdateArguments &a) {
+    double count = a.moments[2 * a.c];
+    if (!(count > 0)) return;
+    if (a.batches) ++*a.batches;
+    double factor = a.cumulative ? 1 / static_cast<double>(*a.batches) : a.momentum;
+    P *mean = static_cast<P *>(a.mean), *var = static_cast<P *>(a.var);
+    double divisor = count > 1 ? count - 1 : 1;
+    SIMD for (int64_t c = 0; c < a.c; ++c) {
+        mean[c] = static_cast<P>(mean[c] + factor * (a.moments[c] - mean[c]));
+        var[c] = static_cast<P>(var[c] + factor * (a.moments[a.c + c] / divisor - var[c]));
+    }
+}
+
+}  // namespace
+
+#define BY_DTYPE(function, arguments) \
+    switch ((arguments)->shape.dtype) { \
+        case FLOAT32: return function<float>(*(arguments)); \
+        case FLOAT64: return function<double>(*(arguments)); \
+        case BFLOAT16: return function<bf16>(*(arguments)); \
+        default: return function<fp16>(*(arguments)); \
+    }
+
+EXPORT(moments)(const MomentsArguments *arguments) { BY_DTYPE(moments, arguments) }
+EXPORT(normalize)(const NormalizeArguments *arguments) { BY_DTYPE(normalize, arguments) }
+EXPORT(reduce_grad)(const ReduceGradArguments *arguments) { BY_DTYPE(reduce_grad, arguments) }
+EXPORT(grad_input)(const GradInputArguments *arguments) { BY_DTYPE(grad_input, arguments) }
+
+EXPORT(update_running)(const UpdateArguments *arguments) {  // float32 or float64
+    arguments->dtype == FLOAT64 ? update_running<double>(*arguments) : update_running<float>(*arguments);
+    return 0;
+}
+
+EXPORT(pack)(const PackArguments *arguments) {
+    int64_t c = arguments->c;
+    const double *from = arguments->from;
+    double *to = arguments->to, count = from[2 * c];
+    SIMD for (int64_t i = 0; i < c; ++i) {
+        to[i] = count * from[i];
+        to[c + i] = from[c + i] + to[i] * from[i];
+    }
+    to[2 * c] = count;
+    return 0;
+}
+
+EXPORT(unpack)(const PackArguments *arguments) {
+    int64_t c = arguments->c;
+    const double *from = arguments->from;
+    double *to = arguments->to, count = from[2 * c] > 0 ? from[2 * c] : 1;
+    SIMD for (int64_t i = 0; i < c; ++i) {
+        double mean = from[i] / count, m2 = from[c + i] - from[i] * mean;
+        to[i] = mean;
+        to[c + i] = m2 > 0 ? m2 : m2 != m2 ? m2 : 0;
+    }
+    to[2 * c] = from[2 * c];
+    return 0;
+}
+
+#ifdef SYNCNORM_DISPATCH
+extern "C" __attribute__((visibility("default"))) const char *syncnorm_isa() {  // the best of this machine
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        return "avx512";
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
+#endif
+    return "base";
+}
+#endif

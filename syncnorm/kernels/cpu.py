@@ -1,0 +1,263 @@
+"""The kernels on CPUs, compiled: what `reference` computes, at the speed of the memory.
+
+cpu.cpp holds them, in a library without Python and without torch that is called by ctypes. It shares torch's threads,
+since torch has loaded the OpenMP library already that it asks for. SYNCNORM_ISA chooses the instruction set: avx512,
+avx2 or base; by default the best that the machine has.
+
+Shapes are those of `reference`. A tensor that is dense neither as (N, C, *) nor as (N, *, C) is copied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .epilogue import ACTIVATIONS, PLAIN, Epilogue, channels_last, dense
+
+__all__ = ["ISA", "grad_input", "moments", "normalize", "pack", "reduce_grad", "unpack", "update_running"]
+
+LIBRARY = Path(__file__).with_name("libsyncnorm_cpu.so")
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}
+
+_library = ctypes.CDLL(str(LIBRARY))  # raises OSError where it was not built
+_library.syncnorm_isa.restype = ctypes.c_char_p
+ISA: str = os.environ.get("SYNCNORM_ISA") or _library.syncnorm_isa().decode()
+
+# Arguments travel as one struct, packed as cpu.cpp declares it: one ctypes call of 16 arguments costs more than both.
+_SHAPE, _PARAMETERS, _EPILOGUE = "6q", "PPq", "qPPq"
+
+
+def _function(name: str, layout: str) -> Callable[..., None]:
+    call = getattr(_library, f"syncnorm_{ISA}_{name}")
+    call.argtypes = [ctypes.c_char_p]
+    pack = struct.Struct(layout).pack
+
+    def function(*arguments: float) -> None:
+        if call(pack(*arguments)):
+            raise MemoryError(f"expected memory for the intermediate sums of {name}, got none")
+
+    return function
+
+
+_moments = _function("moments", _SHAPE + "PPP")
+_normalize = _function("normalize", _SHAPE + "PPP" + _PARAMETERS + "dq" + _EPILOGUE + "P")
+_reduce_grad = _function("reduce_grad", _SHAPE + "PPP" + _PARAMETERS + _EPILOGUE + "PPP")
+_grad_input = _function("grad_input", _SHAPE + "PPP" + _PARAMETERS + _EPILOGUE + "PPPqdPP")
+_update_running = _function("update_running", "PPqPPqqd")
+_pack = _function("pack", "PPq")
+_unpack = _function("unpack", "PPq")
+
+
+def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
+    """See `reference.moments`."""
+    x, shape = _dense(input)
+    weights = _weights(mask, x)
+    result = torch.empty(2 * shape[1] + 1, dtype=torch.float64)
+    _moments(*shape, x.data_ptr(), _pointer(weights), result.data_ptr())
+    return result
+
+
+def pack(moments: Tensor) -> Tensor:
+    """See `reference.pack`."""
+    result = torch.empty_like(moments)
+    _pack(moments.data_ptr(), result.data_ptr(), len(moments) // 2)
+    return result
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """See `reference.unpack`."""
+    result = torch.empty_like(packed)
+    _unpack(packed.data_ptr(), result.data_ptr(), len(packed) // 2)
+    return result
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    moments: Tensor,
+    momentum: float | None,
+) -> None:
+    """See `reference.update_running`."""
+    buffers = running_mean, running_var
+    fit = running_mean.dtype == running_var.dtype and running_mean.dtype in (torch.float32, torch.float64)
+    if not (fit and running_mean.is_contiguous() and running_var.is_contiguous()):
+        buffers = running_mean.double().contiguous(), running_var.double().contiguous()
+    _update_running(
+        *(buffer.data_ptr() for buffer in buffers),
+        DTYPES[buffers[0].dtype],
+        _pointer(num_batches_tracked),
+        moments.data_ptr(),
+        len(moments) // 2,
+        momentum is None,
+        momentum or 0.0,
+    )
+    if buffers[0] is not running_mean:
+        running_mean.copy_(buffers[0])
+        running_var.copy_(buffers[1])
+
+
+def normalize(
+    input: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    eps_outside: bool = False,
+    epilogue: Epilogue = PLAIN,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `reference.normalize`."""
+    x, shape = _dense(input)
+    weight, bias, parameters = _parameters(weight, bias)
+    residual = signs = None
+    if epilogue.residual is not None:
+        residual = dense(epilogue.residual, like=x)
+        if epilogue.keeps_signs:
+            signs = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    y = x if epilogue.inplace else torch.empty_like(x)
+    statistics = torch.empty((2, shape[1]), dtype=torch.float64)
+    _normalize(
+        *shape,
+        x.data_ptr(),
+        y.data_ptr(),
+        moments.data_ptr(),
+        *parameters,
+        eps,
+        eps_outside,
+        _ACTIVATIONS[epilogue.activation],
+        _pointer(residual),
+        _pointer(signs),
+        epilogue.inplace,
+        statistics.data_ptr(),
+    )
+    if epilogue.inplace:
+        y = input if x is input else input.copy_(x)
+    return y, statistics, signs
+
+
+def reduce_grad(
+    grad_output: Tensor,
+    input: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    epilogue: Epilogue = PLAIN,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.reduce_grad`."""
+    x, shape = _dense(input)
+    dy = _like(grad_output, x)
+    weight, bias, parameters = _parameters(weight, bias)
+    kept, kept_arguments = _kept(epilogue, x)
+    weights = _weights(mask, x)
+    sums = torch.empty((2, shape[1]), dtype=torch.float64)
+    weighted = torch.empty_like(sums)
+    _reduce_grad(
+        *shape,
+        dy.data_ptr(),
+        x.data_ptr(),
+        statistics.data_ptr(),
+        *parameters,
+        *kept_arguments,
+        _pointer(weights),
+        sums.data_ptr(),
+        weighted.data_ptr(),
+    )
+    return sums, weighted
+
+
+def grad_input(
+    grad_output: Tensor,
+    input: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor | None,
+    count: Tensor | None,
+    *,
+    centered: bool = True,
+    eps_outside: float = 0.0,
+    mask: Tensor | None = None,
+    epilogue: Epilogue = PLAIN,
+) -> tuple[Tensor, Tensor | None]:
+    """See `reference.grad_input`."""
+    x, shape = _dense(input)
+    dy = _like(grad_output, x)
+    weight, bias, parameters = _parameters(weight, bias)
+    kept, kept_arguments = _kept(epilogue, x)
+    weights = _weights(mask, x)
+    dx = torch.empty_like(x)
+    dz = None if epilogue.residual is None else torch.empty_like(x)
+    _grad_input(
+        *shape,
+        dy.data_ptr(),
+        x.data_ptr(),
+        statistics.data_ptr(),
+        *parameters,
+        *kept_arguments,
+        _pointer(weights),
+        _pointer(None if count is None else sums),
+        _pointer(count),
+        centered,
+        eps_outside,
+        dx.data_ptr(),
+        _pointer(dz),
+    )
+    return dx, dz
+
+
+def _dense(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, bool, int, int]]:
+    """Return the tensor, dense, and its Shape: N, C, S, channels_last, dtype, threads."""
+    last = channels_last(tensor)
+    if last is None:
+        tensor, last = tensor.contiguous(), False
+    n, c = tensor.shape[:2]
+    s = tensor.numel() // (n * c) if n * c else 0
+    return tensor, (n, c, s, last, DTYPES[tensor.dtype], torch.get_num_threads())
+
+
+def _like(grad_output: Tensor, x: Tensor) -> Tensor:
+    dy = dense(grad_output, like=x)
+    return dy if dy.dtype == x.dtype else dy.to(x.dtype)
+
+
+def _parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, tuple[int, int, int]]:
+    """Return weight and bias, contiguous and of one dtype, and their Parameters."""
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous() if weight is None else bias.to(weight.dtype).contiguous()
+    one = bias if weight is None else weight
+    return weight, bias, (_pointer(weight), _pointer(bias), 0 if one is None else DTYPES[one.dtype])
+
+
+def _kept(epilogue: Epilogue, x: Tensor) -> tuple[Tensor | None, tuple[int, int, int, bool]]:
+    """Return what forward kept of the residual, and the Epilogue of a backward pass."""
+    kept = residual = signs = None
+    if epilogue.keeps_signs:
+        kept = signs = epilogue.residual
+    elif epilogue.residual is not None:
+        kept = residual = dense(epilogue.residual, like=x)
+    code = _ACTIVATIONS[epilogue.activation]
+    return kept, (code, _pointer(residual), _pointer(signs), epilogue.inplace)
+
+
+def _weights(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return the mask as (N, S) weights in the dtype of the arithmetic."""
+    if mask is None:
+        return None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return mask.expand(len(x), 1, *x.shape[2:]).to(dtype).contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
