@@ -538,9 +538,17 @@ template <class R, int KIND> void accumulate_by_period(const Operands<R> &of, in
     }
 }
 
-template <class R> struct Vector {  // 64 bytes, wherever they lie
-    typedef R type __attribute__((vector_size(64), aligned(alignof(R)), may_alias));
-    static constexpr int64_t size = 64 / sizeof(R);
+#if defined(__AVX512F__)
+#define VECTOR 64
+#elif defined(__AVX__)
+#define VECTOR 32
+#else
+#define VECTOR 16
+#endif
+
+template <class R> struct Vector {  // what a register holds, wherever it lies in memory
+    typedef R type __attribute__((vector_size(VECTOR), aligned(alignof(R)), may_alias));
+    static constexpr int64_t size = VECTOR / sizeof(R);
 };
 
 template <class R> inline R across(typename Vector<R>::type vector) {  // the sum of its values
@@ -908,6 +916,11 @@ template <class T> struct Backward {
 template <class T> int reduce_grad(const ReduceGradArguments &a) {
     using R = typename Arithmetic<T>::type;
     int64_t channels = a.shape.c;
+    if (a.shape.values() == 0) {
+        memset(a.sums, 0, 2 * channels * sizeof(double));
+        memset(a.weighted, 0, 2 * channels * sizeof(double));
+        return 0;
+    }
     Walk walk(a.shape, false);
     Sums<R> sums(walk);
     Scratch scratch(Affine<R>::bytes(walk) + 5 * walk.threads * Scratch::bytes<R>(SEGMENT));
