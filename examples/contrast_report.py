@@ -31,7 +31,8 @@ COMPUTE, COMMUNICATION = "#9AA5B1", "#E69F00"
 MODELS = {"cnn": "CNN", "transformer": "Transformer"}
 RULE = (
     "Values are mean ± standard deviation over seeds, of the test error at least one test image. A difference is "
-    "called clear if it is more than {clear} times the joint standard deviation of the two."
+    "called clear if it is more than {clear} times the joint standard deviation of the two: of the test error, even as "
+    "a mean over sizes, more than {clear} images, since all runs share these images."
 )
 COMPARISONS = (
     " With {seeds} seeds {chance:.0f} % of the pairs that do not differ would look so by chance, "

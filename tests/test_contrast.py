@@ -137,6 +137,12 @@ def test_a_mean_over_sizes_is_taken_seed_by_seed():
     assert (mean.numbers, mean.spread) == ((2.5, 2.5), 0.1)
 
 
+def test_a_mean_over_sizes_resolves_no_more_than_an_image():
+    low, high = (Value.over(5 * [Value((error, error, error), 0.3)]) for error in (1.0, 1.5))
+    assert not high.clearly_above(low)
+    assert not low.clearly_above(high)
+
+
 def test_one_seed_tells_no_difference():
     assert not Value((9.0,)).clearly_above(Value((1.0,)))
     assert Value((9.0,), resolution=0.3).text(1, " %") == "9.0 %"
