@@ -181,6 +181,8 @@ def arguments():
         "--out", type=Path, default=Path("runs/contrast"), metavar="FOLDER", help="(default: %(default)s)"
     )
     args = parser.parse_args()
+    if args.ranks < 2:
+        parser.error("expected at least 2 --ranks: one alone communicates nothing")
     quick = args.quick
     args.sizes = sorted(set(args.sizes or ([1, 4, 16] if quick else [1, 2, 4, 8, 16])))
     args.samples = {

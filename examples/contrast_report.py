@@ -1,12 +1,14 @@
-"""The report of examples/contrast.py: a table, figures, and below each what its numbers say.
+"""The report of examples/contrast.py: a table, figures, and below each what its numbers say and what to take when.
 
-A *cell* is a model, a norm and a number of samples per rank. A value of it is the mean over seeds with its spread, the
-standard deviation. Two values differ clearly if they are further apart than CLEAR times their joint spread; no sentence
-of the report calls one better than the other else.
+A *cell* is a model, a norm and a number of samples per rank; a value of it has one number a seed. Two values differ
+clearly if their means are further apart than CLEAR times their joint standard deviation. Among many comparisons some
+come out clear by chance, so few are made: a norm against SyncBatchNorm once, by the mean over all sizes; BatchNorm
+against it from the fewest samples per rank on, up to the first size where the difference is not clear.
 """
 
 import csv
 import io
+import itertools
 import math
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ import numpy as np
 from common import write
 
 CLEAR = 2
+DEAR = 1.5  # times as long
 COMPARED = 8  # steps
 ROUNDING = 1e-5  # of float32 losses after some steps; one that turns a ReLU about grows, in one process as well
 NAMES = {"bn": "BatchNorm", "sync_bn": "SyncBatchNorm", "gn": "GroupNorm", "ln": "LayerNorm", "rms": "RMSNorm"}
@@ -26,30 +29,64 @@ STYLES = {  # colours that the colour-blind tell apart (Okabe and Ito), and mark
 }
 COMPUTE, COMMUNICATION = "#9AA5B1", "#E69F00"
 MODELS = {"cnn": "CNN", "transformer": "Transformer"}
-GAPS = {  # of eval mode against train mode, and what makes one of either sign
-    "worse": ", as where statistics over time tell of the future of the sequence, which a text to be written has not",
-    "better": ", as where the running statistics are less noisy than those of a small batch",
+RULE = (
+    "Values are mean ± standard deviation over seeds, of the test error at least one test image. A difference is "
+    "called clear if it is more than {clear} times the joint standard deviation of the two: of the test error, even as "
+    "a mean over sizes, more than {clear} images, since all runs share these images."
+)
+COMPARISONS = (
+    " With {seeds} seeds {chance:.0f} % of the pairs that do not differ would look so by chance, "
+    "so each norm is compared with SyncBatchNorm once, by the mean over all sizes; only BatchNorm is compared size by "
+    "size, from the fewest samples per rank on, up to the first where the difference is not clear."
+)
+TIME = {  # is it dear?
+    True: "take SyncBatchNorm only where its quality is worth that time",
+    False: "time is no reason against SyncBatchNorm",
 }
+COLLECTIVES = {  # do they take longer than their bytes would?
+    True: "what costs is the number of collectives, each with its latency and its waiting, not their bytes: to save "
+    "time synchronize fewer layers or take a backend of lower latency, not one of more bandwidth",
+    False: "the collectives cost no more than their bytes: there is little to save",
+}
+ONE_SEED = " With one seed none is: take no advice on quality from this report."
 FIGURES = {"error": "cnn", "step-time": None, "collectives": None, "transformer": "transformer"}  # and what it needs
 
 
 class Value(NamedTuple):
-    """The mean over seeds and its spread."""
+    """Numbers, one a seed; `resolution` is the smallest spread that can be meant."""
 
-    mean: float
-    spread: float
+    numbers: tuple
+    resolution: float = 0.0
 
     @classmethod
-    def of(cls, numbers, resolution=0.0):
-        """Take numbers, one a seed; `resolution` is the smallest spread that can be meant."""
-        spread = np.std(numbers, ddof=1) if len(numbers) > 1 else 0.0
-        return cls(float(np.mean(numbers)), max(float(spread), resolution))
+    def over(cls, values):
+        """Return the mean of values, seed by seed. All are of the same test images: it resolves no more than one."""
+        return cls(tuple(np.mean([value.numbers for value in values], axis=0)), values[0].resolution)
+
+    @property
+    def mean(self):
+        return float(np.mean(self.numbers))
+
+    @property
+    def spread(self):
+        """The standard deviation over seeds."""
+        return max(float(np.std(self.numbers, ddof=1)) if len(self.numbers) > 1 else 0.0, self.resolution)
 
     def clearly_above(self, other):
-        return self.mean - other.mean > CLEAR * math.sqrt((self.spread**2 + other.spread**2) / 2)
+        joint = math.sqrt((self.spread**2 + other.spread**2) / 2)
+        return len(self.numbers) > 1 and self.mean - other.mean > CLEAR * joint
 
     def text(self, digits, unit=""):
-        return f"{self.mean:.{digits}f} ± {self.spread:.{digits}f}{unit}"
+        spread = f" ± {self.spread:.{digits}f}" if len(self.numbers) > 1 else ""
+        return f"{self.mean:.{digits}f}{spread}{unit}"
+
+
+def chance(seeds):
+    """Return how often two values that do not differ would differ clearly, by Student's t-test."""
+    freedom = 2 * seeds - 2
+    cos2 = freedom / (freedom + CLEAR**2 * seeds / 2)
+    terms = itertools.accumulate(range(2, freedom, 2), lambda term, k: term * cos2 * (k - 1) / k, initial=1.0)
+    return 1 - math.sqrt(1 - cos2) * sum(terms)
 
 
 class Cells(dict):
@@ -83,10 +120,10 @@ def quality(model, records):
         return {}
     if model == "cnn":
         numbers = [100 * (1 - record["test_accuracy"]) for record in records]
-        return {"error": Value.of(numbers, 100 / records[0]["test_images"])}
+        return {"error": Value(tuple(numbers), 100 / records[0]["test_images"])}
     bits = np.array([record["valid_bits_per_character"] for record in records])
     in_train_mode = np.array([record["valid_bits_per_character_in_train_mode"] for record in records])
-    return {"bits": Value.of(bits), "gap": Value.of(bits - in_train_mode), "steps": records[0]["steps"]}
+    return {"bits": Value(tuple(bits)), "gap": Value(tuple(bits - in_train_mode)), "steps": records[0]["steps"]}
 
 
 def costs(records):
@@ -95,191 +132,148 @@ def costs(records):
         return {}
     total = [1000 * record["seconds_per_step"] for record in records]
     communication = [1000 * record["communication_seconds_per_step"] for record in records]
-    result = {"step": Value.of(total), "communication": Value.of(communication)}
+    result = {"step": Value(tuple(total)), "communication": Value(tuple(communication))}
     for what in "norm", "gradients":
         result[f"{what} collectives"] = records[0]["per_step"][what]["collectives"]
         result[f"{what} kB"] = records[0]["per_step"][what]["bytes"] / 1000
     return result
 
 
-def listed(words):
+def listed(words, last="and"):
+    *most, word = words
+    return f"{', '.join(most)} {last} {word}" if most else word
+
+
+def spanned(words):
+    """Return the first and the last word, or the only one."""
     words = list(words)
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def names(norms):
-    return listed(NAMES[norm] for norm in norms)
+    return listed(dict.fromkeys([words[0], words[-1]]), "to")
 
 
 def plural(number, noun):
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def at(sizes):
-    return listed(map(str, sizes)) + " sample" + "s" * (list(sizes) != [1])
+def advise(text, cases):
+    """Return one bold sentence of advice: text[case], with the models of each case where there are several."""
+    parts = [(f"in the {listed(models)} " if len(cases) > 1 else "") + text[case] for case, models in cases.items()]
+    sentence = "; ".join(parts)
+    return f"**{sentence[0].upper()}{sentence[1:]}.**"
+
+
+def against_synchronized(cells, model, what, digits, unit):
+    """Say how the norms that communicate nothing compare with SyncBatchNorm, and which to take then."""
+    sizes = cells.sizes(model)
+    mean = {norm: Value.over(cells.values(model, norm, what)) for norm in cells.norms(model) if norm != "bn"}
+    synchronized = mean.pop("sync_bn")
+    better = [norm for norm in mean if synchronized.clearly_above(mean[norm])]
+    worse = [norm for norm in mean if mean[norm].clearly_above(synchronized)]
+    equal = [norm for norm in mean if norm not in better + worse]
+    verdicts = [
+        listed(f"{NAMES[norm]} ({mean[norm].text(digits)})" for norm in norms) + verdict[len(norms) > 1]
+        for norms, verdict in (
+            (better, (" is clearly better", " are clearly better")),
+            (worse, (" is clearly worse", " are clearly worse")),
+            (equal, 2 * (" cannot be told from it",)),
+        )
+        if norms
+    ]
+    where = "Over all sizes together" if len(sizes) > 1 else f"At {plural(sizes[0], 'sample')} per rank"
+    if better:
+        take = listed((NAMES[norm] for norm in better), "or")
+    elif equal:
+        lowest = min(equal, key=lambda norm: mean[norm].mean)
+        take = f"{NAMES[lowest]}, which is not clearly worse and needs no communication, or SyncBatchNorm"
+    else:
+        take = "SyncBatchNorm"
+    return f"{where} SyncBatchNorm comes to {synchronized.text(digits)} {unit}; {'; '.join(verdicts)}.", take
 
 
 def advise_error(cells):
-    """Say for whom the CNN's error depends on the samples per rank, and what to take then."""
-    sizes, norms = cells.sizes("cnn"), cells.norms("cnn")
-    error = {norm: dict(zip(sizes, cells.values("cnn", norm, "error"), strict=True)) for norm in norms}
-    few, many = sizes[0], sizes[-1]
-    sentences = []
-    rising = [n for n in norms if error[n][few].clearly_above(error[n][many])]
-    falling = [n for n in norms if error[n][many].clearly_above(error[n][few])]
-    level = [n for n in norms if n not in rising + falling]
-    for norm in rising:
-        sentences.append(
-            f"With {NAMES[norm]} the error rises from {error[norm][many].text(1, ' %')} at "
-            f"{plural(many, 'sample')} per rank to {error[norm][few].text(1, ' %')} at {few}."
-        )
-    if level:
-        sentences.append(f"With {names(level)} the error does not depend on it beyond the spread over seeds.")
-    if falling:
-        sentences.append(
-            f"With {names(falling)} the error is clearly lower at {few} than at {many}: for equally many "
-            "samples, a smaller batch makes more steps."
-        )
-    if "bn" in norms and "sync_bn" in norms:
-        helps = [s for s in sizes if error["bn"][s].clearly_above(error["sync_bn"][s])]
-        if helps:
-            rest = [str(s) for s in sizes if s not in helps]
-            sentences.append(
-                f"**Synchronizing BatchNorm lowers the error at {at(helps)} per rank"
-                + (f"; at {listed(rest)} it makes no clear difference.**" if rest else ", so at all sizes tried.**")
-            )
-        elif all(error["sync_bn"][s].clearly_above(error["bn"][s]) for s in sizes):
-            sentences.append("**Synchronizing BatchNorm raises the error at all of these sizes.**")
-        else:
-            sentences.append("**Synchronizing BatchNorm lowers the error at none of these sizes.**")
-    if "sync_bn" in norms:
-        for norm in [n for n in norms if n not in ("bn", "sync_bn")]:
-            better = [s for s in sizes if error["sync_bn"][s].clearly_above(error[norm][s])]
-            worse = [s for s in sizes if error[norm][s].clearly_above(error["sync_bn"][s])]
-            verdict = [f"better than SyncBatchNorm at {at(better)} per rank"] if better else []
-            verdict += [f"worse than SyncBatchNorm at {at(worse)} per rank"] if worse else []
-            end = "; the quality comes without communication" if better and not worse else ""
-            if not verdict:
-                verdict, end = ["not to be told from SyncBatchNorm at any size"], ", and communicates nothing"
-            sentences.append(f"{NAMES[norm]} is {' and '.join(verdict)}{end}.")
-    return " ".join(sentences)
+    """Say up to how many samples per rank synchronizing lowers the error, and what to take then."""
+    sizes = cells.sizes("cnn")
+    alone, synchronized = (
+        dict(zip(sizes, cells.values("cnn", norm, "error"), strict=True)) for norm in ("bn", "sync_bn")
+    )
+    helped = list(itertools.takewhile(lambda size: alone[size].clearly_above(synchronized[size]), sizes))
+    rest = sizes[len(helped) :]
+    comparison, take = against_synchronized(cells, "cnn", "error", 1, "%")
+
+    def both(size):
+        return f"({alone[size].text(1)} and {synchronized[size].text(1)} %)"
+
+    if helped:
+        up_to = f"{'up to ' if len(helped) > 1 else 'at '}{plural(helped[-1], 'sample')} per rank"
+        finding = f"BatchNorm's error is clearly above SyncBatchNorm's {up_to} {both(helped[-1])}"
+        finding += f", at {rest[0]} no longer {both(rest[0])}" if rest else ""
+        more = "; with more, BatchNorm will do as far as these numbers tell" if rest else ""
+        advice = f"{up_to[0].upper()}{up_to[1:]} take {take}{more}"
+    else:
+        few = f"{plural(sizes[0], 'sample')} per rank"
+        finding = f"Even at {few} BatchNorm's error is not clearly above SyncBatchNorm's {both(sizes[0])}"
+        advice = "Leave BatchNorm as it is: these numbers give no reason to synchronize it"
+    return f"{finding}. {comparison} **{advice}.**"
 
 
 def advise_time(cells):
     """Say what synchronization adds to a step."""
-    sentences = []
+    parts, dear, shares = [], {}, []
     for model in cells.models():
-        sizes, norms = cells.sizes(model), cells.norms(model)
-        base = "bn" if "bn" in norms else "ln"
-        if not {base, "sync_bn"} <= set(norms):
-            continue
-        parts = []
-        for size in sorted({sizes[0], sizes[-1]}):
-            one, other = cells[model, "sync_bn", size], cells[model, base, size]
-            share = 100 * one["communication"].mean / one["step"].mean
-            if one["step"].clearly_above(other["step"]):
-                how = f"{one['step'].mean / other['step'].mean:.1f} times as long as"
-            elif other["step"].clearly_above(one["step"]):
-                how = f"{one['step'].mean / other['step'].mean:.2f} times as long as"
-            else:
-                how = "not clearly longer than"
-            parts.append(
-                f"at {plural(size, 'sample')} per rank {how} one with {NAMES[base]} ({one['step'].text(1)} and "
-                f"{other['step'].text(1)} ms), {share:.0f} % of it in communication"
-            )
-        sentences.append(f"{MODELS[model]}: a step with SyncBatchNorm takes, {'; '.join(parts)}.")
-        ratio = cells[model, "sync_bn", sizes[-1]]["step"].mean / cells[model, base, sizes[-1]]["step"].mean
-        if ratio > 1.5:
-            sentences.append(
-                "**On this machine that is a price to weigh against the quality**; a faster network, or a norm without "
-                "communication, saves it."
-            )
-        else:
-            sentences.append(f"**At {sizes[-1]} samples per rank it costs little.**")
-    return " ".join(sentences)
+        base = "bn" if "bn" in cells.norms(model) else "ln"
+        sizes = sorted({cells.sizes(model)[0], cells.sizes(model)[-1]})
+        times, ratios = [], []
+        for size in sizes:
+            one, other = cells[model, "sync_bn", size], cells[model, base, size]["step"]
+            ratios.append(one["step"].mean / other.mean)
+            shares.append(100 * one["communication"].mean / one["step"].mean)
+            times.append(f"{ratios[-1]:.1f} times as long at {size} ({one['step'].text(1)} and {other.text(1)} ms)")
+        dear.setdefault(max(ratios) > DEAR, []).append(MODELS[model])
+        parts.append(f"against {NAMES[base]} in the {MODELS[model]}, {listed(times)}")
+    return (
+        f"By samples per rank, a step with SyncBatchNorm takes, {'; '.join(parts)}. Communication, with waiting, is "
+        f"{spanned(f'{share:.0f}' for share in sorted(shares))} % of its time. {advise(TIME, dear)}"
+    )
 
 
 def advise_collectives(cells):
     """Say whether what synchronization costs is the number of its collectives or their bytes."""
-    sentences = []
+    parts, slow = [], {}
     for model in cells.models():
-        if "sync_bn" not in cells.norms(model):
-            continue
-        cell = cells[model, "sync_bn", cells.sizes(model)[0]]
-        share = cell["norm kB"] / cell["gradients kB"]
-        sentences.append(
-            f"{MODELS[model]}: the SyncBatchNorm layers of a step make {cell['norm collectives']:.0f} collectives of "
-            f"{1000 * cell['norm kB'] / cell['norm collectives']:.0f} bytes on average, in all {100 * share:.1f} % of "
-            f"the bytes of the gradients, which take {cell['gradients collectives']:.0f}."
+        few = cells.sizes(model)[0]
+        cell = cells[model, "sync_bn", few]
+        others = min(cells[model, n, few]["communication"].mean for n in cells.norms(model) if n != "sync_bn")
+        added, share = cell["communication"].mean - others, cell["norm kB"] / cell["gradients kB"]
+        parts.append(
+            f"In the {MODELS[model]}, SyncBatchNorm's layers make {cell['norm collectives']:.0f} collectives a step, "
+            f"of {1000 * cell['norm kB'] / cell['norm collectives']:.0f} bytes on average. They add {100 * share:.1f} "
+            f"% to the bytes of the gradients and, at {plural(few, 'sample')} per rank, {added:.1f} ms to their "
+            f"{others:.1f} ms."
         )
-        others = [n for n in cells.norms(model) if n != "sync_bn"]
-        free = min(cells[model, n, cells.sizes(model)[0]]["communication"].mean for n in others) if others else None
-        if free and cell["communication"].mean / free > 1 + 2 * share:
-            sentences.append(
-                f"They take {cell['communication'].mean - free:.1f} ms more than the gradients alone, "
-                f"{(cell['communication'].mean - free) / free:.1f} times as long for {100 * share:.1f} % of the bytes: "
-                "**what counts is the latency of a collective, not the bandwidth.**"
-            )
-    return " ".join(sentences)
+        slow.setdefault(added / others > 2 * share, []).append(MODELS[model])
+    return " ".join([*parts, advise(COLLECTIVES, slow)])
 
 
 def advise_transformer(cells):
     """Say which norm predicts best in the Transformer, in what time, and whether train and eval agree."""
     sizes, norms = cells.sizes("transformer"), cells.norms("transformer")
-    few, many = sizes[0], sizes[-1]
-    sentences = []
-    for size in sorted({few, many}):
-        bits = {n: cells["transformer", n, size]["bits"] for n in norms}
-        ordered = sorted(norms, key=lambda n: bits[n].mean)
-        equal = [n for n in ordered if not bits[n].clearly_above(bits[ordered[0]])]
-        rest = [n for n in ordered if n not in equal]
-        numbers = ", ".join(f"{NAMES[n]} {bits[n].text(3)}" for n in ordered)
-        verdict = f"{names(equal)} predicts best" if len(equal) == 1 else f"{names(equal)} cannot be told apart"
-        sentences.append(
-            f"At {plural(size, 'sample')} per rank {verdict}"
-            + (f"; {names(rest)} {'is' if len(rest) == 1 else 'are'} clearly worse" if rest else "")
-            + f" (bits per character: {numbers})."
-        )
+    comparison, take = against_synchronized(cells, "transformer", "bits", 3, "bits per character")
+    ends = []
     for norm in norms:
-        gap = {size: cells["transformer", norm, size]["gap"] for size in sizes}
-        clear = [size for size in sizes if abs(gap[size].mean) > max(CLEAR * gap[size].spread, 1e-6)]
-        for side, why in GAPS.items():
-            there = [size for size in clear if (gap[size].mean > 0) == (side == "worse")]
-            if there:
-                widest = max((gap[size] for size in there), key=lambda value: abs(value.mean))
-                sentences.append(
-                    f"{NAMES[norm]} predicts {side} in eval than in train mode at {at(there)} per rank, by up to "
-                    f"{Value(abs(widest.mean), widest.spread).text(3)} bits{why}."
-                )
-    if "sync_bn" in norms:
-        others = [n for n in norms if n != "sync_bn"]
-        loses = [
-            s
-            for s in sizes
-            if any(
-                cells["transformer", "sync_bn", s]["bits"].clearly_above(cells["transformer", n, s]["bits"])
-                for n in others
-            )
-        ]
-        wins = [
-            s
-            for s in sizes
-            if all(
-                cells["transformer", n, s]["bits"].clearly_above(cells["transformer", "sync_bn", s]["bits"])
-                for n in others
-            )
-        ]
-        if wins and not loses:
-            sentences.append(
-                f"**Here SyncBatchNorm earns its communication at {listed(map(str, wins))} samples per rank.**"
-            )
-        elif loses and not wins:
-            sentences.append(f"**A Transformer like this one does not need SyncBatchNorm: take {names(others)}.**")
-        elif not wins:
-            sentences.append(f"**{names(others)} give the same without communication.**")
-        else:
-            sentences.append("**Which norm is better depends on the samples per rank.**")
-    return " ".join(sentences)
+        cell, size = min(((cells["transformer", norm, size], size) for size in sizes), key=lambda c: c[0]["bits"].mean)
+        ends.append(f"{NAMES[norm]} {cell['bits'].text(3)} in {training_seconds(cell):.0f} s (at {size})")
+    gaps = sorted((cells["transformer", "sync_bn", size]["gap"].mean, size) for size in sizes)
+    gaps = [f"{cells['transformer', 'sync_bn', size]['gap'].text(3)} (at {size})" for _, size in gaps]
+    return (
+        f"{comparison} At the number of samples per rank that suits each best, the trainings end at: {listed(ends)}. "
+        "In train mode SyncBatchNorm's statistics hold the text that is to be predicted, in eval mode they do not: its "
+        f"bits in eval mode less those in train mode are {spanned(gaps)}, above 0 where eval mode is worse. The other "
+        f"norms have no such gap. **In a Transformer like this one take {take}.**"
+    )
+
+
+def training_seconds(cell):
+    """Return how long a whole training takes on all ranks."""
+    return cell["steps"] * cell["step"].mean / 1000
 
 
 ADVICE = {
@@ -348,23 +342,24 @@ def write_report(directory, records):
     seeds = len({run.seed for run in records})
     ranks = next(iter(records)).ranks
     record = next(iter(records.values()))
-    parts = ["# Do I need SyncBatchNorm?"]
     seen = {run.model: run.decay * run.ranks * run.samples for run in records}
-    parts.append(
-        f"{plural(ranks, 'rank')} on {plural(record['cores'], 'core')} ({record['device']}), {plural(seeds, 'seed')}; "
-        "each training sees about "
-        + listed(f"{count} samples ({MODELS[model]})" for model, count in seen.items())
-        + f". Values are mean ± standard deviation over seeds. What the text calls clear is a difference of more than "
-        f"{CLEAR} times the joint standard deviation of the two."
-    )
+    parts = [
+        "# Do I need SyncBatchNorm?",
+        f"{plural(ranks, 'rank')} on {plural(record['cores'], 'core')} ({record['device']}), {plural(seeds, 'seed')}. "
+        "Each training sees about "
+        + listed((f"{count} samples ({MODELS[model]})" for model, count in seen.items()), "or")
+        + ", so the fewer samples per rank, the more steps. "
+        + RULE.format(clear=CLEAR)
+        + (COMPARISONS.format(chance=100 * chance(seeds), seeds=seeds) if seeds > 1 else ONE_SEED),
+    ]
     differences = agreement(records)
     if differences:
         close = sum(difference < ROUNDING for difference in differences)
         parts.append(
             "All but BatchNorm, which depends on how the batch is split, trained in one process with the global batch. "
-            f"That it stands for {ranks} ranks is checked: the first steps, up to {COMPARED}, of {len(differences)} "
-            f"trainings ran on the ranks too. In {close} of them no loss differs by more than {ROUNDING:.0e}; the "
-            f"largest difference is {max(differences):.0e}."
+            f"That one process stands for {ranks} ranks is checked: the first steps, up to {COMPARED}, of "
+            f"{len(differences)} trainings ran on the ranks too. In {close} of them no loss differs by more than "
+            f"{ROUNDING:.0e}; the largest difference is {max(differences):.0e}."
         )
     for name, needed in FIGURES.items():
         if needed and needed not in cells.models():
@@ -392,26 +387,37 @@ def draw(name, cells, directory):
     with plt.rc_context(settings):
         figure = DRAWINGS[name](plt, cells)
         for suffix in "png", "svg":
-            figure.savefig(directory / f"{name}.{suffix}", dpi=200)
+            figure.savefig(directory / f"{name}.{suffix}", dpi=180)
         plt.close(figure)
 
 
+def ink(colour):
+    """Return a darker shade of a colour, to write in."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(0.7 * part for part in to_rgb(colour))
+
+
+def apart(heights, gap):
+    """Return ascending heights moved up and down to at least `gap` from one another, the last to at most 1."""
+    up = itertools.accumulate(heights, lambda below, height: max(height, below + gap))
+    down = itertools.accumulate(reversed(heights), lambda above, height: min(height, above - gap))
+    middle = [(one + other) / 2 for one, other in zip(up, reversed(list(down)), strict=True)]
+    return [height - max(0, middle[-1] - 1) for height in middle]
+
+
 def label_ends(axis, ends, gap):
-    """Write each curve's name beside its end, moved apart to at least `gap` (of the axis's height); {norm: (x, y)}."""
+    """Write each curve's name beside its end, at least `gap` (of the axis's height) apart; {norm: (x, y)}."""
     places = {n: axis.transAxes.inverted().transform(axis.transData.transform(end)) for n, end in ends.items()}
     ordered = sorted(places, key=lambda n: places[n][1])
-    heights, highest = [], 1 - gap * (len(ordered) - 1)  # of the first, so that the last is within the axis
-    for norm in ordered:
-        heights.append(max(min(places[norm][1], highest), heights[-1] + gap if heights else -math.inf))
-        highest += gap
-    for norm, height in zip(ordered, heights, strict=True):
+    for norm, height in zip(ordered, apart([places[n][1] for n in ordered], gap), strict=True):
         axis.annotate(
             NAMES[norm],
             xy=places[norm],
             xytext=(1.05, height),
             xycoords="axes fraction",
             va="center",
-            color=STYLES[norm][0],
+            color=ink(STYLES[norm][0]),
             arrowprops={
                 "arrowstyle": "-",
                 "color": STYLES[norm][0],
@@ -431,8 +437,10 @@ def sizes_axis(axis, sizes):
 
 def curve(axis, norm, x, values, **options):
     colour, marker = STYLES[norm]
-    mean, spread = zip(*values, strict=True)
-    axis.errorbar(x, mean, spread, color=colour, marker=marker, capsize=3, linewidth=1.8, markersize=5, **options)
+    mean, spread = [value.mean for value in values], [value.spread for value in values]
+    axis.errorbar(
+        x, mean, spread, color=colour, marker=marker, capsize=3, linewidth=1.8, elinewidth=1.2, markersize=5, **options
+    )
 
 
 def draw_error(plt, cells):
@@ -440,16 +448,16 @@ def draw_error(plt, cells):
     sizes = cells.sizes("cnn")
     ends, values = {}, []
     for place, norm in enumerate(cells.norms("cnn")):
-        aside = 2 ** (0.04 * (place - 2))  # so that bars of equal height do not hide one another
+        aside = 2 ** (0.08 * (place - 2))  # so that bars of equal height do not hide one another
         errors = cells.values("cnn", norm, "error")
         curve(axis, norm, [size * aside for size in sizes], errors)
         ends[norm] = sizes[-1] * aside, max(errors[-1].mean, 0.1)
         values += errors
-    low, high = 0.5 * max(0.2, min(v.mean for v in values)), 1.2 * max(v.mean + v.spread for v in values)
+    low, high = 0.8 * max(0.1, min(v.mean - v.spread for v in values)), 1.2 * max(v.mean + v.spread for v in values)
     axis.set_yscale("log", nonpositive="clip")
     axis.set_ylim(low, high)
     sizes_axis(axis, sizes)
-    ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high]
+    ticks = [t for t in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100) if low <= t <= high]
     axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
@@ -483,8 +491,8 @@ def draw_step_time(plt, cells):
         axis.tick_params(axis="x", length=0)
         axis.set(xlabel="samples per rank (number)", ylabel="time of a step (ms)", ylim=(0, 1.2 * top))
         axis.set_title(MODELS[model], loc="left")
-        for x, text, colour in (0.62, "compute", "#5F6B78"), (0.98, "communication, with waiting", "#A66F00"):
-            axis.text(x, 1.04, f"■ {text}", color=colour, ha="right", transform=axis.transAxes, weight="bold")
+        for x, text, colour in (0.62, "compute", COMPUTE), (0.98, "communication, with waiting", COMMUNICATION):
+            axis.text(x, 1.04, f"■ {text}", color=ink(colour), ha="right", transform=axis.transAxes, weight="bold")
     return figure
 
 
@@ -512,33 +520,33 @@ def draw_collectives(plt, cells):
     for axis in axes:
         axis.tick_params(axis="y", length=0)
         axis.set_xlim(0, 1.4 * axis.get_xlim()[1])
-        for x, text, colour in (0, "gradients", "#5F6B78"), (0.4, "+ norms", "#A66F00"):
-            axis.text(x, 1.03, f"■ {text}", size=9, color=colour, weight="bold", transform=axis.transAxes)
+        for x, text, colour in (0, "gradients", COMPUTE), (0.4, "+ norms", COMMUNICATION):
+            axis.text(x, 1.03, f"■ {text}", size=9, color=ink(colour), weight="bold", transform=axis.transAxes)
     return figure
 
 
 def draw_transformer(plt, cells):
-    figure, axes = plt.subplots(1, 2, figsize=(8.3, 4.0), layout="constrained", width_ratios=[1.15, 1])
+    figure, axes = plt.subplots(1, 2, figsize=(8.3, 4.0), layout="constrained", width_ratios=[1.25, 1])
     sizes, norms = cells.sizes("transformer"), cells.norms("transformer")
+    seconds = {norm: [training_seconds(cells["transformer", norm, size]) for size in sizes] for norm in norms}
+    slowest = max(("ln", "rms"), key=lambda norm: seconds[norm][-1])  # of the two curves that lie near each other
     for norm in norms:
-        here = [cells["transformer", norm, size] for size in sizes]
-        seconds = [cell["steps"] * cell["step"].mean / 1000 for cell in here]
-        curve(axes[0], norm, seconds, [cell["bits"] for cell in here])
-        for size, second, cell in zip(sizes, seconds, here, strict=True):
-            steps = [cells["transformer", n, size]["step"].mean for n in ("ln", "rms") if n in norms]
-            above = norm != "sync_bn" and cell["step"].mean == max(steps)  # these two curves lie near each other
+        bits = cells.values("transformer", norm, "bits")
+        curve(axes[0], norm, seconds[norm], bits)
+        curve(axes[1], norm, sizes, cells.values("transformer", norm, "gap"))
+        for size, second, value in zip(sizes, seconds[norm], bits, strict=True):
             axes[0].annotate(
-                f"{NAMES[norm]}, {size}" if size == sizes[0] else str(size),
-                (second, cell["bits"].mean),
-                xytext=(5, 5) if above else (-5, -5),
+                str(size),
+                (second, value.mean),
+                xytext=(5, 4) if norm == slowest else (-5, -4),
                 textcoords="offset points",
-                ha="left" if above else "right",
-                va="bottom" if above else "top",
-                color=STYLES[norm][0],
+                ha="left" if norm == slowest else "right",
+                va="bottom" if norm == slowest else "top",
+                color=ink(STYLES[norm][0]),
                 size=9,
             )
-        curve(axes[1], norm, sizes, [cell["gap"] for cell in here])
-    axes[0].margins(0.12, 0.16)
+    axes[0].margins(0.16, 0.1)
+    axes[1].margins(y=0.15)
     axes[0].set_xscale("log")
     low, high = axes[0].get_xlim()
     ticks = [t * 10**power for power in range(-3, 6) for t in (1, 2, 5)]
@@ -550,8 +558,9 @@ def draw_transformer(plt, cells):
     axes[0].set_title("quality against time, by samples per rank", loc="left", size=10)
     sizes_axis(axes[1], sizes)
     axes[1].axhline(0, color="#BBBBBB", linewidth=0.8, zorder=0)
-    axes[1].set_ylabel("eval - train mode (bits per character)")
-    axes[1].set_title("what eval mode loses", loc="left", size=10)
+    axes[1].set_ylabel("eval − train mode (bits per character)")  # noqa: RUF001
+    axes[1].set_title("above 0: eval mode is worse", loc="left", size=10)
+    label_ends(axes[0], {n: (seconds[n][0], cells["transformer", n, sizes[0]]["bits"].mean) for n in norms}, 0.075)
     label_ends(axes[1], {n: (sizes[-1], cells["transformer", n, sizes[-1]]["gap"].mean) for n in norms}, 0.075)
     return figure
 

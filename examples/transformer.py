@@ -288,7 +288,7 @@ def main():
         print(
             "{valid_bits_per_character:.3f} bits per character ({valid_bits_per_character_in_train_mode:.3f} by the "
             "statistics of the batch), {tokens_per_second:.0f} tokens/s".format(**record),
-            f"-> {path}\n\n{record['sample']}",
+            f"-> {path}" + (f"\n\n{record['sample']}" if args.sample else ""),
         )
 
 

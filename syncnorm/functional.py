@@ -135,7 +135,9 @@ def layer_norm(
         bias: of normalized_shape, or None.
         eps: added to the variance.
         process_group: the ranks among which the last axes are split, each with a share of any size, also none; the
-            other axes are the same on all of them. Weight and bias are this rank's shares, and so are their gradients.
+            other axes are the same on all of them. The function trusts you in this, as the modules do not, which
+            compare these axes at the first input of each size: ranks that differ hang, fail or get a wrong result.
+            Weight and bias are this rank's shares, and so are their gradients.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2R + 1 float64 in forward, for R
     positions, and one of 2R in backward. Otherwise none.
@@ -178,7 +180,8 @@ def rms_norm(
         bias: of normalized_shape, or None.
         eps: added to the mean square, or to its root.
         eps_outside: add it to the root. Both definitions are in use; a checkpoint wants the one that it was trained by.
-        process_group: the ranks among which the last axes are split, as in `layer_norm`.
+        process_group: the ranks among which the last axes are split, as in `layer_norm`; the other axes are
+            not compared here either.
 
     Collectives: with a process group of more than one rank, one all-reduce of R + 1 float64 in forward, for R
     positions, and one of R in backward. Otherwise none.
@@ -222,6 +225,8 @@ def group_norm(
         eps: added to the variance.
         process_group: the ranks that have a part of each group: of its space (images or volumes split along any axes),
             or of its channels. Shares may differ in size, also be empty; N and num_groups are the same on all of them.
+            The function trusts you in this, as the module does not, which compares these two at the first input of
+            each size: ranks that differ hang, fail or get a wrong result.
             Where space is split, the gradients of weight and bias are this rank's share, to be summed over the ranks.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 1 float64 in forward and

@@ -139,6 +139,12 @@ def test_resumes_on_another_number_of_ranks_and_not_with_another_text(train, tex
     torch.testing.assert_close(losses(resumed), losses(train("sync_bn", "alone", 1)), rtol=0, atol=TOLERANCE)
 
 
+def test_a_sample_of_no_bytes_is_not_printed(text, tmp_path):
+    path = tmp_path / "record.json"
+    job = launch("alone", 1, *command(text, "ln", 1, steps=1), "--sample", 0, "--out", path)
+    assert job.stdout.endswith(f"-> {path}\n"), job.stdout
+
+
 @pytest.fixture(scope="module")
 def transformer():
     sys.path.insert(0, str(TRANSFORMER.parent))
