@@ -129,7 +129,6 @@ def _to_sync(layer: nn.Module, process_group: ProcessGroupLike) -> nn.Module:
     new: SyncBatchNorm = _become(layer, LazySyncBatchNorm if isinstance(layer, _LazyNormBase) else SyncBatchNorm)
     own = new.__dict__.pop("process_group", None)  # a torch.nn.SyncBatchNorm's
     new.process_group = own if process_group is None else process_group
-    new.activation, new.inplace = None, False
     new.__dict__[_ORIGIN] = type(layer), ProcessGroupReference(own)
     return new
 
@@ -141,7 +140,7 @@ def _from_sync(layer: nn.Module) -> nn.Module:
     if issubclass(kind, _LazyNormBase) and type(layer) is SyncBatchNorm:
         kind = kind.cls_to_become
     old: nn.Module = _become(layer, kind)
-    for name in (_ORIGIN, "_group", "activation", "inplace"):
+    for name in (_ORIGIN, "_group"):
         del old.__dict__[name]
     if issubclass(kind, nn.SyncBatchNorm):
         old.process_group = own.given

@@ -67,13 +67,16 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
     2C in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none.
 
     Raises:
-        ValueError: the input has not C channels; this rank is not in the group; the whole batch has one value per
-            channel.
-        TypeError: the input is not floating point.
-        RuntimeError: a parameter is on another device than the input.
+        ValueError: the activation is unknown or cannot be in place; the input has not C channels, or the residual
+            another shape; this rank is not in the group; the whole batch has one value per channel.
+        TypeError: the input is not floating point, or the residual of another dtype.
+        RuntimeError: a parameter or the residual is on another device than the input; the input cannot be written over.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015.
     """
+
+    activation: str | None = None  # as of a converted BatchNorm, or one pickled before there were activations
+    inplace: bool = False
 
     def __init__(
         self,
@@ -206,8 +209,8 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         self.activation, self.inplace = activation, inplace
         self.process_group = process_group
 
-    def initialize_parameters(self, input: Tensor) -> None:
-        """Materialize parameters and buffers for the channels of `input`, (N, C, *)."""
+    def initialize_parameters(self, input: Tensor, **others: Any) -> None:
+        """Materialize parameters and buffers for the channels of `input`, (N, C, *); `others` are forward's."""
         if not self.has_uninitialized_params():
             return
         validate.channel_axis(input)
