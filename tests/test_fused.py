@@ -47,7 +47,7 @@ class Case(whole_batch.Case):
 
     def __str__(self):
         words = [super().__str__()] + ["residual"] * self.residual
-        return "-".join(words + ["mask=" + "+".join(map(str, self.valid))] if self.valid else words)
+        return "-".join([*words, "mask=" + "+".join(map(str, self.valid))] if self.valid else words)
 
 
 def case(activation, residual=False, shapes=((5, CHANNELS, 5, 4), (3, CHANNELS, 5, 4)), **arguments):
