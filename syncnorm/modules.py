@@ -172,11 +172,13 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
             owner[name] = tensor.copy_(values)
 
     @classmethod
-    def convert_sync_batchnorm(cls, module: nn.Module, process_group: ProcessGroupLike = None) -> nn.Module:
+    def convert_sync_batchnorm(
+        cls, module: nn.Module, process_group: ProcessGroupLike = None, *, fuse: bool = False
+    ) -> nn.Module:
         """Return `module` with its BatchNorm layers synchronized: `syncnorm.convert_sync_batchnorm`."""
         from .convert import convert_sync_batchnorm
 
-        return convert_sync_batchnorm(module, process_group)
+        return convert_sync_batchnorm(module, process_group, fuse=fuse)
 
 
 class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
