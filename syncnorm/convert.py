@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.utils.parametrize import is_parametrized
 
+from . import fusion
 from .communicators import ProcessGroupLike
 from .modules import LazySyncBatchNorm, ProcessGroupReference, SyncBatchNorm
 
@@ -21,9 +22,12 @@ Converter = Callable[[Any, ProcessGroupLike], nn.Module]
 _registered: dict[type[nn.Module], Converter] = {}
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # those that SyncBatchNorm.forward stands for
 _ORIGIN = "_converted_from"  # attribute of a converted layer: its class and torch process group before
+_FUSED = "_took_over"  # attribute of a layer that took over the activation after it
 
 
-def convert_sync_batchnorm(module: nn.Module, process_group: ProcessGroupLike = None) -> nn.Module:
+def convert_sync_batchnorm(
+    module: nn.Module, process_group: ProcessGroupLike = None, *, fuse: bool = False
+) -> nn.Module:
     """Return `module` with every BatchNorm layer in it replaced by a `SyncBatchNorm`.
 
     Replaced are BatchNorm1d, 2d and 3d, their Lazy forms, torch.nn.SyncBatchNorm, subclasses of them that keep their
@@ -32,23 +36,49 @@ def convert_sync_batchnorm(module: nn.Module, process_group: ProcessGroupLike = 
     converted once. InstanceNorm and everything else stays. Containers are changed in place; the result is `module`
     itself unless that is a BatchNorm layer.
 
+    With `fuse`, a layer that nothing but an activation module reads takes it over: nn.ReLU, nn.LeakyReLU of slope 0.01,
+    nn.SiLU or nn.GELU(approximate="tanh"). Outputs and gradients stay the same, for a pass over the data less each way
+    and, but for ReLU, a tensor less that backward keeps. An activation module that is called after such layers only
+    becomes nn.Identity. An nn.ReLU that is called elsewhere too, as in torchvision's ResNet, goes on there, and passes
+    on what such a layer has activated (outside of a graph it computes again, to the same result). Left alone are
+    functions (F.relu), other activation modules that are called elsewhere too, layers that are called twice or whose
+    output a hook sees, and relu(bn(x) + identity), which a forward has to say itself:
+    SyncBatchNorm(channels, activation="relu")(x, residual=identity). All this is read from torch.fx traces of the
+    model's forward, in training and eval; its other methods are not looked at.
+
     Args:
         module: the model, or one layer. Convert before DistributedDataParallel wraps it or `fully_shard` shards it.
         process_group: of the new layers, as in `SyncBatchNorm`, and of those that are SyncBatchNorm already; where it
             is None, these and a torch.nn.SyncBatchNorm keep their own.
+        fuse: let layers take over the activations that follow them.
 
     Collectives: none.
 
     Raises:
         TypeError: a subclass of BatchNorm has a forward of its own, or a layer is parametrized or sharded, which the
-            conversion would drop; nothing was changed.
+            conversion would drop; torch.fx cannot trace the model and `fuse` is set. Nothing was changed.
     """
     _check_convertible(module)
-    return _replace(module, lambda layer: _to_sync(layer, process_group), _is_registered, {})
+    if not fuse or isinstance(module, _BatchNorm) or _is_registered(module):  # a layer alone has nothing after it
+        return _replace(module, lambda layer: _to_sync(layer, process_group), _is_registered, {})
+    norms, activations = fusion.plan(module, _can_take_over, _is_registered)
+
+    def exchange(layer: nn.Module) -> nn.Module:
+        if layer in activations:
+            return _stand_in(layer, activations[layer])
+        new = _to_sync(layer, process_group)
+        if layer in norms:
+            new.activation = norms[layer]  # type: ignore[assignment]
+            new.__dict__[_FUSED] = True
+        return new
+
+    return _replace(module, exchange, _is_registered, {})
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Return `module` with every layer that `convert_sync_batchnorm` made turned back into its original class.
+
+    Activations that layers took over are theirs no longer, and again modules of their own.
 
     Parameters and buffers, as trained since, stay the same objects; so do hooks and attributes. A lazy layer that met
     its first input in between becomes the BatchNorm that it would have become. A SyncBatchNorm that was constructed
@@ -129,20 +159,34 @@ def _to_sync(layer: nn.Module, process_group: ProcessGroupLike) -> nn.Module:
     new: SyncBatchNorm = _become(layer, LazySyncBatchNorm if isinstance(layer, _LazyNormBase) else SyncBatchNorm)
     own = new.__dict__.pop("process_group", None)  # a torch.nn.SyncBatchNorm's
     new.process_group = own if process_group is None else process_group
-    new.activation, new.inplace = None, False
     new.__dict__[_ORIGIN] = type(layer), ProcessGroupReference(own)
+    return new
+
+
+def _can_take_over(layer: nn.Module) -> bool:
+    if isinstance(layer, SyncBatchNorm):
+        own_forward = type(layer).forward is not SyncBatchNorm.forward or "forward" in vars(layer)
+        return layer.activation is None and not layer.inplace and not own_forward
+    return isinstance(layer, _BatchNorm) and not _is_registered(layer)
+
+
+def _stand_in(activation: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    new: nn.Module = _become(activation, kind)
+    new.__dict__[_ORIGIN] = type(activation), ProcessGroupReference(None)
     return new
 
 
 def _from_sync(layer: nn.Module) -> nn.Module:
     if _ORIGIN not in layer.__dict__:
+        if layer.__dict__.pop(_FUSED, False):  # constructed as a SyncBatchNorm
+            layer.activation = None  # type: ignore[assignment]
         return layer
     kind, own = layer.__dict__[_ORIGIN]
     if issubclass(kind, _LazyNormBase) and type(layer) is SyncBatchNorm:
         kind = kind.cls_to_become
     old: nn.Module = _become(layer, kind)
-    for name in (_ORIGIN, "_group", "activation", "inplace"):
-        del old.__dict__[name]
+    for name in (_ORIGIN, _FUSED, "_group", "activation"):
+        old.__dict__.pop(name, None)
     if issubclass(kind, nn.SyncBatchNorm):
         old.process_group = own.given
     return old

@@ -71,7 +71,8 @@ def sync_batch_norm(
             Backward keeps the input and, with a residual, the signs of its sum, one bit each (silu and gelu_tanh: the
             residual).
         inplace: write the output over the input, for activation None or "leaky_relu" and no residual. Backward keeps
-            the output alone and computes the input from it: in a channel whose weight is 0 the weight's gradient is 0.
+            the output alone and computes the input from it: where the weight is small beside the bias, and in half
+            precision, with fewer digits; in a channel whose weight is 0 the weight's gradient is 0.
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of 2C
     in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none.
@@ -80,8 +81,10 @@ def sync_batch_norm(
         ValueError: shapes do not fit; the activation is unknown or cannot be in place; eps is not positive; this rank
             is not in the group; the whole batch has one value per channel (with a mask on a GPU that is not looked at,
             which would wait for the device).
-        TypeError: the input or a buffer is not floating point, the mask neither that nor bool.
-        RuntimeError: a parameter is on another device than the input.
+        TypeError: the input or a buffer is not floating point, the mask neither that nor bool, the residual not of the
+            input's dtype.
+        RuntimeError: a parameter, the mask or the residual is on another device than the input; the input is to be
+            written over and is a leaf that requires a gradient, a view in a graph, or expanded.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015; the moments are merged as Chan, Golub and LeVeque do, 1979;
     in place: Rota Bulò, Porzi and Kontschieder, In-Place Activated BatchNorm, 2018.
@@ -90,7 +93,7 @@ def sync_batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
     )
     mask = validate.mask_over_channels(mask, input)
-    epilogue = validate.epilogue(input, residual, activation, inplace)
+    epilogue = validate.epilogue(input, weight, bias, residual, activation, inplace)
     if not training:
         assert running_mean is not None  # validated
         assert running_var is not None

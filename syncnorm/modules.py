@@ -67,13 +67,16 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
     2C in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none.
 
     Raises:
-        ValueError: the input has not C channels; this rank is not in the group; the whole batch has one value per
-            channel.
-        TypeError: the input is not floating point.
-        RuntimeError: a parameter is on another device than the input.
+        ValueError: the activation is unknown or cannot be in place; the input has not C channels, or the residual
+            another shape; this rank is not in the group; the whole batch has one value per channel.
+        TypeError: the input is not floating point, or the residual of another dtype.
+        RuntimeError: a parameter or the residual is on another device than the input; the input cannot be written over.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015.
     """
+
+    activation: str | None = None  # as of a converted BatchNorm, or one pickled before there were activations
+    inplace: bool = False
 
     def __init__(
         self,
@@ -169,11 +172,13 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
             owner[name] = tensor.copy_(values)
 
     @classmethod
-    def convert_sync_batchnorm(cls, module: nn.Module, process_group: ProcessGroupLike = None) -> nn.Module:
+    def convert_sync_batchnorm(
+        cls, module: nn.Module, process_group: ProcessGroupLike = None, *, fuse: bool = False
+    ) -> nn.Module:
         """Return `module` with its BatchNorm layers synchronized: `syncnorm.convert_sync_batchnorm`."""
         from .convert import convert_sync_batchnorm
 
-        return convert_sync_batchnorm(module, process_group)
+        return convert_sync_batchnorm(module, process_group, fuse=fuse)
 
 
 class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
@@ -206,8 +211,8 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         self.activation, self.inplace = activation, inplace
         self.process_group = process_group
 
-    def initialize_parameters(self, input: Tensor) -> None:
-        """Materialize parameters and buffers for the channels of `input`, (N, C, *)."""
+    def initialize_parameters(self, input: Tensor, **others: Any) -> None:
+        """Materialize parameters and buffers for the channels of `input`, (N, C, *); `others` are forward's."""
         if not self.has_uninitialized_params():
             return
         validate.channel_axis(input)

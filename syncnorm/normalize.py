@@ -34,7 +34,7 @@ from .communicators import Communicator
 from .kernels import PLAIN, Epilogue
 from .moments import Moments
 
-__all__ = ["normalize", "normalize_by_constants"]
+__all__ = ["made_by_relu", "normalize", "normalize_by_constants"]
 
 
 def normalize(
@@ -69,6 +69,15 @@ def normalize_by_constants(
 ) -> Tensor:
     """Return the same for constant mean and variance. No collective."""
     return _apply(input, Moments.constant(mean, variance), weight, bias, eps, None, None, False, epilogue)
+
+
+def made_by_relu(tensor: Tensor) -> bool:
+    """Return whether a tensor is known to be the output of a norm with activation="relu", not changed since."""
+    if torch.compiler.is_compiling():
+        return False
+    node: Any = tensor.grad_fn
+    by_us = isinstance(node, _Normalize._backward_cls)
+    return by_us and node.activation == "relu" and tensor._version == 0
 
 
 def _apply(

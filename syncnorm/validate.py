@@ -90,14 +90,25 @@ def known_activation(activation: str | None, inplace: bool) -> None:
         raise ValueError(f"expected activation None or 'leaky_relu' with inplace=True, got {activation!r}")
 
 
-def epilogue(input: Tensor, residual: Tensor | None, activation: str | None, inplace: bool) -> Epilogue:
+def epilogue(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    inplace: bool,
+) -> Epilogue:
     """Return what follows the affine map; raise if it cannot."""
     if residual is None and activation is None and not inplace:
         return PLAIN
     known_activation(activation, inplace)
-    if residual is not None:
-        if inplace:
+    if inplace:
+        if residual is not None:
             raise ValueError("expected no residual with inplace=True, got one")
+        _writable(input, weight, bias)
+    elif residual is not None:
+        if not isinstance(residual, Tensor):
+            raise TypeError(f"expected a tensor as residual, got {type(residual).__name__}")
         if residual.shape != input.shape:
             raise ValueError(
                 f"expected a residual of the input's shape {tuple(input.shape)}, got {tuple(residual.shape)}"
@@ -107,6 +118,18 @@ def epilogue(input: Tensor, residual: Tensor | None, activation: str | None, inp
         if residual.device != input.device:
             raise RuntimeError(f"expected the residual on the input's device {input.device}, got {residual.device}")
     return Epilogue(activation, residual, inplace)
+
+
+def _writable(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raise where torch would after the output has been written over the input, too late for the other ranks."""
+    if any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)):
+        raise RuntimeError("expected an input of its own memory with inplace=True, got an expanded one")
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (input, weight, bias)):
+        return
+    if input._is_view():
+        raise RuntimeError("expected an input that is no view with inplace=True, which autograd cannot follow, got one")
+    if input.requires_grad and input.is_leaf:
+        raise RuntimeError("a leaf Variable that requires grad has been used in an in-place operation.")
 
 
 def trailing_axes(

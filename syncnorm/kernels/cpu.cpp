@@ -909,6 +909,9 @@ template <class T> struct Backward {
                 SIMD for (int64_t i = 0; i < n; ++i) dz[i] = dy[i] * derivative<R>(GELU_TANH, centered[i]);
             }
         }
+        if (of.mask) {  // where nothing counts and no gradient comes, x may be no number
+            SIMD for (int64_t i = 0; i < n; ++i) dz[i] = of.mask[i] == 0 && dy[i] == 0 ? 0 : dz[i];
+        }
         of.dy = dz;
     }
 };

@@ -117,12 +117,11 @@ def reduce_grad(
 ) -> tuple[Tensor, Tensor]:
     """Return [Σ dz, Σ dz * x̂], (2, C), and the same times weight, over all positions, masked ones too.
 
-    x̂ = (x - mean) * invstd, and dz is the gradient with respect to z.
+    x̂ = (x - mean) * invstd, and dz is the gradient with respect to z. Where mask and grad_output are 0, the input and
+    the residual may hold anything: such a position adds nothing, and its dz is 0.
     """
     axes = _reduced_axes(input)
-    centered, dz = _centered_and_grad(grad_output, input, statistics, weight, bias, epilogue)
-    if mask is not None:
-        centered = centered.masked_fill((mask == 0) & (dz == 0), 0)  # it may be no number
+    centered, dz = _centered_and_grad(grad_output, input, statistics, weight, bias, mask, epilogue)
     sums = torch.stack([dz.sum(axes).double(), (dz * centered).sum(axes).double() * statistics[1]])
     return sums, sums.clone() if weight is None else sums * weight
 
@@ -149,7 +148,7 @@ def grad_input(
     dx = weight * invstd * dz. Moments about zero (not `centered`) have no sums[0]; with an epsilon outside of the root
     sums[1] is divided by 1 - eps * invstd.
     """
-    x_centered, dz = _centered_and_grad(grad_output, input, statistics, weight, bias, epilogue)
+    x_centered, dz = _centered_and_grad(grad_output, input, statistics, weight, bias, mask, epilogue)
     invstd = statistics[1]
     scale = invstd if weight is None else invstd * weight
     if sums is None or count is None:
@@ -173,27 +172,35 @@ def _centered_and_grad(
     statistics: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    mask: Tensor | None,
     epilogue: Epilogue,
 ) -> tuple[Tensor, Tensor]:
     """Return x - mean, and dz from dy = grad_output: what passes through the activation."""
     activation, residual, inplace = epilogue
     dy = grad_output.to(_compute_dtype(input))
+    void = None if mask is None else (mask == 0) & (dy == 0)  # where z and x may be no numbers
+
+    def filled(values: Tensor) -> Tensor:
+        return values if void is None else values.masked_fill(void, 0)
+
     if inplace:  # input is y
-        z = input.to(dy.dtype)
-        slope = _leaky_relu_derivative(z) if activation == "leaky_relu" else torch.ones_like(z)
-        z = z / slope if bias is None else z / slope - _per_channel(bias, z)
+        z = y = filled(input.to(dy.dtype))
+        if activation == "leaky_relu":
+            z, dy = torch.where(y > 0, y, y / NEGATIVE_SLOPE), torch.where(y > 0, dy, dy * NEGATIVE_SLOPE)
+        z = z if bias is None else z - _per_channel(bias, z)
         scale = statistics[1] if weight is None else statistics[1] * weight
-        inverse = torch.where(scale == 0, 0, 1 / scale)  # x cannot be had where the weight is 0, nor has it a gradient
-        return z * _per_channel(inverse, z), dy * slope
-    centered = _centered(input, statistics)
+        # x cannot be had where the weight is 0, nor has it a gradient
+        inverse = torch.where(scale == 0, 0, 1 / torch.where(scale == 0, 1, scale))
+        return filled(z * _per_channel(inverse, z)), dy
+    centered = filled(_centered(input, statistics))
     if activation is None:
         return centered, dy
     if epilogue.keeps_signs:
         assert residual is not None
         positive = _from_bits(residual, input)
-        return centered, torch.where(positive, dy, dy * (NEGATIVE_SLOPE if activation == "leaky_relu" else 0))
-    z = _affine(centered, statistics, weight, bias, residual)
-    return centered, dy * _DERIVATIVE[activation](z)
+        return centered, torch.where(positive, dy, dy * NEGATIVE_SLOPE if activation == "leaky_relu" else 0)
+    z = filled(_affine(centered, statistics, weight, bias, residual))
+    return centered, _BACKWARD[activation](dy, z)
 
 
 def _affine(
@@ -205,14 +212,11 @@ def _affine(
 
 
 def _gelu_tanh_derivative(z: Tensor) -> Tensor:
+    z = z.clamp(-10, 10)  # beyond, the derivative is 0 or 1 to the last digit, but z³ may overflow
     inner = 0.7978845608028654 * (z + 0.044715 * z**3)  # sqrt(2 / π)
     tanh = inner.tanh()
     slope = 0.7978845608028654 * (1 + 3 * 0.044715 * z.square())
     return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh.square()) * slope
-
-
-def _leaky_relu_derivative(z: Tensor) -> Tensor:
-    return torch.where(z > 0, torch.ones_like(z), NEGATIVE_SLOPE)
 
 
 def _silu_derivative(z: Tensor) -> Tensor:
@@ -227,11 +231,11 @@ _ACTIVATE: dict[str | None, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
 }
-_DERIVATIVE: dict[str | None, Callable[[Tensor], Tensor]] = {
-    "relu": lambda z: (z > 0).to(z.dtype),
-    "leaky_relu": _leaky_relu_derivative,
-    "silu": _silu_derivative,
-    "gelu_tanh": _gelu_tanh_derivative,
+_BACKWARD: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {  # dy and z -> dz
+    "relu": lambda dy, z: torch.where(z > 0, dy, 0),
+    "leaky_relu": lambda dy, z: torch.where(z > 0, dy, dy * NEGATIVE_SLOPE),
+    "silu": lambda dy, z: dy * _silu_derivative(z),
+    "gelu_tanh": lambda dy, z: dy * _gelu_tanh_derivative(z),
 }
 
 
