@@ -79,8 +79,8 @@ def _mpi() -> str:
         return "no mpi4py to reach it"
     try:
         from mpi4py import MPI
-    except ImportError as error:
-        return f"mpi4py finds none: {error}"
+    except (ImportError, RuntimeError) as error:  # which of them depends on how mpi4py was built
+        return f"mpi4py finds none: {str(error).splitlines()[0]}"
     from .communicators.messages import cuda_aware
 
     library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0")
