@@ -8,6 +8,7 @@ import os
 import platform
 import socket
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -88,4 +89,10 @@ def _mpi() -> str:
 
 
 def _kernels(device: str) -> str:
-    return getattr(kernels.select(torch.empty(0, device=device)), "__name__", "unknown").rpartition(".")[2]
+    implementation = kernels.select(torch.empty(0, device=device))
+    name = getattr(implementation, "__name__", "unknown").rpartition(".")[2]
+    if isa := getattr(implementation, "ISA", None):
+        return f"{name} ({isa})"
+    if device == "cpu" and not Path(kernels.__file__).with_name("libsyncnorm_cpu.so").exists():
+        return f"{name}: no compiled library (no compiler at install time?)"
+    return name
