@@ -27,9 +27,17 @@ make_venv() {
     "$python" -m venv --clear .venv
 }
 
+get_compiler() { # for the kernels of the CPU, which the package works without
+    [ -z "${CXX-}" ] && ! command -v g++ >/dev/null || return 0
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ && return
+    fi
+    echo "found no g++: the kernels of the CPU are not compiled, layers use the slower reference" >&2
+}
+
 install() {
     local wanted python
-    wanted=$(cksum pyproject.toml launch/setup.sh)
+    wanted=$(cksum pyproject.toml launch/setup.sh syncnorm/kernels/build.py syncnorm/kernels/cpu.cpp)
     [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] && return
     echo "installing into .venv (torch takes a while)"
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none yet, or one that was not finished
@@ -37,6 +45,7 @@ install() {
         make_venv "$python"
     fi
     .venv/bin/python -m pip install --quiet torch==2.13.0 # the tested version
+    get_compiler
     .venv/bin/python -m pip install --quiet --editable '.[mpi,examples,test]'
     echo "$wanted" >.venv/installed
 }

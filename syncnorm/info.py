@@ -8,6 +8,7 @@ import os
 import platform
 import socket
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -79,8 +80,8 @@ def _mpi() -> str:
         return "no mpi4py to reach it"
     try:
         from mpi4py import MPI
-    except ImportError as error:
-        return f"mpi4py finds none: {error}"
+    except (ImportError, RuntimeError) as error:  # which of them depends on how mpi4py was built
+        return f"mpi4py finds none: {str(error).splitlines()[0]}"
     from .communicators.messages import cuda_aware
 
     library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0")
@@ -88,4 +89,10 @@ def _mpi() -> str:
 
 
 def _kernels(device: str) -> str:
-    return getattr(kernels.select(torch.empty(0, device=device)), "__name__", "unknown").rpartition(".")[2]
+    implementation = kernels.select(torch.empty(0, device=device))
+    name = getattr(implementation, "__name__", "unknown").rpartition(".")[2]
+    if isa := getattr(implementation, "ISA", None):
+        return f"{name} ({isa})"
+    if device == "cpu" and not Path(kernels.__file__).with_name("libsyncnorm_cpu.so").exists():
+        return f"{name}: no compiled library (no compiler at install time?)"
+    return name

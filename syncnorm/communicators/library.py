@@ -7,7 +7,7 @@ os.environ.setdefault("OMPI_MCA_coll_libnbc_iallreduce_algorithm", "3")
 
 try:
     from mpi4py import MPI
-except ImportError as error:
+except (ImportError, RuntimeError) as error:  # which of them, for want of MPI, depends on how mpi4py was built
     raise RuntimeError(
         "MPI was asked for, and mpi4py with an MPI library cannot be imported: "
         "pip install 'syncnorm[mpi]', or pip install mpi4py beside the MPI of your cluster"
