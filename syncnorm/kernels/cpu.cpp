@@ -468,7 +468,8 @@ void read_signs(const uint8_t *bits, uint8_t *positive, int64_t at, int64_t n) {
 inline double exponential(double x) { return exp(x); }
 
 inline float exponential(float x) {  // 2^k * e^r with |r| <= ln(2) / 2: within 1e-7, relative
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    bool large = x > 88.0f;
+    x = x < -87.0f ? -87.0f : large ? 0 : x;
     float k = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds
     float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
     float p = 1.0f / 5040;
@@ -479,7 +480,7 @@ inline float exponential(float x) {  // 2^k * e^r with |r| <= ln(2) / 2: within 
     p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
     union { int32_t bits; float value; } power = {(static_cast<int32_t>(k) + 127) << 23};  // 2^k
-    return p * power.value;
+    return large ? HUGE_VALF : p * power.value;
 }
 
 template <class R> inline R sigmoid(R z) { return 1 / (1 + exponential(-z)); }
@@ -495,12 +496,12 @@ template <class R, int64_t ACTIVATION> inline R activate(R z) {
 }
 
 template <class R> inline R derivative(int64_t activation, R z) {
-    if (activation == SILU) {
-        R s = sigmoid(z);
-        return s * (1 + z * (1 - s));
-    }
-    R s = sigmoid(R(GELU) * (z + R(CUBE) * z * z * z));
-    return s + z * s * (1 - s) * R(GELU) * (1 + 3 * R(CUBE) * z * z);
+    R end = activation == SILU ? 87 : 10;  // beyond, it is 0 or 1
+    R c = z < -end ? -end : z > end ? end : z;
+    R u = activation == SILU ? c : R(GELU) * (c + R(CUBE) * c * c * c);
+    R du = activation == SILU ? 1 : R(GELU) * (1 + 3 * R(CUBE) * c * c);
+    R q = exponential(-u), s = 1 / (1 + q);  // q s is 1 - s, to all its digits
+    return z < -end ? 0 : s + c * s * (q * s) * du;
 }
 
 // -------------------------------------------------------------------------------------------------------- two reductions
@@ -1076,6 +1077,7 @@ EXPORT(unpack)(const PackArguments *arguments) {
 #ifdef SYNCNORM_DISPATCH
 extern "C" __attribute__((visibility("default"))) const char *syncnorm_isa() {  // the best of this machine
 #if defined(__x86_64__)
+    __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
         return "avx512";
