@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
     of_all = argparse.ArgumentParser(add_help=False)
     of_all.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    of_all.add_argument("--markdown", type=Path, metavar="FILE", help="write tables there, with machine and versions")
     of_all.add_argument("--quick", action="store_true", help="few rounds: tells whether it runs, not how fast")
     benchmarks = bench.add_subparsers(dest="benchmark", required=True, metavar="NAME")
     about = "all-reduces of all communicators; under mpirun or torchrun"
@@ -39,6 +40,6 @@ def _info(_: argparse.Namespace) -> None:
 
 
 def _bench_comm(options: argparse.Namespace) -> None:
-    from .bench import comm  # needs rich
+    from .bench import comm, report  # needs rich
 
-    comm.main(options.json, options.quick)
+    comm.main(report.Files(options.json, options.markdown), options.quick)
