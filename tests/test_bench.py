@@ -309,6 +309,13 @@ def test_kernels_are_found_by_name(monkeypatch):
     assert list(kernels.available(CPU)) == ["reference", "cpu"]
     monkeypatch.setitem(sys.modules, "syncnorm.kernels.cpu", None)
     assert list(kernels.available(CPU)) == ["reference"]
+
+    def not_compiled(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels.importlib, "import_module", not_compiled)
+        assert list(kernels.available(CPU)) == list(kernels.available(CUDA)) == ["reference"]
     monkeypatch.setitem(sys.modules, "syncnorm.kernels.triton", syncnorm.kernels.reference)
     assert list(kernels.available(CUDA)) == ["reference", "triton"]
 

@@ -110,7 +110,7 @@ def _search(device: torch.device) -> dict[str, Kernels | str]:
             continue
         try:
             implementation: Any = importlib.import_module(f"{kernels.__name__}.{name}")
-        except (ImportError, RuntimeError) as error:  # not built, or without what it needs
+        except (ImportError, OSError, RuntimeError) as error:  # not compiled, or without what it needs
             implementation = f"none: {error}".splitlines()[0]
         found[name] = implementation
     return found
