@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import info
 from .communicators import communicator
@@ -26,10 +28,29 @@ def main(arguments: list[str] | None = None) -> None:
 def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
     of_all = argparse.ArgumentParser(add_help=False)
     of_all.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    of_all.add_argument("--markdown", type=Path, metavar="FILE", help="write tables there, with machine and versions")
     of_all.add_argument("--quick", action="store_true", help="few rounds: tells whether it runs, not how fast")
+    of_cases = argparse.ArgumentParser(add_help=False)
+    of_cases.add_argument("--only", default="", metavar="WORDS", help='cases with these words, as in "fp32 NHWC"')
     benchmarks = bench.add_subparsers(dest="benchmark", required=True, metavar="NAME")
-    about = "all-reduces of all communicators; under mpirun or torchrun"
-    benchmarks.add_parser("comm", help=about, description=about, parents=[of_all]).set_defaults(run=_bench_comm)
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], about: str, *parents: argparse.ArgumentParser) -> Any:
+        made = benchmarks.add_parser(name, help=about, description=about, parents=[of_all, *parents])
+        made.set_defaults(run=run)
+        return made
+
+    add("comm", _bench_comm, "all-reduces of all communicators; under mpirun or torchrun")
+    about = "each pass of each implementation over its memory traffic; on any number of ranks"
+    add("kernels", _bench_kernels, about, of_cases)
+    about = "forward and backward of one layer beside what others do, with targets; on any number of ranks"
+    layer = add("layer", _bench_layer, about, of_cases)
+    layer.add_argument("--figure", type=Path, metavar="FILE", help="draw the times over the floor there")
+    layer.add_argument("--compile", action="store_true", help="torch.compile of the reference too; slow to start")
+    about = "steps of a ResNet with BatchNorm, synchronized, and fused with its activations; on any number of ranks"
+    train = add("train", _bench_train, about)
+    train.add_argument("--depth", type=int, default=50, choices=(50, 101, 152), help="of the ResNet (default: 50)")
+    train.add_argument("--batch", type=int, metavar="N", help="images per rank (default: 4, on a GPU 32)")
+    train.add_argument("--size", type=int, metavar="N", help="height and width of an image (default: 64, on a GPU 224)")
 
 
 def _info(_: argparse.Namespace) -> None:
@@ -39,6 +60,26 @@ def _info(_: argparse.Namespace) -> None:
 
 
 def _bench_comm(options: argparse.Namespace) -> None:
-    from .bench import comm  # needs rich
+    from .bench import comm, report  # needs rich
 
-    comm.main(options.json, options.quick)
+    comm.main(report.Files(options.json, options.markdown), options.quick)
+
+
+def _bench_kernels(options: argparse.Namespace) -> None:
+    from .bench import kernels, report
+
+    kernels.main(report.Files(options.json, options.markdown), options.quick, options.only)
+
+
+def _bench_layer(options: argparse.Namespace) -> None:
+    from .bench import layer, report
+
+    files = report.Files(options.json, options.markdown, options.figure)
+    layer.main(files, options.quick, options.only, options.compile)
+
+
+def _bench_train(options: argparse.Namespace) -> None:
+    from .bench import report, train
+
+    files = report.Files(options.json, options.markdown)
+    train.main(files, options.quick, options.depth, options.batch, options.size)

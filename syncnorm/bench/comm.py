@@ -7,7 +7,6 @@ of C channels sends in forward, 2C + 1 float64, and one gradient bucket of Distr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from .. import bootstrap, info
 from ..communicators import Communicator, communicator
-from . import report
+from . import floor, report
 from .timing import FULL, QUICK, Candidates, Effort, Timing, interleave
 
 __all__ = ["MESSAGES", "Message", "Row", "Target", "check", "main", "measure"]
@@ -24,7 +23,6 @@ __all__ = ["MESSAGES", "Message", "Row", "Target", "check", "main", "measure"]
 COMMUNICATOR = "Communicator"
 MPI4PY = "torch on mpi4py"  # torch.distributed
 GLOO = "torch on gloo"
-NOISY = 1.5  # where the quartiles are this factor apart, the machine had other things to do
 COLUMNS = ("message", "all-reduce by", "median µs", "quartiles", "x raw", "µs over raw", "target", "")
 
 
@@ -64,7 +62,7 @@ class Row(NamedTuple):
 
     def numbers(self) -> dict[str, Any]:
         """Return the row as it is written to JSON."""
-        median, low, high = (1e6 * seconds for seconds in self.timing)
+        median, low, high = self.timing.micros()
         over = {"ratio": self.timing.median / self.raw.median, "extra_us": median - 1e6 * self.raw.median}
         target = self.message.targets.get(self.path)
         return {
@@ -77,7 +75,7 @@ class Row(NamedTuple):
             **over,
             "target": target and target._asdict(),
             "met": target and over[target.quantity] <= target.limit,
-            "noisy": max(self.timing.high / self.timing.low, self.raw.high / self.raw.low) > NOISY,
+            "noisy": self.timing.noisy or self.raw.noisy,
         }
 
     def cells(self) -> list[str]:
@@ -88,17 +86,17 @@ class Row(NamedTuple):
         return [
             n["message"],
             n["path"],
-            _digits(n["median_us"]),
-            f"{_digits(low)} to {_digits(high)}",
+            report.digits(n["median_us"]),
+            f"{report.digits(low)} to {report.digits(high)}",
             f"{n['ratio']:.2f}",
-            _digits(n["extra_us"]),
+            report.digits(n["extra_us"]),
             str(target or ""),
             {None: "", True: "met", False: "MISSED"}[n["met"]] + ", noisy" * n["noisy"] * (target is not None),
         ]
 
 
-def main(path: Path | None = None, quick: bool = False) -> None:
-    """Join the job, measure, and print on rank 0; write all numbers to `path`. Collective on all ranks of the job.
+def main(files: report.Files, quick: bool = False) -> None:
+    """Join the job, measure, print and write on rank 0. Collective on all ranks of the job.
 
     Raises:
         RuntimeError: this process is alone.
@@ -111,11 +109,10 @@ def main(path: Path | None = None, quick: bool = False) -> None:
     sections = list(measure(group, QUICK if quick else FULL))
     job = info.job()
     if group.rank == 0:
-        facts = report.header(job)
-        title = f"all-reduce on {group.size} ranks, of whom the slowest counts"
-        report.show(facts, title, COLUMNS, [[row.cells() for row in rows] for rows in sections])
-        if path is not None:
-            report.save(path, facts, [row.numbers() for rows in sections for row in rows])
+        title = f"all-reduce on {report.ranks(group.size)}" + report.WARNING * quick
+        table = report.Table(title, COLUMNS, [[row.cells() for row in rows] for rows in sections])
+        rows = [row.numbers() for rows in sections for row in rows]
+        report.publish(report.header(job), [table], {"rows": rows}, files)
 
 
 def measure(group: Communicator, effort: Effort) -> Iterator[list[Row]]:
@@ -150,18 +147,9 @@ def paths(tensor: Tensor, group: Communicator, gloo: dist.ProcessGroup) -> list[
     if dist.get_backend() != "mpi4py":
         own = communicator(gloo)
         return [{**over_gloo, COMMUNICATOR: lambda: own.all_reduce(tensor)}]
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
-    # The quickest spelling: mpi4py need not look for the datatype, and the list is made once.
-    memory = [tensor.numpy(), {torch.float64: MPI.DOUBLE, torch.float32: MPI.FLOAT}[tensor.dtype]]
     over_mpi = {
-        "raw mpi4py": lambda: world.Allreduce(MPI.IN_PLACE, memory),
+        "raw mpi4py": floor.all_reduce(tensor),
         COMMUNICATOR: lambda: group.all_reduce(tensor),
         MPI4PY: lambda: dist.all_reduce(tensor),
     }
     return [over_mpi, over_gloo]
-
-
-def _digits(micros: float) -> str:
-    return f"{micros:,.0f}" if abs(micros) >= 100 else f"{micros:.2f}"

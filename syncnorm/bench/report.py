@@ -1,4 +1,4 @@
-"""What every benchmark tells: where it ran, a table on the terminal, all numbers as JSON."""
+"""What every benchmark tells: where it ran, tables on the terminal or in Markdown, all numbers as JSON."""
 
 from __future__ import annotations
 
@@ -9,51 +9,109 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from .. import info
 
 try:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as RichTable
 except ImportError as error:
     raise RuntimeError(
         "python -m syncnorm bench draws its tables with rich, which cannot be imported: pip install 'syncnorm[bench]'"
     ) from error
 
-__all__ = ["header", "save", "show"]
+__all__ = ["WARNING", "Files", "Table", "digits", "header", "publish", "ranks"]
 
+WARNING = " (--quick: tells whether it runs, not how fast)"
 WIDTH = 120  # characters; mpirun gives ranks a terminal of 80 whatever the real one is
+
+
+class Table(NamedTuple):
+    """Sections of rows of cells, as printed. The first `names` columns are words, the others numbers."""
+
+    title: str
+    columns: Sequence[str]
+    sections: Sequence[Sequence[Sequence[str]]]
+    names: int = 2
+
+
+class Files(NamedTuple):
+    """Where a benchmark writes what it has found, other than to the terminal."""
+
+    json: Path | None = None
+    markdown: Path | None = None
+    figure: Path | None = None
 
 
 def header(job: Mapping[str, str]) -> dict[str, str]:
     """Return where and when this runs, by name; `job` is what `syncnorm.info.job` told."""
     machine = info.machine()
+    gpu = {name: machine[name] for name in ("cuda", "nccl", "triton", "kernels on cuda")}
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{_cpu()}, {os.cpu_count()} cores, of which rank 0 may use {len(os.sched_getaffinity(0))}",
-        **{name: machine[name] for name in ("syncnorm", "python", "torch", "mpi4py", "mpi")},
+        **(gpu if torch.cuda.is_available() else {}),
+        **{name: machine[name] for name in ("syncnorm", "python", "torch", "mpi4py", "mpi", "kernels on cpu")},
         **{name: job[name] for name in ("launcher", "communicator", "torch.distributed", "hosts")},
+        "threads per rank": str(torch.get_num_threads()),
     }
 
 
-def show(
-    facts: Mapping[str, str], title: str, columns: Sequence[str], sections: Sequence[Sequence[Sequence[str]]]
+def publish(
+    facts: Mapping[str, str],
+    printed: Sequence[Table],
+    numbers: Mapping[str, Sequence[Mapping[str, Any]]],
+    files: Files,
+    in_markdown: Sequence[Table] | None = None,
 ) -> None:
-    """Print the header, then a table of sections of rows. The first two columns are names, the others numbers."""
-    drawn = Table(title=title)
-    for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i < 2 else "right")
-    for section in sections:
+    """Print the header and the tables; write all numbers as JSON, and tables as Markdown (other ones if given)."""
+    print(info.table(dict(facts)))
+    for table in printed:
+        _show(table)
+    if files.json is not None:
+        files.json.write_text(json.dumps({"header": facts, **numbers}, indent=2) + "\n")
+    if files.markdown is not None:
+        tables = printed if in_markdown is None else in_markdown
+        files.markdown.write_text("\n".join([_provenance(facts), *map(_markdown, tables)]))
+
+
+def digits(micros: float) -> str:
+    """Return a number of microseconds with about three digits."""
+    return f"{micros:,.0f}" if abs(micros) >= 100 else f"{micros:.2f}"
+
+
+def ranks(size: int) -> str:
+    """Return how many ranks were timed, for a title."""
+    return "one rank" if size == 1 else f"{size} ranks, of whom the slowest counts"
+
+
+def _show(table: Table) -> None:
+    drawn = RichTable(title=table.title)
+    for i, column in enumerate(table.columns):
+        drawn.add_column(column, justify="left" if i < table.names else "right")
+    for section in table.sections:
         for row in section:
             drawn.add_row(*row, end_section=row is section[-1])
-    print(info.table(dict(facts)))
     Console(width=WIDTH, force_terminal=False).print(drawn)
 
 
-def save(path: Path, facts: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the header and all numbers as JSON."""
-    path.write_text(json.dumps({"header": facts, "rows": rows}, indent=2) + "\n")
+def _provenance(facts: Mapping[str, str]) -> str:
+    """Return a sentence on where the numbers are from."""
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("syncnorm", "torch", "mpi4py") if name in facts)
+    where = f"{facts['cuda']}; {facts['machine']}" if "cuda" in facts else facts["machine"]
+    threads = f"{facts['threads per rank']} thread(s) per rank"
+    ranks = f"{facts['communicator']} on {facts['hosts']}, {threads}"
+    return f"{where} ({versions}, {facts['mpi']}; {ranks}; {facts['date'][:10]}).\n"
+
+
+def _markdown(table: Table) -> str:
+    aligned = ["---"] * table.names + ["---:"] * (len(table.columns) - table.names)
+    rows = [table.columns, aligned, *(row for section in table.sections for row in section)]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return f"{table.title[0].upper()}{table.title[1:]}:\n\n" + "\n".join(lines) + "\n"
 
 
 def _cpu() -> str:

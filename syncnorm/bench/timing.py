@@ -9,9 +9,11 @@ import timeit
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
+
 from ..communicators import Communicator
 
-__all__ = ["FULL", "QUICK", "Candidates", "Effort", "Timing", "interleave"]
+__all__ = ["FULL", "QUICK", "Candidates", "Effort", "Timing", "clock_of", "interleave"]
 
 Candidates = Mapping[str, Callable[[], object]]
 
@@ -30,6 +32,7 @@ class Effort(NamedTuple):
 
 FULL = Effort(rounds=101, block=5e-4)  # short: fewer blocks are hit by what else the machine does
 QUICK = Effort(rounds=5, block=1e-4)  # tells whether it runs, not how fast
+NOISY = 1.5  # where the quartiles are this factor apart, the machine had other things to do
 
 
 class Timing(NamedTuple):
@@ -45,12 +48,35 @@ class Timing(NamedTuple):
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
         return cls(median, low, high)
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the machine had other things to do."""
+        return self.high / self.low > NOISY
+
+    def micros(self) -> tuple[float, float, float]:
+        """Return the same in microseconds."""
+        return 1e6 * self.median, 1e6 * self.low, 1e6 * self.high
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Return what tells the time when the device has done all that it was given, in seconds."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
 
 def interleave(
     candidates: Candidates,
     group: Communicator,
     effort: Effort,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    together: bool = False,
 ) -> dict[str, Timing]:
     """Return how long one call of each candidate takes. Collective on all ranks of the group.
 
@@ -63,6 +89,7 @@ def interleave(
         group: the ranks that run the candidates in lockstep.
         effort: how many samples of each candidate, and how long ones.
         clock: what tells the time, in seconds.
+        together: a barrier before the timed block too, for candidates that work long between their collectives.
     """
     timers = {name: timeit.Timer(run, timer=clock) for name, run in candidates.items()}
     calls = {name: _calls_in(effort.block, timer, group) for name, timer in timers.items()}
@@ -73,6 +100,8 @@ def interleave(
         for name in order:
             group.barrier()
             timers[name].timeit(calls[name])
+            if together:
+                group.barrier()
             samples[name].append(timers[name].timeit(calls[name]) / calls[name])
     by_rank = group.all_gather_object(samples)
     slowest = {name: [max(r) for r in zip(*(of[name] for of in by_rank), strict=True)] for name in candidates}

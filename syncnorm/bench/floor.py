@@ -1,0 +1,77 @@
+"""What cannot be beaten: the unavoidable memory traffic, by torch's plainest operations, and bare all-reduces.
+
+A layer reads its input twice and writes y in forward, reads input and dy twice and writes dx in backward: 8 passes over
+tensors of the input's size, two of them into fresh memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..communicators import communicator
+
+__all__ = ["PASSES", "all_reduce", "layer"]
+
+
+def layer(input: Tensor) -> Callable[[], object]:
+    """Return what moves as much memory as forward and backward of a layer: 2 clones and 2 copies of the input."""
+    input = input.detach()
+    there = torch.empty_like(input)
+
+    def run() -> tuple[Tensor, Tensor]:
+        fresh = input.clone(), input.clone()  # y lives until backward has dx
+        there.copy_(input)
+        there.copy_(input)
+        return fresh
+
+    return run
+
+
+def _read_one(x: Tensor, _: Tensor) -> object:
+    return _memory(x).sum()
+
+
+def _read_one_write(x: Tensor, _: Tensor) -> object:
+    return x.clone()
+
+
+def _read_two(x: Tensor, dy: Tensor) -> object:
+    return torch.dot(_memory(x), _memory(dy))
+
+
+def _read_two_write(x: Tensor, dy: Tensor) -> object:
+    return _memory(x) + _memory(dy)
+
+
+PASSES: dict[str, Callable[[Tensor, Tensor], object]] = {  # by kernel: the same traffic, given x and dy
+    "moments": _read_one,
+    "normalize": _read_one_write,
+    "reduce_grad": _read_two,
+    "grad_input": _read_two_write,
+}
+
+
+def all_reduce(tensor: Tensor) -> Callable[[], object]:
+    """Return what sums `tensor` in place over the ranks of the job, without anything of syncnorm in between.
+
+    That is mpi4py's `Allreduce`, or torch.distributed's; of CUDA tensors over MPI the communicator's, which knows
+    whether they have to travel through the host.
+    """
+    if dist.get_backend() != "mpi4py":
+        return lambda: dist.all_reduce(tensor)
+    if tensor.is_cuda:
+        return lambda: communicator().all_reduce(tensor)
+    from mpi4py import MPI
+
+    # The quickest spelling: mpi4py need not look for the datatype, and the list is made once.
+    memory = [tensor.numpy(), {torch.float64: MPI.DOUBLE, torch.float32: MPI.FLOAT}[tensor.dtype]]
+    return lambda: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, memory)
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """Return the memory of a dense tensor as float32, whatever its layout and dtype: torch reads that at full speed."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.float32)

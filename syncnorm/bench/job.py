@@ -1,0 +1,38 @@
+"""The job that a benchmark runs in: its ranks, each with one thread unless told otherwise, and their device."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from .. import bootstrap
+from ..communicators import Communicator
+from ..launchers import launched
+
+__all__ = ["Job", "join"]
+
+
+class Job(NamedTuple):
+    """All ranks of the job, and the device that this one computes on."""
+
+    group: Communicator
+    device: torch.device
+
+
+def join() -> Job:
+    """Join the job that this process was launched in, or be alone. Collective on all ranks of the job.
+
+    Ranks compute on CUDA devices where there are any. Each rank has as many threads as OMP_NUM_THREADS says, or one.
+    A process alone with a CUDA device has a NCCL group of its own, which torch.nn.SyncBatchNorm asks for.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        return Job(bootstrap.init(), torch.device("cpu"))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    alone = launched().launcher == "none" and dist.is_nccl_available()
+    return Job(bootstrap.init("nccl" if alone else "auto"), device)

@@ -1,0 +1,144 @@
+"""`python -m syncnorm bench kernels`: each pass of each implementation over the time of its own memory traffic.
+
+Passes: moments, normalize, reduce_grad, grad_input on x and dy, (N, C, *). Memory is kept (see `memory`): the pass is
+measured, not the allocator. No pass has a collective; several ranks show what sharing the memory's bandwidth costs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import info, kernels
+from ..kernels import Kernels
+from . import floor, memory, report
+from .cases import LARGE, TINY, Case, cases
+from .job import Job, join
+from .timing import FULL, QUICK, Effort, Timing, clock_of, interleave
+
+__all__ = ["IMPLEMENTATIONS", "Row", "available", "check", "main", "measure", "passes"]
+
+IMPLEMENTATIONS = ("reference", "cpu", "triton")
+LONG = Effort(rounds=21, block=FULL.block)  # of large tensors
+BRIEF = QUICK._replace(rounds=2)
+FLOOR = "floor"
+COLUMNS = ("case", "pass", "implementation", "median µs", "quartiles", "x floor")
+
+
+class Row(NamedTuple):
+    """The time of one pass of one implementation, or of the floor, beside that of the floor."""
+
+    case: Case
+    kernel: str
+    implementation: str
+    timing: Timing
+    floor: Timing
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the row as it is written to JSON."""
+        median, low, high = self.timing.micros()
+        return {
+            **self.case.numbers(),
+            "kernel": self.kernel,
+            "implementation": self.implementation,
+            "median_us": median,
+            "quartiles_us": [low, high],
+            "floor_us": 1e6 * self.floor.median,
+            "ratio": self.timing.median / self.floor.median,
+            "noisy": self.timing.noisy or self.floor.noisy,
+        }
+
+    def cells(self) -> list[str]:
+        """Return the row as it is printed."""
+        median, low, high = map(report.digits, self.timing.micros())
+        ratio = f"{self.timing.median / self.floor.median:.2f}"
+        return [self.case.name, self.kernel, self.implementation, median, f"{low} to {high}", ratio]
+
+
+def main(files: report.Files, quick: bool = False, only: str = "") -> None:
+    """Join the job, measure, print and write on rank 0. Collective on all ranks of the job."""
+    job = join()
+    memory.keep()
+    sections = list(measure(job, cases(job.device, quick, only), quick))
+    told = info.job()
+    if job.group.rank == 0:
+        title = f"passes over the data on {report.ranks(job.group.size)}" + report.WARNING * quick
+        table = report.Table(title, COLUMNS, [[row.cells() for row in rows] for rows in sections], names=3)
+        rows = [row.numbers() for rows in sections for row in rows]
+        facts = report.header(told)
+        for name, found in _search(job.device).items():
+            facts[f"implementation {name}"] = found if isinstance(found, str) else "timed"
+        report.publish(facts, [table], {"rows": rows}, files)
+
+
+def measure(job: Job, listed: Sequence[Case], quick: bool) -> Iterator[list[Row]]:
+    """Time every pass of every implementation; yield the rows of each case. Collective on all ranks of the job."""
+    found = available(job.device)
+    for case in listed:
+        if case.kind == TINY:
+            continue  # no memory traffic
+        generator = torch.Generator().manual_seed(job.group.rank)
+        x, dy = case.random(job.device, generator), case.random(job.device, generator)
+        effort = BRIEF if quick else LONG if case.kind == LARGE else FULL
+        by_name = {name: passes(implementation, x, dy) for name, implementation in found.items()}
+        rows = []
+        for kernel, traffic in floor.PASSES.items():
+            runs: dict[str, Callable[[], object]] = {FLOOR: partial(traffic, x, dy)}
+            for name, made in by_name.items():
+                check(f"{kernel} of {name} on {case.name}", made[kernel](), by_name["reference"][kernel]())
+                runs[name] = made[kernel]
+            timings = interleave(runs, job.group, effort, clock_of(job.device), together=True)
+            rows += [Row(case, kernel, name, timing, timings[FLOOR]) for name, timing in timings.items()]
+        yield rows
+
+
+def available(device: torch.device) -> dict[str, Kernels]:
+    """Return the implementations for the device that are there, by name: the reference, and what can be imported."""
+    return {name: found for name, found in _search(device).items() if not isinstance(found, str)}
+
+
+def _search(device: torch.device) -> dict[str, Kernels | str]:
+    """Return the implementations for the device, by name, or why they are not there."""
+    found: dict[str, Kernels | str] = {"reference": kernels.reference}
+    for name in IMPLEMENTATIONS[1:]:
+        if (name == "triton") != (device.type == "cuda"):
+            continue
+        try:
+            implementation: Any = importlib.import_module(f"{kernels.__name__}.{name}")
+        except (ImportError, OSError, RuntimeError) as error:  # not compiled, or without what it needs
+            implementation = f"none: {error}".splitlines()[0]
+        found[name] = implementation
+    return found
+
+
+def passes(implementation: Kernels, x: Tensor, dy: Tensor) -> dict[str, Callable[[], tuple[Tensor | None, ...]]]:
+    """Return the passes of an implementation over x and dy, by name. What they are given the reference has computed."""
+    weight, bias = (torch.full((x.shape[1],), value, device=x.device) for value in (0.5, 1.0))
+    moments = kernels.reference.moments(x)
+    _, statistics, _ = kernels.reference.normalize(x, moments, weight, bias, 1e-5)
+    backward = (dy, x, statistics, weight, bias)
+    _, weighted = kernels.reference.reduce_grad(*backward)
+    return {
+        "moments": lambda: (implementation.moments(x),),
+        "normalize": lambda: implementation.normalize(x, moments, weight, bias, 1e-5),
+        "reduce_grad": lambda: implementation.reduce_grad(*backward),
+        "grad_input": lambda: implementation.grad_input(*backward, weighted, moments[-1:]),
+    }
+
+
+def check(name: str, found: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> None:
+    """Raise RuntimeError unless a pass returns what the reference does: a benchmark of something else is none."""
+    for result, wanted in zip(found, expected, strict=True):
+        if result is None or wanted is None:
+            if result is not wanted:
+                raise RuntimeError(f"expected {name} to return {wanted}, got {result}")
+            continue
+        error = (result.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-30)
+        tolerance = 1e-2 if wanted.dtype == torch.bfloat16 else 1e-4
+        if not error.item() <= tolerance:
+            raise RuntimeError(f"expected {name} to agree with the reference to {tolerance:g}, got {error.item():.2g}")

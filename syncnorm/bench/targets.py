@@ -1,0 +1,114 @@
+"""What a layer may cost, as ratios of times within one run; a ratio above its limit is a target that was missed.
+
+In their words `one` is the layer with each rank a group of one, `all` the layer synchronized over all ranks, and
+`all-reduces` are two bare ones, of what forward and backward send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from .cases import LARGE, SMALL, TINY, Case
+from .timing import Timing
+
+__all__ = [
+    "ADD_RELU",
+    "ALL",
+    "ALL_REDUCES",
+    "ALONE",
+    "FLOOR",
+    "MODULE",
+    "RELU",
+    "TORCH",
+    "TORCH_SYNC",
+    "WORDS",
+    "Verdict",
+    "verdicts",
+]
+
+FLOOR = "floor"
+TORCH = "F.batch_norm"  # unsynchronized
+MODULE = "nn.BatchNorm2d"
+TORCH_SYNC = "torch.nn.SyncBatchNorm"
+ALL = "syncnorm"  # all ranks
+ALONE = "syncnorm per rank"  # each rank a group of one
+RELU = f"{ALONE}, relu"
+ADD_RELU = f"{ALONE}, add, relu"
+ALL_REDUCES = "two all-reduces"  # bare ones, of what forward and backward send
+ON_CPU = {LARGE: 1.1, SMALL: 1.4}  # float32, over the floor
+ON_GPU = 1.25
+
+
+WORDS = "targets (one: each rank alone; all: synchronized; all-reduces: two bare ones)"
+
+
+class Verdict(NamedTuple):
+    """A target and what was measured: `value`, a ratio of times, is to be at most `limit`."""
+
+    target: str
+    value: float
+    limit: float
+    noisy: bool
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is met."""
+        return self.value <= self.limit
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the verdict as it is written to JSON."""
+        return {**self._asdict(), "met": self.met}
+
+    def cells(self) -> list[str]:
+        """Return the verdict as it is printed."""
+        verdict = "met" if self.met else "MISSED"
+        return [self.target, f"{self.value:.2f}", f"<= {self.limit:.3g}", verdict + ", noisy" * self.noisy]
+
+    def cell(self) -> str:
+        """Return the same in one cell."""
+        _, value, limit, verdict = self.cells()
+        return f"{value} ({limit})" if self.met else f"{value} ({limit}: {verdict})"
+
+
+def verdicts(case: Case, timings: Mapping[str, Timing], device: torch.device) -> Iterator[Verdict]:
+    """Yield the targets of a case, each with what was measured.
+
+    Args:
+        case: what was timed; the limits depend on it.
+        timings: by candidate; of several ranks, of a GPU, those of `ALL`, `TORCH_SYNC` too.
+        device: on which it was.
+    """
+
+    def time(name: str) -> float:
+        return timings[name].median
+
+    def verdict(target: str, value: float, limit: float, *names: str) -> Verdict:
+        return Verdict(target, value, limit, any(timings[name].noisy for name in names))
+
+    one = time(ALONE)
+    if case.kind == TINY:
+        yield verdict("one / nn.BatchNorm2d", one / time(MODULE), 1.5, ALONE, MODULE)
+        return
+    if device.type == "cuda":
+        yield verdict("one / floor", one / time(FLOOR), ON_GPU, ALONE, FLOOR)
+    elif case.dtype == torch.float32:
+        yield verdict("one / floor", one / time(FLOOR), ON_CPU[case.kind], ALONE, FLOOR)
+    if ALL in timings:
+        ideal = one + 1.15 * time(ALL_REDUCES)
+        yield verdict("all / (one + 1.15 all-reduces)", time(ALL) / ideal, 1.0, ALL, ALONE, ALL_REDUCES)
+    if device.type == "cpu":
+        limit = 1.0 if case.kind == LARGE else 1 / 1.5
+        if ALL in timings:
+            less = time(ALL) - time(ALL_REDUCES)
+            yield verdict("(all - all-reduces) / F.batch_norm", less / time(TORCH), limit, ALL, ALL_REDUCES, TORCH)
+        else:
+            yield verdict("one / F.batch_norm", one / time(TORCH), limit, ALONE, TORCH)
+    if TORCH_SYNC in timings:
+        synchronized = ALL if ALL in timings else ALONE
+        value = time(synchronized) / time(TORCH_SYNC)
+        yield verdict("all / torch.nn.SyncBatchNorm", value, 1 / 1.5, synchronized, TORCH_SYNC)
+    yield verdict("one, relu / one", time(RELU) / one, 1.05, RELU, ALONE)
+    yield verdict("one, add, relu / one", time(ADD_RELU) / one, 1.05, ADD_RELU, ALONE)
