@@ -23,7 +23,7 @@ them to the input again: double backward, and any order above it, is the same co
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def made_by_relu(tensor: Tensor) -> bool:
         return False
     node: Any = tensor.grad_fn
     by_us = isinstance(node, _Normalize._backward_cls)
-    return by_us and node.activation == "relu" and tensor._version == 0
+    return by_us and node.plan.activation == "relu" and tensor._version == 0
 
 
 def _apply(
@@ -91,9 +91,20 @@ def _apply(
     eps_outside: bool,
     epilogue: Epilogue,
 ) -> Tensor:
-    activation, residual, inplace = epilogue
-    options = (mask, moments.centered, eps_outside, activation, inplace)
-    return _Normalize.apply(input, weight, bias, residual, moments.values, eps, group, *options)[0]  # type: ignore[no-any-return, no-untyped-call]
+    plan = _Plan(eps, group, mask, moments.centered, eps_outside, epilogue.activation, epilogue.inplace)
+    return _Normalize.apply(input, weight, bias, epilogue.residual, moments.values, plan)[0]  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Plan(NamedTuple):
+    """What a normalization does, but for the tensors that autograd follows."""
+
+    eps: float
+    group: Communicator | None  # None: the moments are constants
+    mask: Tensor | None
+    centered: bool
+    eps_outside: bool
+    activation: str | None
+    inplace: bool
 
 
 class _Normalize(Function):
@@ -105,59 +116,68 @@ class _Normalize(Function):
         bias: Tensor | None,
         residual: Tensor | None,
         moments: Tensor,
-        eps: float,
-        group: Communicator | None,  # None: the moments are constants
-        mask: Tensor | None,
-        centered: bool,
-        eps_outside: bool,
-        activation: str | None,
-        inplace: bool,
+        plan: _Plan,
     ) -> tuple[Tensor, Tensor]:
-        epilogue = Epilogue(activation, residual, inplace)
+        inplace, constant = plan.inplace, plan.group is None
+        epilogue = Epilogue(plan.activation, residual, inplace)
         output, statistics, signs = kernels.select(input).normalize(
-            input, moments, weight, bias, eps, eps_outside=eps_outside, epilogue=epilogue
+            input, moments, weight, bias, plan.eps, eps_outside=plan.eps_outside, epilogue=epilogue
         )
         if inplace:
             ctx.mark_dirty(input)
-        if group is None:
+        if constant:
             ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         kept = residual if epilogue.keeps_residual else signs
-        saved = output if inplace else input
-        count = None if group is None else moments[-1:]
-        ctx.save_for_backward(saved, weight, bias if epilogue.needs_bias else None, kept, statistics, count, mask)
-        ctx.group, ctx.centered, ctx.eps_outside = group, centered, eps if eps_outside else 0.0
-        ctx.activation, ctx.inplace = activation, inplace
+        ctx.save_for_backward(
+            output if inplace else input,
+            weight,
+            bias if epilogue.needs_bias else None,
+            kept,
+            statistics,
+            None if constant else moments[-1:],
+            plan.mask,
+        )
+        ctx.plan = plan._replace(mask=None) if plan.mask is not None else plan
         return output, statistics
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output, grad_statistics = grads
         input, weight, bias, kept, statistics, count, mask = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias, needs_residual, *others = ctx.needs_input_grad
+        needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        plan = ctx.plan
         kernel = kernels.reference if torch.is_grad_enabled() else kernels.select(input)
-        epilogue = Epilogue(ctx.activation, kept, ctx.inplace)
+        epilogue = Epilogue(plan.activation, kept, plan.inplace)
         if grad_output is None:
             grad_output = torch.zeros_like(input)
         arguments = (grad_output, input, statistics, weight, bias)
-        sums = weighted = None
-        if needs_weight or needs_bias or (needs_input and ctx.group is not None):
-            sums, weighted = kernel.reduce_grad(*arguments, mask=mask, epilogue=epilogue)
-        if not needs_input or ctx.group is None:
-            weighted = None
-        else:
-            assert weighted is not None
+        sums = grad_weight = grad_bias = grad_input = grad_residual = None
+        if needs_weight or needs_bias or (needs_input and plan.group is not None):
+            parameter_grads, sums = kernel.reduce_grad(*arguments, mask=mask, epilogue=epilogue)
+            grad_bias = parameter_grads[0] if needs_bias else None
+            grad_weight = parameter_grads[1] if needs_weight else None
+        if needs_input and plan.group is not None:
+            assert sums is not None
             if grad_statistics is not None:  # of a backward pass through this backward pass
-                weighted = weighted + grad_statistics * torch.stack([-1 / statistics[1], statistics[1]])
-            weighted = _all_reduce(weighted, ctx.group) if ctx.centered else _second_all_reduced(weighted, ctx.group)
-        grad_input, grad_residual = None, grad_output if needs_residual else None
+                sums = sums + grad_statistics * torch.stack([-1 / statistics[1], statistics[1]])
+            sums = _all_reduce(sums, plan.group) if plan.centered else _second_all_reduced(sums, plan.group)
+        else:
+            sums = None
+        if needs_residual:
+            grad_residual = grad_output
         if needs_input or (needs_residual and kept is not None):
-            options = {"centered": ctx.centered, "eps_outside": ctx.eps_outside, "mask": mask, "epilogue": epilogue}
-            grad_input, passed = kernel.grad_input(*arguments, weighted, count, **options)
+            grad_input, passed = kernel.grad_input(
+                *arguments,
+                sums,
+                count,
+                centered=plan.centered,
+                eps_outside=plan.eps if plan.eps_outside else 0.0,
+                mask=mask,
+                epilogue=epilogue,
+            )
             grad_residual = grad_residual if passed is None else passed
-        grad_bias = sums[0] if sums is not None and needs_bias else None  # autograd casts to the parameter's dtype
-        grad_weight = sums[1] if sums is not None and needs_weight else None
-        return grad_input, grad_weight, grad_bias, grad_residual, *[None] * len(others)
+        return grad_input, grad_weight, grad_bias, grad_residual, None, None
 
 
 class _AllReduce(Function):

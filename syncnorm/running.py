@@ -14,7 +14,6 @@ from .moments import Moments
 __all__ = ["update"]
 
 
-@torch.no_grad()
 def update(
     running_mean: Tensor | None,
     running_var: Tensor | None,

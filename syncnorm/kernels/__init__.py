@@ -69,7 +69,7 @@ class Kernels(Protocol):
         mask: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
     ) -> tuple[Tensor, Tensor]:
-        """Gradient, input and [mean, invstd] -> [Σ dz, Σ dz * x̂], and the same times weight."""
+        """Gradient, input and [mean, invstd] -> gradients of bias and weight, and [Σ dz, Σ dz * x̂] times weight."""
         ...
 
     def grad_input(
@@ -101,6 +101,8 @@ def select(tensor: Tensor) -> Kernels:
     """
     if type(tensor) not in _PLAIN or torch.compiler.is_compiling():
         return reference
+    if tensor.is_cpu:  # asking for the device's type takes longer
+        return _implementation("cpu", tensor.dtype)
     return _implementation(tensor.device.type, tensor.dtype)
 
 

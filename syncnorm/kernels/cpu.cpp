@@ -103,7 +103,8 @@ struct ReduceGradArguments {
     Parameters parameters;
     Epilogue epilogue;
     const void *mask;
-    double *sums, *weighted;  // (2, C) each
+    void *sums;        // (2, C), of the type of the weight, or double
+    double *weighted;  // (2, C)
 };
 
 struct GradInputArguments {
@@ -424,6 +425,18 @@ inline void parameter(const void *from, int64_t dtype, int64_t channels, double 
     else
         parameter(static_cast<const fp16 *>(from), channels, to);
 }
+
+inline void to_parameter(const double *from, int64_t dtype, int64_t channels, void *to, int64_t place) {
+    for (int64_t c = 0; c < channels; ++c) {
+        float single_value = static_cast<float>(from[c]);
+        if (dtype == FLOAT32) static_cast<float *>(to)[place + c] = single_value;
+        else if (dtype == FLOAT64) static_cast<double *>(to)[place + c] = from[c];
+        else if (dtype == BFLOAT16) static_cast<bf16 *>(to)[place + c] = to_bf16(single_value);
+        else convert(&single_value, static_cast<fp16 *>(to) + place + c, 1);
+    }
+}
+
+inline int64_t size_of(int64_t dtype) { return dtype == FLOAT32 ? 4 : dtype == FLOAT64 ? 8 : 2; }
 
 // The mask of a segment: a weight for each of its values.
 template <class R> const R *weights(const R *mask, const Walk &walk, int64_t at, int64_t n, R *buffer) {
@@ -920,8 +933,9 @@ template <class T> struct Backward {
 template <class T> int reduce_grad(const ReduceGradArguments &a) {
     using R = typename Arithmetic<T>::type;
     int64_t channels = a.shape.c;
+    int64_t sums_dtype = a.parameters.weight ? a.parameters.dtype : FLOAT64;
     if (a.shape.values() == 0) {
-        memset(a.sums, 0, 2 * channels * sizeof(double));
+        memset(a.sums, 0, 2 * channels * size_of(sums_dtype));
         memset(a.weighted, 0, 2 * channels * sizeof(double));
         return 0;
     }
@@ -940,13 +954,15 @@ template <class T> int reduce_grad(const ReduceGradArguments &a) {
     double *weight = sums.sums;  // no longer needed; (entries,) holds (C,)
     parameter(a.parameters.weight, a.parameters.dtype, channels, 1, weight);
     const double *mean = a.statistics, *invstd = mean + channels;
+    double *sum = sums.sum, *product = sums.product;
     SIMD for (int64_t c = 0; c < channels; ++c) {
         double low = mean[c] - static_cast<R>(mean[c]);
-        a.sums[c] = sums.sum[c];
-        a.sums[channels + c] = (sums.product[c] - low * sums.sum[c]) * invstd[c];
-        a.weighted[c] = a.sums[c] * weight[c];
-        a.weighted[channels + c] = a.sums[channels + c] * weight[c];
+        product[c] = (product[c] - low * sum[c]) * invstd[c];
+        a.weighted[c] = sum[c] * weight[c];
+        a.weighted[channels + c] = product[c] * weight[c];
     }
+    to_parameter(sum, sums_dtype, channels, a.sums, 0);
+    to_parameter(product, sums_dtype, channels, a.sums, channels);
     return 0;
 }
 

@@ -157,17 +157,20 @@ def reduce_grad(
     x, shape = _dense(input)
     dy = _like(grad_output, x)
     weight, bias, parameters = _parameters(weight, bias)
-    kept, kept_arguments = _kept(epilogue, x)
+    kept, signs = _kept(epilogue, x)
     weights = _weights(mask, x)
-    sums = torch.empty((2, shape[1]), dtype=torch.float64)
-    weighted = torch.empty_like(sums)
+    sums = torch.empty((2, shape[1]), dtype=torch.float64 if weight is None else weight.dtype)
+    weighted = torch.empty((2, shape[1]), dtype=torch.float64)
     _reduce_grad(
         *shape,
         dy.data_ptr(),
         x.data_ptr(),
         statistics.data_ptr(),
         *parameters,
-        *kept_arguments,
+        _ACTIVATIONS[epilogue.activation],
+        _pointer(kept),
+        _pointer(signs),
+        epilogue.inplace,
         _pointer(weights),
         sums.data_ptr(),
         weighted.data_ptr(),
@@ -193,7 +196,7 @@ def grad_input(
     x, shape = _dense(input)
     dy = _like(grad_output, x)
     weight, bias, parameters = _parameters(weight, bias)
-    kept, kept_arguments = _kept(epilogue, x)
+    kept, signs = _kept(epilogue, x)
     weights = _weights(mask, x)
     dx = torch.empty_like(x)
     dz = None if epilogue.residual is None else torch.empty_like(x)
@@ -203,7 +206,10 @@ def grad_input(
         x.data_ptr(),
         statistics.data_ptr(),
         *parameters,
-        *kept_arguments,
+        _ACTIVATIONS[epilogue.activation],
+        _pointer(kept),
+        _pointer(signs),
+        epilogue.inplace,
         _pointer(weights),
         _pointer(None if count is None else sums),
         _pointer(count),
@@ -220,9 +226,9 @@ def _dense(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, bool, int, int]
     last = channels_last(tensor)
     if last is None:
         tensor, last = tensor.contiguous(), False
-    n, c = tensor.shape[:2]
-    s = tensor.numel() // (n * c) if n * c else 0
-    return tensor, (n, c, s, last, DTYPES[tensor.dtype], torch.get_num_threads())
+    shape, values = tensor.shape, tensor.numel()
+    n, c = shape[0], shape[1]
+    return tensor, (n, c, values // (n * c) if values else 0, last, DTYPES[tensor.dtype], torch.get_num_threads())
 
 
 def _like(grad_output: Tensor, x: Tensor) -> Tensor:
@@ -230,25 +236,29 @@ def _like(grad_output: Tensor, x: Tensor) -> Tensor:
     return dy if dy.dtype == x.dtype else dy.to(x.dtype)
 
 
-def _parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, tuple[int, int, int]]:
+def _parameters(
+    weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, tuple[int, int, int]]:
     """Return weight and bias, contiguous and of one dtype, and their Parameters."""
-    if weight is not None and not weight.is_contiguous():
+    if weight is not None:
         weight = weight.contiguous()
-    if bias is not None:
-        bias = bias.contiguous() if weight is None else bias.to(weight.dtype).contiguous()
-    one = bias if weight is None else weight
-    return weight, bias, (_pointer(weight), _pointer(bias), 0 if one is None else DTYPES[one.dtype])
+        if bias is None:
+            return weight, None, (weight.data_ptr(), 0, DTYPES[weight.dtype])
+        bias = (bias if bias.dtype == weight.dtype else bias.to(weight.dtype)).contiguous()
+        return weight, bias, (weight.data_ptr(), bias.data_ptr(), DTYPES[weight.dtype])
+    if bias is None:
+        return None, None, (0, 0, 0)
+    bias = bias.contiguous()
+    return None, bias, (0, bias.data_ptr(), DTYPES[bias.dtype])
 
 
-def _kept(epilogue: Epilogue, x: Tensor) -> tuple[Tensor | None, tuple[int, int, int, bool]]:
-    """Return what forward kept of the residual, and the Epilogue of a backward pass."""
-    kept = residual = signs = None
+def _kept(epilogue: Epilogue, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return what forward kept: the residual, or the signs."""
+    if epilogue.residual is None:
+        return None, None
     if epilogue.keeps_signs:
-        kept = signs = epilogue.residual
-    elif epilogue.residual is not None:
-        kept = residual = dense(epilogue.residual, like=x)
-    code = _ACTIVATIONS[epilogue.activation]
-    return kept, (code, _pointer(residual), _pointer(signs), epilogue.inplace)
+        return None, epilogue.residual
+    return dense(epilogue.residual, like=x), None
 
 
 def _weights(mask: Tensor | None, x: Tensor) -> Tensor | None:

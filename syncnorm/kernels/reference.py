@@ -57,6 +57,7 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.cat([mean, torch.addcmul(total_square, total, mean, value=-1).clamp_min(0), packed[-1:]])
 
 
+@torch.no_grad()
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,
@@ -115,7 +116,9 @@ def reduce_grad(
     mask: Tensor | None = None,
     epilogue: Epilogue = PLAIN,
 ) -> tuple[Tensor, Tensor]:
-    """Return [Σ dz, Σ dz * x̂], (2, C), and the same times weight, over all positions, masked ones too.
+    """Return [Σ dz, Σ dz * x̂], (2, C), in the dtype of weight, and the same times weight, in float64.
+
+    The sums are over all positions, masked ones too.
 
     x̂ = (x - mean) * invstd, and dz is the gradient with respect to z. Where mask and grad_output are 0, the input and
     the residual may hold anything: such a position adds nothing, and its dz is 0.
@@ -123,7 +126,7 @@ def reduce_grad(
     axes = _reduced_axes(input)
     centered, dz = _centered_and_grad(grad_output, input, statistics, weight, bias, mask, epilogue)
     sums = torch.stack([dz.sum(axes).double(), (dz * centered).sum(axes).double() * statistics[1]])
-    return sums, sums.clone() if weight is None else sums * weight
+    return (sums, sums.clone()) if weight is None else (sums.to(weight.dtype), sums * weight)
 
 
 def grad_input(
