@@ -158,7 +158,7 @@ def grad_input(
         count = _or_one(count)
         inside = 1 - eps_outside * invstd  # 0 where all values are, at which x is too
         slope = -invstd.square() * sums[1] / (count * torch.where(inside > 0, inside, 1))
-        dx = x_centered if mask is None else x_centered.masked_fill(mask == 0, 0)
+        dx = x_centered if mask is None else torch.where(mask == 0, 0, x_centered)  # masked_fill lays it out anew
         dx = dx * _per_channel(slope, dx)
         if centered:
             dx = dx - _per_channel(invstd * sums[0] / count, dx)
@@ -180,7 +180,7 @@ def _centered_and_grad(
     dy = grad_output.to(_compute_dtype(input))
     if inplace:  # input is y
         z = input.to(dy.dtype)
-        slope = torch.where(z > 0, 1.0, NEGATIVE_SLOPE if activation == "leaky_relu" else 1.0).to(z.dtype)
+        slope = _leaky_derivative(z) if activation == "leaky_relu" else torch.ones_like(z)
         z = z / slope if bias is None else z / slope - _per_channel(bias, z)
         scale = statistics[1] if weight is None else statistics[1] * weight
         inverse = torch.where(scale == 0, 0, 1 / scale)  # x cannot be had where the weight is 0, nor has it a gradient
@@ -211,6 +211,10 @@ def _gelu_tanh_derivative(z: Tensor) -> Tensor:
     return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh.square()) * slope
 
 
+def _leaky_derivative(z: Tensor) -> Tensor:
+    return torch.full_like(z, NEGATIVE_SLOPE).masked_fill(z > 0, 1)  # torch.where of two numbers would be float32
+
+
 def _silu_derivative(z: Tensor) -> Tensor:
     sigmoid = z.sigmoid()
     return sigmoid * (1 + z * (1 - sigmoid))
@@ -225,7 +229,7 @@ _ACTIVATE: dict[str | None, Callable[[Tensor], Tensor]] = {
 }
 _DERIVATIVE: dict[str | None, Callable[[Tensor], Tensor]] = {
     "relu": lambda z: (z > 0).to(z.dtype),
-    "leaky_relu": lambda z: torch.where(z > 0, 1.0, NEGATIVE_SLOPE).to(z.dtype),
+    "leaky_relu": _leaky_derivative,
     "silu": _silu_derivative,
     "gelu_tanh": _gelu_tanh_derivative,
 }
