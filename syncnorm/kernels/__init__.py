@@ -5,9 +5,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+import importlib
+import os
+from typing import Protocol, cast
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import reference
 from .epilogue import ACTIVATIONS, PLAIN, Epilogue
@@ -89,5 +94,40 @@ class Kernels(Protocol):
 
 
 def select(tensor: Tensor) -> Kernels:
-    """Return the implementation for a tensor."""
-    return reference
+    """Return the implementation for a tensor: that of its device, or what the variable SYNCNORM_KERNELS asks for.
+
+    torch.compile and tensor subclasses get the reference, which is made of torch's own operations.
+
+    Raises:
+        RuntimeError: what SYNCNORM_KERNELS asks for is none of the implementations, or cannot be imported.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter):
+        return reference
+    asked = os.environ.get("SYNCNORM_KERNELS")
+    if asked:
+        return _implementation(asked)
+    return _triton_or_reference() if tensor.is_cuda and torch.version.hip is None else reference
+
+
+_INSTALL = {"reference": "syncnorm", "cpu": "syncnorm", "triton": "triton"}
+
+
+@functools.cache
+def _implementation(name: str) -> Kernels:
+    if name not in _INSTALL:
+        raise RuntimeError(f"expected SYNCNORM_KERNELS to be one of {', '.join(_INSTALL)}, got {name}")
+    try:
+        return cast(Kernels, importlib.import_module(f".{name}", __name__))
+    except ImportError as error:
+        raise RuntimeError(
+            f"the {name} kernels were asked for by SYNCNORM_KERNELS, and cannot be imported ({error}): "
+            f"pip install {_INSTALL[name]}"
+        ) from error
+
+
+@functools.cache
+def _triton_or_reference() -> Kernels:
+    try:
+        return cast(Kernels, importlib.import_module(".triton", __name__))
+    except ImportError:
+        return reference
