@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Parameter
 
 from . import reference
 from .epilogue import ACTIVATIONS, PLAIN, Epilogue
@@ -92,40 +94,38 @@ class Kernels(Protocol):
 
 
 def select(tensor: Tensor) -> Kernels:
-    """Return the implementation for a tensor: the fastest there is, or what SYNCNORM_KERNELS names.
+    """Return the implementation for a tensor: the fastest for its device, or what SYNCNORM_KERNELS asks for.
 
-    Tensors that are not what they seem, such as those of a compiler that traces the program, go to the reference.
+    The variable is read once. torch.compile and tensor subclasses get the reference, which is made of torch's own
+    operations, and so do tensors for which nothing faster is installed.
 
     Raises:
-        RuntimeError: SYNCNORM_KERNELS names an implementation that is missing or cannot take the tensor.
+        RuntimeError: what SYNCNORM_KERNELS asks for is none of the implementations, or cannot be imported.
     """
-    if type(tensor) not in _PLAIN or torch.compiler.is_compiling():
+    if type(tensor) not in (Tensor, Parameter) or torch.compiler.is_compiling():
         return reference
-    if tensor.is_cpu:  # asking for the device's type takes longer
-        return _implementation("cpu", tensor.dtype)
-    return _implementation(tensor.device.type, tensor.dtype)
+    return _implementation("cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)  # the type takes its time
+
+
+_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
+_OF_DTYPE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INSTALL = {"reference": "syncnorm", "cpu": "--no-cache-dir --force-reinstall --no-deps syncnorm", "triton": "triton"}
 
 
 @functools.cache
 def _implementation(device: str, dtype: torch.dtype) -> Kernels:
-    choice = os.environ.get("SYNCNORM_KERNELS")
-    if choice not in (None, "reference", "cpu"):
-        raise RuntimeError(f"expected SYNCNORM_KERNELS to be reference or cpu, got {choice!r}")
-    if choice == "reference" or dtype not in _DTYPES:
+    asked = os.environ.get("SYNCNORM_KERNELS")
+    name = asked or _OF_DEVICE.get(device, "reference")
+    if name not in _INSTALL:
+        raise RuntimeError(f"expected SYNCNORM_KERNELS to be one of {', '.join(_INSTALL)}, got {name}")
+    if name == "reference" or dtype not in _OF_DTYPE or (device == "cuda" and torch.version.hip is not None):
         return reference
-    if device == "cpu":
-        try:
-            from . import cpu
-        except OSError as error:
-            if choice == "cpu":
-                raise RuntimeError(
-                    f"expected the compiled kernels that SYNCNORM_KERNELS=cpu asks for, got {error}; install syncnorm "
-                    "where there is a C++ compiler: pip install --force-reinstall --no-deps syncnorm"
-                ) from None
+    try:
+        return cast(Kernels, importlib.import_module(f".{name}", __name__))
+    except ImportError as error:
+        if not asked:
             return reference
-        return cpu
-    return reference
-
-
-_PLAIN = (Tensor, nn.Parameter)
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        raise RuntimeError(
+            f"the {name} kernels were asked for by SYNCNORM_KERNELS, and cannot be imported ({error}): "
+            f"pip install {_INSTALL[name]}"
+        ) from error

@@ -13,6 +13,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+import zlib
 from pathlib import Path
 
 from setuptools import Command
@@ -114,10 +115,12 @@ def compile_library(library: Path) -> None:
         # Clang has an OpenMP runtime of its own: a second pool of threads, which torch.set_num_threads does not reach.
         raise OSError(f"expected GCC on Linux, got {compiler[0]}")
     sets = INSTRUCTION_SETS if "__x86_64__" in macros else ELSEWHERE
+    version = f"-DSYNCNORM_SOURCE={zlib.crc32(SOURCE.read_bytes())}u"  # by which cpu.py knows an outdated library
+    compile_flags = [*compiler, "-c", *FLAGS.split(), version]
     with tempfile.TemporaryDirectory() as directory:
         objects = {isa: f"{directory}/{isa}.o" for isa in sets}
         compilations = [
-            [*compiler, "-c", *FLAGS.split(), *flags.split(), f"-DSYNCNORM_ISA={isa}", str(SOURCE), "-o", objects[isa]]
+            [*compile_flags, *flags.split(), f"-DSYNCNORM_ISA={isa}", str(SOURCE), "-o", objects[isa]]
             for isa, flags in sets.items()
         ]
         run_at_once(compilations)

@@ -565,7 +565,7 @@ template <class R> struct Vector {  // what a register holds, wherever it lies i
     static constexpr int64_t size = VECTOR / sizeof(R);
 };
 
-template <class R> inline R across(typename Vector<R>::type vector) {  // the sum of its values
+template <class R> inline R across(const typename Vector<R>::type &vector) {  // the sum of its values
     R values[Vector<R>::size];
     memcpy(values, &vector, sizeof(values));
     for (int64_t half = Vector<R>::size / 2; half; half /= 2)
@@ -1091,6 +1091,8 @@ EXPORT(unpack)(const PackArguments *arguments) {
 }
 
 #ifdef SYNCNORM_DISPATCH
+extern "C" __attribute__((visibility("default"))) uint32_t syncnorm_source() { return SYNCNORM_SOURCE; }
+
 extern "C" __attribute__((visibility("default"))) const char *syncnorm_isa() {  // the best of this machine
 #if defined(__x86_64__)
     __builtin_cpu_init();

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,20 @@ LIBRARY = Path(__file__).with_name("libsyncnorm_cpu.so")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}
 
-_library = ctypes.CDLL(str(LIBRARY))  # raises OSError where it was not built
+
+def _load() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        raise ImportError(f"expected compiled kernels, got {error}; there was no compiler at installation?") from None
+    source = LIBRARY.with_name("cpu.cpp")  # is there in a checkout alone
+    library.syncnorm_source.restype = ctypes.c_uint32
+    if source.exists() and library.syncnorm_source() != zlib.crc32(source.read_bytes()):
+        raise RuntimeError(f"expected {LIBRARY} to be compiled from {source} as it is now; pip install --editable .")
+    return library
+
+
+_library = _load()
 _library.syncnorm_isa.restype = ctypes.c_char_p
 ISA: str = os.environ.get("SYNCNORM_ISA") or _library.syncnorm_isa().decode()
 

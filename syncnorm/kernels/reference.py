@@ -160,7 +160,7 @@ def grad_input(
         count = _or_one(count)
         inside = 1 - eps_outside * invstd  # 0 where all values are, at which x is too
         slope = -invstd.square() * sums[1] / (count * torch.where(inside > 0, inside, 1))
-        dx = x_centered if mask is None else x_centered.masked_fill(mask == 0, 0)
+        dx = x_centered if mask is None else torch.where(mask == 0, 0, x_centered)  # masked_fill lays it out anew
         dx = dx * _per_channel(slope, dx)
         if centered:
             dx = dx - _per_channel(invstd * sums[0] / count, dx)
@@ -184,7 +184,7 @@ def _centered_and_grad(
     void = None if mask is None else (mask == 0) & (dy == 0)  # where z and x may be no numbers
 
     def filled(values: Tensor) -> Tensor:
-        return values if void is None else values.masked_fill(void, 0)
+        return values if void is None else torch.where(void, 0, values)  # masked_fill would lay it out anew
 
     if inplace:  # input is y
         z = y = filled(input.to(dy.dtype))

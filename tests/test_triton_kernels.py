@@ -1,0 +1,518 @@
+"""The Triton kernels against the reference: in Triton's interpreter on the CPU, and on a GPU where there is one.
+
+The interpreter has to be chosen before Triton is imported, so what is checked runs in a process of its own.
+"""
+
+import itertools
+import os
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from test_package import run_python
+
+import syncnorm
+from syncnorm.kernels import ACTIVATIONS, Epilogue, reference
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICE = "cpu"  # of the process that checks
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+SMALL = {  # divides small tensors among several programs and tiles
+    "TILE_BYTES": 1024,
+    "REDUCING_PROGRAMS": 6,
+    "MAPPING_PROGRAMS": 6,
+    "TILES_IN_ONE_RUN": 1,
+    "CHANNELS_LAST_BYTES": (64, 64),
+    "CONTIGUOUS_BYTES": 64,
+    "FINISHING_BLOCK": (2, 8),
+    "CHANNEL_BLOCK": 8,
+    "RUNNING_BLOCK": 8,
+    "BITS_BLOCK": 8,
+}
+DIVISIONS = [(torch.float64, {}), (torch.float32, SMALL), (torch.float16, {}), (torch.bfloat16, SMALL)]
+SHAPES = {  # and whether the channels are innermost
+    "odd": ((5, 3, 7, 9), False),
+    "odd-channels-last": ((5, 3, 7, 9), True),
+    "whole-bytes": ((3, 17, 4, 6), False),
+    "whole-bytes-channels-last": ((3, 24, 3, 5), True),
+    "no-trailing-axes": ((37, 5), False),
+    "three-trailing-axes": ((2, 20, 2, 3, 3), True),
+    "one-channel": ((3, 1, 11), False),
+    "long": ((1, 2, 1500), False),
+    "no-samples": ((0, 4, 3), False),
+}
+
+
+def start(device):
+    """Prepare the process that checks."""
+    global DEVICE
+    DEVICE = device
+    torch.set_num_threads(1)
+    os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def on(request):
+    """Return what calls `check(*args)` in a process where the kernels run on a device."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=start, initargs=(request.param,)) as pool:
+        yield lambda check, *args: pool.submit(check, *args).result(timeout=100)
+
+
+def kernels():
+    from syncnorm.kernels import triton
+
+    return triton
+
+
+@contextmanager
+def constants(values):
+    """Give other values to constants of the kernels."""
+    with ExitStack() as stack:
+        for name, value in values.items():
+            stack.enter_context(mock.patch.object(kernels(), name, value))
+        yield
+
+
+def random(name, dtype, seed=0):
+    """Return a tensor of a shape and memory format of SHAPES."""
+    shape, last = SHAPES[name]
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype) + 0.5
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+
+
+def parameters(channels):
+    return torch.linspace(0.5, 1.5, channels, device=DEVICE), torch.linspace(-1, 1, channels, device=DEVICE)
+
+
+def masks(x):
+    """Return masks for (N, C, *): none, boolean, and of weights; the second broadcasts along an axis."""
+    size = (x.shape[0], 1, *x.shape[2:-1], 1)[: x.dim()]
+    generator = torch.Generator().manual_seed(3)
+    boolean = torch.rand(size, generator=generator).to(DEVICE) > 0.4
+    weights = torch.rand(x.shape[0], 1, *x.shape[2:], generator=generator).to(DEVICE)
+    return [None, boolean, torch.where(weights > 0.3, weights, 0)]
+
+
+def assert_same(actual, expected, tolerance):
+    """Compare a result, or a tuple of them, with the reference's; tolerance is relative to the largest value."""
+    if expected is None or isinstance(expected, tuple):
+        assert type(actual) is type(expected)
+        for pair in zip(actual or (), expected or (), strict=True):
+            assert_same(*pair, tolerance)
+        return
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert actual.stride() == expected.stride() or 1 in actual.shape or 0 in actual.shape
+    largest = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * largest)
+
+
+def compare(name, *args, tolerance, **options):
+    """Compare a function of the kernels with the reference's; return what that gives."""
+    copies = [arg.clone() if options.get("epilogue", Epilogue()).inplace and arg is args[0] else arg for arg in args]
+    expected = getattr(reference, name)(*args, **options)
+    assert_same(getattr(kernels(), name)(*copies, **options), expected, tolerance)
+    return expected
+
+
+def check_moments(name, dtype, division):
+    x = random(name, dtype)
+    with constants(division):
+        for mask in masks(x):
+            moments = compare("moments", x, mask, tolerance=1e-12 if dtype == torch.float64 else 1e-6)
+            packed = compare("pack", moments, tolerance=1e-14)
+            compare("unpack", packed, tolerance=1e-14)
+
+
+@pytest.mark.parametrize(("dtype", "division"), DIVISIONS, ids=map(str, TOLERANCE))
+@pytest.mark.parametrize("name", SHAPES)
+def test_moments(on, name, dtype, division):
+    on(check_moments, name, dtype, division)
+
+
+def check_passes(name, dtype, division, epilogues):
+    """Compare normalize, reduce_grad and grad_input; these get what the reference's normalize kept."""
+    x, residual, dy = (random(name, dtype, seed) for seed in range(3))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = (parameter.to(wide) for parameter in parameters(x.shape[1]))
+    moments = reference.moments(x)
+    tolerance = TOLERANCE[dtype]
+    options = {"tolerance": tolerance}
+    with constants(division):
+        for activation, adds in epilogues:
+            epilogue = Epilogue(activation, residual if adds else None)
+            _, statistics, signs = compare("normalize", x, moments, weight, bias, 1e-5, epilogue=epilogue, **options)
+            kept = Epilogue(activation, residual if epilogue.keeps_residual else signs)
+            arguments = (dy, x, statistics, weight, bias if kept.needs_bias else None)
+            for mask in masks(x)[::2] if epilogues == FEW else [None]:
+                backward = {"mask": mask, "epilogue": kept, "tolerance": tolerance}
+                sums = compare("reduce_grad", *arguments, **(backward | {"tolerance": min(tolerance, 1e-5)}))[1]
+                compare("grad_input", *arguments, sums, moments[-1:], **backward)
+            compare("grad_input", *arguments, None, None, epilogue=kept, **options)
+
+
+ALL = list(itertools.product(ACTIVATIONS, [False, True]))
+FEW = [(None, False), ("relu", True)]
+
+
+@pytest.mark.parametrize(("dtype", "division"), DIVISIONS, ids=map(str, TOLERANCE))
+@pytest.mark.parametrize("name", SHAPES)
+def test_passes(on, name, dtype, division):
+    on(check_passes, name, dtype, division, FEW)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["odd", "whole-bytes-channels-last"])
+def test_epilogues(on, name, dtype):
+    on(check_passes, name, dtype, {}, ALL)
+
+
+def check_options():
+    x, dy = random("odd", torch.float32), random("odd-channels-last", torch.float32, 1)  # dy is brought to x's format
+    weight, bias = parameters(3)
+    moments = reference.moments(x)
+    about_zero = torch.cat([torch.zeros_like(moments[:3]), reference.pack(moments)[3:]])
+    tolerance = 3e-6
+    half = weight.to(torch.bfloat16), bias.to(torch.float16)
+    strided = torch.stack([weight, bias], 1)
+    for m, centered, outside, parameter in itertools.product(
+        (moments, about_zero), (True, False), (True, False), ((None, None), half, (strided[:, 0], None))
+    ):
+        statistics = compare("normalize", x, m, *parameter, 0.1, eps_outside=outside, tolerance=tolerance)[1]
+        sums = compare("reduce_grad", dy, x, statistics, *parameter, tolerance=tolerance)[1]
+        options = {"centered": centered, "eps_outside": 0.1 if outside else 0.0, "tolerance": tolerance}
+        compare("grad_input", dy, x, statistics, *parameter, sums, m[-1:], **options)
+    constant = torch.full_like(x, 2)
+    statistics = compare("normalize", constant, reference.moments(constant), weight, bias, 1e-5, tolerance=tolerance)[1]
+    compare("grad_input", dy, constant, statistics, weight, bias, sums, m[-1:], eps_outside=1e-5, tolerance=tolerance)
+
+
+def test_options(on):
+    on(check_options)
+
+
+def check_inplace(name, activation):
+    epilogue = Epilogue(activation, inplace=True)
+    x, dy = random(name, torch.float32), random(name, torch.float32, 1)
+    weight, bias = parameters(x.shape[1])
+    weight[0] = 0
+    moments = reference.moments(x)
+    mine = x.clone()
+    y, statistics, _ = kernels().normalize(mine, moments, weight, bias, 1e-5, epilogue=epilogue)
+    assert y is mine
+    assert_same(y, reference.normalize(x, moments, weight, bias, 1e-5, epilogue=epilogue)[0], 3e-6)
+    for mask in masks(x):
+        arguments = (dy, y, statistics, weight, bias)
+        sums = compare("reduce_grad", *arguments, mask=mask, epilogue=epilogue, tolerance=1e-5)[1]
+        compare("grad_input", *arguments, sums, moments[-1:], mask=mask, epilogue=epilogue, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+@pytest.mark.parametrize("name", ["odd", "odd-channels-last"])
+def test_inplace(on, name, activation):
+    on(check_inplace, name, activation)
+
+
+def check_other_layouts():
+    """Neither contiguous nor channels-last: permuted, expanded, every other value; residual and mask too."""
+    base = random("odd", torch.float32)
+    for x in (base.permute(1, 0, 3, 2), base[:, :, :1].expand(5, 3, 7, 9), base[..., ::2]):
+        weight, bias = parameters(x.shape[1])
+        moments = compare("moments", x, masks(x)[1], tolerance=1e-6)
+        epilogue = Epilogue("relu", x * 2)
+        y, statistics, signs = kernels().normalize(x, moments, weight, bias, 1e-5, epilogue=epilogue)
+        expected = reference.normalize(x, moments, weight, bias, 1e-5, epilogue=epilogue)
+        torch.testing.assert_close(y, expected[0])
+        assert torch.equal(signs, expected[2])
+        arguments = (torch.ones_like(x), x, statistics, weight, None)
+        sums = compare("reduce_grad", *arguments, epilogue=Epilogue("relu", signs), tolerance=1e-5)[1]
+        for actual, dx in zip(
+            kernels().grad_input(*arguments, sums, moments[-1:], epilogue=Epilogue("relu", signs)),
+            reference.grad_input(*arguments, sums, moments[-1:], epilogue=Epilogue("relu", signs)),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual, dx, rtol=1e-5, atol=1e-5)
+    x = base.permute(0, 1, 3, 2)
+    expected = reference.normalize(x, moments := reference.moments(x), None, None, 1e-5)[0]
+    kernels().normalize(x, moments, None, None, 1e-5, epilogue=Epilogue(inplace=True))
+    torch.testing.assert_close(x, expected)
+
+
+def test_other_layouts(on):
+    on(check_other_layouts)
+
+
+def check_running(dtype, counted, momentum):
+    moments = reference.moments(random("three-trailing-axes", torch.float32))
+    for m in (moments, torch.zeros_like(moments)):
+        with constants(SMALL):
+            buffers = []
+            for implementation in (kernels(), reference):
+                both = torch.stack(parameters(20)).to(dtype).t().contiguous().t()  # whose rows have a stride
+                tracked = torch.tensor(3, device=DEVICE) if counted else None
+                implementation.update_running(both[0], both[1], tracked, m, momentum)
+                buffers.append((both, tracked))
+        (actual, tracked), (expected, count) = buffers
+        rounding = {
+            torch.float64: 1e-15,
+            torch.bfloat16: 2**-7 if DEVICE == "cpu" else 0,
+        }  # the interpreter cuts bits off
+        torch.testing.assert_close(actual, expected, rtol=rounding.get(dtype, 0), atol=0)
+        assert tracked == count
+
+
+@pytest.mark.parametrize(("counted", "momentum"), [(True, 0.1), (True, 0.75), (False, 0.1), (True, None)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_update_running(on, dtype, counted, momentum):
+    on(check_running, dtype, counted, momentum)
+
+
+def check_masked_values_may_be_anything():
+    x, mask = random("odd", torch.float32), masks(random("odd", torch.float32))[2]
+    hidden = x.masked_fill(mask == 0, torch.nan)
+    assert torch.equal(kernels().moments(hidden, mask), kernels().moments(x, mask))
+    weight, bias = parameters(3)
+    dy = random("odd", torch.float32, 1).masked_fill(mask == 0, 0)
+    statistics = reference.normalize(x, moments := reference.moments(x, mask), weight, bias, 1e-5)[1]
+    sums = kernels().reduce_grad(dy, hidden, statistics, weight, bias, mask=mask)[1]
+    assert_same(sums, reference.reduce_grad(dy, x, statistics, weight, bias, mask=mask)[1], 3e-6)
+    arguments = (statistics, weight, bias, sums, moments[-1:])
+    dx = kernels().grad_input(dy, hidden, *arguments, mask=mask)[0]
+    assert_same(dx, reference.grad_input(dy, x, *arguments, mask=mask)[0], 3e-6)
+    x[0, 1, 0, 0] = torch.nan
+    moments = kernels().moments(x)
+    assert moments.isnan().tolist() == [False, True, False] * 2 + [False]
+    statistics = kernels().normalize(x, moments, weight, bias, 1e-5, epilogue=Epilogue("relu"))
+    assert statistics[0].isnan().flatten(2).all(2).tolist() == [[False, True, False]] * 5
+
+
+def test_masked_values_may_be_anything_and_others_not(on):
+    on(check_masked_values_may_be_anything)
+
+
+def errors(ratio, begins_with_zeros):
+    """Return the largest error of y, of torch's and of the kernels', for data of a mean/std against float64."""
+    x = torch.randn(4, 2, 600, generator=torch.Generator().manual_seed(0)) + ratio
+    if begins_with_zeros:  # what a shift taken from the first values would not survive
+        x[:1] = 0
+    x = x.to(DEVICE)
+    mask = None if not begins_with_zeros else (torch.arange(4) > 0).view(4, 1, 1).to(DEVICE)
+    valid = x if mask is None else x[1:]
+    expected = F.batch_norm(valid.double().cpu(), None, None, training=True)
+    with constants(SMALL):
+        moments = kernels().unpack(kernels().pack(kernels().moments(x, mask)))
+        y = kernels().normalize(valid, moments, None, None, 1e-5)[0]
+    return [(result.cpu().double() - expected).abs().max().item() for result in (F.batch_norm(valid, *NONE), y)]
+
+
+NONE = (None, None, None, None, True)
+
+
+@pytest.mark.parametrize("begins_with_zeros", [False, True])
+@pytest.mark.parametrize(("ratio", "bound"), [(0, 2e-6), (1e4, 2e-6), (1e6, 5e-4)])
+def test_error_at_a_large_mean(on, ratio, bound, begins_with_zeros):
+    of_torch, mine = on(errors, ratio, begins_with_zeros)
+    assert mine < bound
+    assert ratio == 0 or of_torch > bound
+
+
+@contextmanager
+def chosen(implementation):
+    """Let `select` choose an implementation, as if SYNCNORM_KERNELS had asked for it from the beginning."""
+    with mock.patch.dict(os.environ, SYNCNORM_KERNELS=implementation):
+        syncnorm.kernels._implementation.cache_clear()
+        yield
+    syncnorm.kernels._implementation.cache_clear()
+
+
+def training_step(implementation):
+    """Return y, gradients and buffers of two steps of a layer with all that it can do."""
+    torch.manual_seed(0)
+    layer = syncnorm.SyncBatchNorm(3, activation="relu", device=DEVICE)
+    x = random("odd-channels-last", torch.float32).requires_grad_()
+    residual = random("odd-channels-last", torch.float32, 1).requires_grad_()
+    with chosen(implementation):
+        for mask in masks(x)[:2]:
+            y = layer(x, residual=residual, mask=None if mask is None else mask[:, 0].expand(5, 7, 9))
+            y.backward(random("odd", torch.float32, 2))
+    return [t.detach().cpu() for t in (y, x.grad, residual.grad, layer.weight.grad, layer.bias.grad, *layer.buffers())]
+
+
+def test_training_step(on):
+    for actual, expected in zip(on(training_step, "triton"), on(training_step, "reference"), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here():
+    """What the interpreter runs need not compile. Every kernel does, for each way through it, down to machine code."""
+    code = f"""
+    import sys
+    sys.path.insert(0, {os.path.dirname(__file__)!r})
+    from test_triton_kernels import compile_all
+    print(compile_all())
+    """
+    assert int(run_python(code, TRITON_INTERPRET="0", TRITON_DEFAULT_FP_FUSION="1")) >= 10
+
+
+def compile_all():
+    """Call the kernels with a driver that compiles and does not launch; return how many different ones there were."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    target = GPUTarget("cuda", 90, 32)
+    answers = {"get_current_target": lambda: target, "get_current_device": lambda: 0, "get_current_stream": lambda _: 0}
+    triton.runtime.driver.set_active(mock.Mock(**answers))
+    names = set()
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        assert run(self, *args, grid=grid, warmup=True, **options).asm["cubin"]
+        names.add(self.__name__)
+
+    with mock.patch.object(JITFunction, "run", compile_only):
+        for name, dtype, activation, adds, inplace in (
+            ("odd", torch.float32, None, False, True),
+            ("odd-channels-last", torch.float16, "relu", True, False),
+            ("whole-bytes", torch.bfloat16, "relu", True, False),
+            ("whole-bytes-channels-last", torch.bfloat16, "leaky_relu", True, False),
+            ("long", torch.float64, "gelu_tanh", True, False),
+        ):
+            x = random(name, dtype)
+            weight, bias = parameters(x.shape[1])
+            epilogue = Epilogue(activation, x.clone() if adds else None, inplace)
+            with constants(SMALL if adds else {}):
+                for mask in masks(x):
+                    moments = kernels().unpack(kernels().pack(kernels().moments(x, mask)))
+                    _, statistics, signs = kernels().normalize(x, moments, weight, bias, 1e-5, epilogue=epilogue)
+                    kept = Epilogue(activation, epilogue.residual if signs is None else signs, inplace)
+                    options = {"mask": mask, "epilogue": kept}
+                    _, sums = kernels().reduce_grad(x, x, statistics, weight, bias, **options)
+                    kernels().grad_input(x, x, statistics, weight, bias, sums, moments[-1:], **options)
+        for momentum in (0.1, None):
+            kernels().update_running(weight, bias, torch.zeros((), dtype=torch.int64), moments, momentum)
+    return len(names)
+
+
+def test_the_environment_chooses():
+    code = """
+    import os, sys
+    import torch
+    from syncnorm import kernels
+    sys.modules["triton"] = None  # importing it raises ImportError
+    for os.environ["SYNCNORM_KERNELS"] in ("reference", "triton", "cuda"):
+        kernels._implementation.cache_clear()
+        try:
+            print(kernels.select(torch.zeros(2)).__name__)
+        except RuntimeError as error:
+            print(error)
+    del sys.modules["triton"]
+    kernels._implementation.cache_clear()
+    os.environ["SYNCNORM_KERNELS"] = "triton"
+    print(kernels.select(torch.zeros(2)).__name__)
+    """
+    reference, missing, unknown, triton = run_python(code).splitlines()
+    assert reference == "syncnorm.kernels.reference"
+    assert "the triton kernels were asked for by SYNCNORM_KERNELS, and cannot be imported" in missing
+    assert missing.endswith(": pip install triton")
+    assert unknown == "expected SYNCNORM_KERNELS to be one of reference, cpu, triton, got cuda"
+    assert triton == "syncnorm.kernels.triton"
+
+
+def test_subclasses_and_compiled_code_get_the_reference():
+    class Subclass(torch.Tensor):
+        pass
+
+    with chosen("triton"):
+        assert syncnorm.kernels.select(torch.zeros(2).as_subclass(Subclass)) is reference
+        with mock.patch("torch.compiler.is_compiling", return_value=True):
+            assert syncnorm.kernels.select(torch.zeros(2)) is reference
+
+
+if torch.cuda.is_available():
+
+    def model_and_data(memory_format=torch.contiguous_format, dtype=torch.float32):
+        torch.manual_seed(0)
+        layer = syncnorm.SyncBatchNorm(24, activation="relu", device="cuda")
+        x, residual, dy = (
+            torch.randn(16, 24, 14, 14, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
+            for _ in range(3)
+        )
+        return layer, x.requires_grad_(), residual.requires_grad_(), dy
+
+    def step(layer, x, residual, dy):
+        y = layer(x, residual=residual)
+        return y, *torch.autograd.grad(y, (x, residual, *layer.parameters()), dy)
+
+    FORMATS = [torch.contiguous_format, torch.channels_last]
+
+    def test_cuda_tensors_get_triton():
+        assert syncnorm.kernels.select(torch.zeros(2, device="cuda")).__name__ == "syncnorm.kernels.triton"
+
+    def test_a_training_step_does_not_wait_for_the_gpu():
+        arguments = model_and_data()
+        step(*arguments)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(*arguments)
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                arguments[1].sum().item()  # the negative control
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+    def test_a_graph_replays_a_training_step(memory_format):
+        arguments = model_and_data(memory_format)
+        _, x, residual, dy = arguments
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step(*arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(*arguments)
+        with torch.no_grad():
+            for t in (x, residual, dy):
+                t.copy_(torch.randn_like(t))
+        graph.replay()
+        for replayed, expected in zip(captured, step(*arguments), strict=True):
+            assert torch.equal(replayed, expected)
+
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+    def test_results_are_the_same_bits_at_each_run(memory_format, dtype):
+        arguments = model_and_data(memory_format, dtype)
+        expected = step(*arguments)
+        for _ in range(5):
+            assert all(map(torch.equal, step(*arguments), expected))
+
+    if torch.cuda.get_device_properties(0).total_memory > 40 << 30:
+
+        @pytest.mark.parametrize("shape", [(3, 2, 2**29 + 1), (2**29 + 3, 5)], ids=str)
+        def test_more_values_than_31_bits_count(shape):
+            """Zeros but for the last of all values, in both orders of memory."""
+            from syncnorm.kernels import triton
+
+            x = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+            last = (-1,) * len(shape)
+            x[last] = 1
+            channels = shape[1]
+            n = x.numel() // channels
+            moments = triton.moments(x)
+            expected = torch.zeros(2 * channels + 1, dtype=torch.float64)
+            expected[channels - 1], expected[2 * channels - 1], expected[2 * channels] = 1 / n, 1 - 1 / n, n
+            torch.testing.assert_close(moments.cpu(), expected, rtol=1e-6, atol=0)
+            y, statistics, _ = triton.normalize(x, moments, None, None, 1e-5)
+            assert y[last].item() == pytest.approx(statistics[1, -1].item(), rel=1e-2)
+            del y
+            sums = triton.reduce_grad(x, x, statistics, None, None)[0]
+            assert sums[0].tolist() == [0] * (channels - 1) + [1]
+            dx = triton.grad_input(x, x, statistics, None, None, None, None)[0]
+            assert dx[last].item() == pytest.approx(statistics[1, -1].item(), rel=1e-2)
