@@ -119,7 +119,8 @@ class _Normalize(Function):
         plan: _Plan,
     ) -> tuple[Tensor, Tensor]:
         inplace, constant = plan.inplace, plan.group is None
-        epilogue = Epilogue(plan.activation, residual, inplace)
+        plain = plan.activation is None and residual is None and not inplace
+        epilogue = PLAIN if plain else Epilogue(plan.activation, residual, inplace)
         output, statistics, signs = kernels.select(input).normalize(
             input, moments, weight, bias, plan.eps, eps_outside=plan.eps_outside, epilogue=epilogue
         )
@@ -148,7 +149,8 @@ class _Normalize(Function):
         needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         plan = ctx.plan
         kernel = kernels.reference if torch.is_grad_enabled() else kernels.select(input)
-        epilogue = Epilogue(plan.activation, kept, plan.inplace)
+        plain = plan.activation is None and not plan.inplace
+        epilogue = PLAIN if plain else Epilogue(plan.activation, kept, plan.inplace)
         if grad_output is None:
             grad_output = torch.zeros_like(input)
         arguments = (grad_output, input, statistics, weight, bias)

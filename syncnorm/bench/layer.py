@@ -140,13 +140,12 @@ def main(files: report.Files, quick: bool = False, only: str = "", with_compiled
 
 
 def measure(job: Job, listed: Sequence[Case], quick: bool, with_compiled: bool) -> Iterator[Result]:
-    """Time all candidates on the cases, then again on the large ones, with memory that is kept. Collective."""
+    """Time all candidates on the cases, then again with memory that is kept. Collective."""
     on_gpu = job.device.type == "cuda"
     for case in listed:
         yield _measured(job, case, memory.CACHED if on_gpu else memory.RETURNED, quick, with_compiled)
-    large = [case for case in listed if case.kind == LARGE]
-    if large and not on_gpu and memory.keep():
-        for case in large:
+    if not on_gpu and memory.keep():
+        for case in listed:
             yield _measured(job, case, memory.KEPT, quick, with_compiled)
 
 

@@ -21,6 +21,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -275,6 +279,21 @@ struct Fence {  // at its end, what was streamed is there for all threads
 #endif
     }
 };
+
+// Whether a result is better written past the caches: a large one is. But the pages of memory that was never touched are
+// cleared at the first access, which brings them into the caches anyhow; to stream there would move them twice.
+inline bool streams_to(const void *memory, int64_t bytes) {
+    if (bytes <= STREAMED) return false;
+#if defined(__linux__)
+    const int64_t page = sysconf(_SC_PAGESIZE);
+    for (int64_t part = 1; part < 4; ++part) {
+        intptr_t there = (reinterpret_cast<intptr_t>(memory) + bytes / 4 * part) / page * page;
+        unsigned char resident = 1;
+        if (mincore(reinterpret_cast<void *>(there), page, &resident) == 0 && !(resident & 1)) return false;
+    }
+#endif
+    return true;
+}
 
 // Where the segments of a result are computed, and how they get to their place: at once, or, past the caches, together.
 template <class T, class R> class Result {
@@ -854,7 +873,7 @@ template <class T> int normalize(const NormalizeArguments &a) {
     uint8_t *positives = scratch.array<uint8_t>(walk.threads * SEGMENT);
     if (signs) memset(signs, 0, (a.shape.values() + 7) / 8);
     AffineSegment<R> affine = affine_segment<R>(a.epilogue.activation, walk.by_period, residual);
-    bool streams = a.y != a.x && a.shape.values() * static_cast<int64_t>(sizeof(T)) > STREAMED;
+    bool streams = a.y != a.x && streams_to(a.y, walk.values * static_cast<int64_t>(sizeof(T)));
     in_parallel(walk.threads, [&](int64_t thread) {
         Fence fence;
         R *buffer = buffers + 4 * thread * SEGMENT;
@@ -1014,7 +1033,7 @@ template <class T> int grad_input(const GradInputArguments &a) {
                         static_cast<const T *>(a.epilogue.residual), static_cast<const R *>(a.mask), a.epilogue, walk, map,
                         buffers, direct};
     GradSegment<R> grad = walk.by_period ? grad_by<R, true>(direct && relu, a.mask) : grad_by<R, false>(direct && relu, a.mask);
-    bool streams = a.shape.values() * static_cast<int64_t>(sizeof(T)) > STREAMED;
+    bool streams = streams_to(a.dx, walk.values * static_cast<int64_t>(sizeof(T)));
     in_parallel(walk.threads, [&](int64_t thread) {
         Fence fence;
         R *buffer = buffers + (5 * walk.threads + 4 * thread) * SEGMENT;

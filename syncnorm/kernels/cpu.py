@@ -25,6 +25,7 @@ __all__ = ["ISA", "grad_input", "moments", "normalize", "pack", "reduce_grad", "
 
 LIBRARY = Path(__file__).with_name("libsyncnorm_cpu.so")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_NOTHING_FOLLOWS = (0, 0, 0, False)
 _ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
@@ -132,26 +133,15 @@ def normalize(
     x, shape = _dense(input)
     weight, bias, parameters = _parameters(weight, bias)
     residual = signs = None
-    if epilogue.residual is not None:
-        residual = dense(epilogue.residual, like=x)
-        if epilogue.keeps_signs:
-            signs = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    what_follows = _NOTHING_FOLLOWS
+    if epilogue is not PLAIN:
+        residual = None if epilogue.residual is None else dense(epilogue.residual, like=x)
+        signs = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8) if epilogue.keeps_signs else None
+        what_follows = (_ACTIVATIONS[epilogue.activation], _pointer(residual), _pointer(signs), epilogue.inplace)
     y = x if epilogue.inplace else torch.empty_like(x)
     statistics = torch.empty((2, shape[1]), dtype=torch.float64)
-    _normalize(
-        *shape,
-        x.data_ptr(),
-        y.data_ptr(),
-        moments.data_ptr(),
-        *parameters,
-        eps,
-        eps_outside,
-        _ACTIVATIONS[epilogue.activation],
-        _pointer(residual),
-        _pointer(signs),
-        epilogue.inplace,
-        statistics.data_ptr(),
-    )
+    pointers = (x.data_ptr(), y.data_ptr(), moments.data_ptr())
+    _normalize(*shape, *pointers, *parameters, eps, eps_outside, *what_follows, statistics.data_ptr())
     if epilogue.inplace:
         y = input if x is input else input.copy_(x)
     return y, statistics, signs
@@ -171,24 +161,14 @@ def reduce_grad(
     x, shape = _dense(input)
     dy = _like(grad_output, x)
     weight, bias, parameters = _parameters(weight, bias)
-    kept, signs = _kept(epilogue, x)
+    kept, what_follows = _kept(epilogue, x)
     weights = _weights(mask, x)
     sums = torch.empty((2, shape[1]), dtype=torch.float64 if weight is None else weight.dtype)
     weighted = torch.empty((2, shape[1]), dtype=torch.float64)
-    _reduce_grad(
-        *shape,
-        dy.data_ptr(),
-        x.data_ptr(),
-        statistics.data_ptr(),
-        *parameters,
-        _ACTIVATIONS[epilogue.activation],
-        _pointer(kept),
-        _pointer(signs),
-        epilogue.inplace,
-        _pointer(weights),
-        sums.data_ptr(),
-        weighted.data_ptr(),
-    )
+    pointers = (dy.data_ptr(), x.data_ptr(), statistics.data_ptr())
+    results = (_pointer(weights), sums.data_ptr(), weighted.data_ptr())
+    _reduce_grad(*shape, *pointers, *parameters, *what_follows, *results)
+    del kept  # until here what_follows points to it
     return sums, weighted
 
 
@@ -210,34 +190,21 @@ def grad_input(
     x, shape = _dense(input)
     dy = _like(grad_output, x)
     weight, bias, parameters = _parameters(weight, bias)
-    kept, signs = _kept(epilogue, x)
+    kept, what_follows = _kept(epilogue, x)
     weights = _weights(mask, x)
     dx = torch.empty_like(x)
     dz = None if epilogue.residual is None else torch.empty_like(x)
-    _grad_input(
-        *shape,
-        dy.data_ptr(),
-        x.data_ptr(),
-        statistics.data_ptr(),
-        *parameters,
-        _ACTIVATIONS[epilogue.activation],
-        _pointer(kept),
-        _pointer(signs),
-        epilogue.inplace,
-        _pointer(weights),
-        _pointer(None if count is None else sums),
-        _pointer(count),
-        centered,
-        eps_outside,
-        dx.data_ptr(),
-        _pointer(dz),
-    )
+    pointers = (dy.data_ptr(), x.data_ptr(), statistics.data_ptr())
+    means = (0, 0) if sums is None or count is None else (sums.data_ptr(), count.data_ptr())
+    results = (centered, eps_outside, dx.data_ptr(), _pointer(dz))
+    _grad_input(*shape, *pointers, *parameters, *what_follows, _pointer(weights), *means, *results)
+    del kept  # until here what_follows points to it
     return dx, dz
 
 
 def _dense(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, bool, int, int]]:
     """Return the tensor, dense, and its Shape: N, C, S, channels_last, dtype, threads."""
-    last = channels_last(tensor)
+    last = False if tensor.is_contiguous() else channels_last(tensor)
     if last is None:
         tensor, last = tensor.contiguous(), False
     shape, values = tensor.shape, tensor.numel()
@@ -246,8 +213,9 @@ def _dense(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, bool, int, int]
 
 
 def _like(grad_output: Tensor, x: Tensor) -> Tensor:
-    dy = dense(grad_output, like=x)
-    return dy if dy.dtype == x.dtype else dy.to(x.dtype)
+    if grad_output.stride() == x.stride() and grad_output.dtype == x.dtype:
+        return grad_output
+    return torch.empty_like(x).copy_(grad_output)
 
 
 def _parameters(
@@ -266,13 +234,16 @@ def _parameters(
     return None, bias, (0, bias.data_ptr(), DTYPES[bias.dtype])
 
 
-def _kept(epilogue: Epilogue, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return what forward kept: the residual, or the signs."""
-    if epilogue.residual is None:
-        return None, None
-    if epilogue.keeps_signs:
-        return None, epilogue.residual
-    return dense(epilogue.residual, like=x), None
+def _kept(epilogue: Epilogue, x: Tensor) -> tuple[Tensor | None, tuple[int, int, int, bool]]:
+    """Return what forward kept of the residual, and the Epilogue of a backward pass."""
+    if epilogue is PLAIN:
+        return None, _NOTHING_FOLLOWS
+    kept, signs = epilogue.residual, epilogue.keeps_signs
+    if kept is not None and not signs:
+        kept = dense(kept, like=x)
+    pointer = _pointer(kept)
+    code = _ACTIVATIONS[epilogue.activation]
+    return kept, (code, 0 if signs else pointer, pointer if signs else 0, epilogue.inplace)
 
 
 def _weights(mask: Tensor | None, x: Tensor) -> Tensor | None:
