@@ -43,7 +43,7 @@ namespace {
 
 constexpr int64_t SEGMENT = 1024;         // values
 constexpr int64_t SMALLEST_PLANE = 16;    // values: smaller planes are walked by period
-constexpr int64_t SMALLEST_PERIOD = 64;   // values: shorter rows are taken several at a time
+constexpr int64_t SMALLEST_PERIOD = 512;   // values: shorter rows are taken several at a time
 constexpr int64_t ROWS_IN_SINGLE = 32;    // periods that are summed in R before they go to double
 constexpr int64_t VALUES_PER_THREAD = 32768;
 constexpr int64_t STREAMED = 4 << 20;     // bytes: a larger result is written past the caches
