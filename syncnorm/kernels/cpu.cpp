@@ -473,26 +473,54 @@ template <class R> const R *weights(const R *mask, const Walk &walk, int64_t at,
 
 // --------------------------------------------------------------------------------------------------------------- signs
 
-void write_signs(const uint8_t *positive, uint8_t *bits, int64_t at, int64_t n) {  // bits are 0 before
-    int64_t i = 0;
-    for (; i < n && (at + i) % 8; ++i) bits[(at + i) / 8] |= positive[i] << (at + i) % 8;
-    for (; i + 8 <= n; i += 8) {
-        uint64_t eight;
-        memcpy(&eight, positive + i, 8);
-        bits[(at + i) / 8] = static_cast<uint8_t>((eight * 0x0102040810204080) >> 56);
-    }
-    for (; i < n; ++i) bits[(at + i) / 8] |= positive[i] << (at + i) % 8;
+inline unsigned eight_signs(const float *z) {  // bit k: z[k] > 0
+#if defined(__AVX__)
+    return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(z), _mm256_setzero_ps(), _CMP_GT_OQ));
+#else
+    unsigned signs = 0;
+    for (int k = 0; k < 8; ++k) signs |= static_cast<unsigned>(z[k] > 0) << k;
+    return signs;
+#endif
 }
 
-void read_signs(const uint8_t *bits, uint8_t *positive, int64_t at, int64_t n) {
+inline unsigned eight_signs(const double *z) {
+    unsigned signs = 0;
+    for (int k = 0; k < 8; ++k) signs |= static_cast<unsigned>(z[k] > 0) << k;
+    return signs;
+}
+
+// Bit i % 8 of byte i / 8 is the sign of value i; eight of them may begin at any bit.
+template <class R> void write_signs(const R *z, uint8_t *bits, int64_t at, int64_t n) {  // bits are 0 before
+    uint8_t *byte = bits + at / 8;
+    unsigned bit = static_cast<unsigned>(at % 8);
     int64_t i = 0;
-    for (; i < n && (at + i) % 8; ++i) positive[i] = bits[(at + i) / 8] >> (at + i) % 8 & 1;
-    for (; i + 8 <= n; i += 8) {
-        uint64_t eight = (bits[(at + i) / 8] * 0x0101010101010101) & 0x8040201008040201;  // bit k in byte k
-        eight = ((eight + 0x7f7f7f7f7f7f7f7f) | eight) >> 7 & 0x0101010101010101;
-        memcpy(positive + i, &eight, 8);
+    if (bit == 0) {
+        for (; i + 8 <= n; i += 8) *byte++ = static_cast<uint8_t>(eight_signs(z + i));
+    } else {
+        for (; i + 8 <= n; i += 8) {
+            unsigned both = eight_signs(z + i) << bit;
+            *byte++ |= static_cast<uint8_t>(both);
+            *byte |= static_cast<uint8_t>(both >> 8);
+        }
     }
-    for (; i < n; ++i) positive[i] = bits[(at + i) / 8] >> (at + i) % 8 & 1;
+    for (; i < n; ++i) bits[(at + i) / 8] |= static_cast<uint8_t>((z[i] > 0) << (at + i) % 8);
+}
+
+// The derivatives of eight values at a time: 1 where the sign is set, else the slope.
+template <class R> void fill_slopes(R slope, R *slopes) {  // (256, 8)
+    for (int byte = 0; byte < 256; ++byte)
+        for (int bit = 0; bit < 8; ++bit) slopes[byte * 8 + bit] = byte >> bit & 1 ? 1 : slope;
+}
+
+template <class R> void through_signs(const uint8_t *bits, const R *slopes, const R *dy, R *dz, int64_t at, int64_t n) {
+    const uint8_t *byte = bits + at / 8;
+    unsigned bit = static_cast<unsigned>(at % 8);
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8, ++byte) {
+        const R *eight = slopes + (bit == 0 ? *byte : ((*byte | byte[1] << 8) >> bit & 0xff)) * 8;
+        SIMD for (int j = 0; j < 8; ++j) dz[i + j] = dy[i + j] * eight[j];
+    }
+    for (; i < n; ++i) dz[i] = dy[i] * slopes[bits[(at + i) / 8] >> (at + i) % 8 & 1 ? 255 * 8 : 0];
 }
 
 // --------------------------------------------------------------------------------------------------------- activations
@@ -823,18 +851,17 @@ template <class R> struct Affine {
 };
 
 template <class R, int64_t ACTIVATION, bool BY_PERIOD, bool RESIDUAL>
-void affine(const R *x, const R *residual, R *y, uint8_t *positive, int64_t n, const Affine<R> &of, int64_t entry) {
+void affine(const R *x, const R *residual, R *y, int64_t n, const Affine<R> &of, int64_t entry) {
     const R *high = of.high + entry, *scale = of.scale + entry, *shift = of.shift + entry;
     SIMD for (int64_t i = 0; i < n; ++i) {
         int64_t e = BY_PERIOD ? i : 0;
         R z = (x[i] - high[e]) * scale[e] + shift[e];
         if constexpr (RESIDUAL) z += residual[i];
-        if constexpr (RESIDUAL && (ACTIVATION == RELU || ACTIVATION == LEAKY_RELU)) positive[i] = z > 0;
         y[i] = activate<R, ACTIVATION>(z);
     }
 }
 
-template <class R> using AffineSegment = void (*)(const R *, const R *, R *, uint8_t *, int64_t, const Affine<R> &, int64_t);
+template <class R> using AffineSegment = void (*)(const R *, const R *, R *, int64_t, const Affine<R> &, int64_t);
 
 template <class R, int64_t ACTIVATION> AffineSegment<R> affine_with(bool by_period, bool residual) {
     if (by_period) return residual ? affine<R, ACTIVATION, true, true> : affine<R, ACTIVATION, true, false>;
@@ -865,25 +892,24 @@ template <class T> int normalize(const NormalizeArguments &a) {
     const T *x = static_cast<const T *>(a.x), *residual = static_cast<const T *>(a.epilogue.residual);
     uint8_t *signs = a.epilogue.signs;
     Walk walk(a.shape, signs);
-    Scratch scratch(Affine<R>::bytes(walk) + 4 * walk.threads * Scratch::bytes<R>(SEGMENT) + walk.threads * SEGMENT);
+    Scratch scratch(Affine<R>::bytes(walk) + 4 * walk.threads * Scratch::bytes<R>(SEGMENT));
     if (!scratch) return 1;
     Affine<R> map(scratch, walk);
     map.fill(scratch, walk, a.statistics, a.parameters);
     R *buffers = scratch.array<R>(4 * walk.threads * SEGMENT);
-    uint8_t *positives = scratch.array<uint8_t>(walk.threads * SEGMENT);
     if (signs) memset(signs, 0, (a.shape.values() + 7) / 8);
     AffineSegment<R> affine = affine_segment<R>(a.epilogue.activation, walk.by_period, residual);
     bool streams = a.y != a.x && streams_to(a.y, walk.values * static_cast<int64_t>(sizeof(T)));
     in_parallel(walk.threads, [&](int64_t thread) {
         Fence fence;
         R *buffer = buffers + 4 * thread * SEGMENT;
-        uint8_t *positive = positives + thread * SEGMENT;
         Result<T, R> y(a.y, streams, buffer);
         walk.backward(thread, [&](int64_t at, int64_t entry, int64_t n) {
             const R *added = residual ? load(residual + at, buffer + 2 * SEGMENT, n) : nullptr;
-            affine(load(x + at, buffer + 3 * SEGMENT, n), added, y.place(at, n), positive, n, map, entry);
+            R *segment = y.place(at, n);
+            affine(load(x + at, buffer + 3 * SEGMENT, n), added, segment, n, map, entry);
+            if (signs) write_signs(segment, signs, at, n);  // y has the sign of z
             y.put(at, n);
-            if (signs) write_signs(positive, signs, at, n);
         });
     });
     return 0;
@@ -899,6 +925,18 @@ template <class T> struct Backward {
     Affine<R> &map;
     R *buffers;  // (threads, 5, SEGMENT)
     bool direct;  // x and dy are all that it takes
+    const R *slopes;  // (256, 8) where there are signs
+
+    static int64_t bytes(const Walk &walk) { return Scratch::bytes<R>(5 * walk.threads * SEGMENT) + Scratch::bytes<R>(2048); }
+    Backward(const void *dy_, const void *x_, const void *mask_, const Epilogue &e, const Walk &w, Affine<R> &affine, bool d,
+             Scratch &scratch)
+        : dy(static_cast<const T *>(dy_)), x(static_cast<const T *>(x_)), residual(static_cast<const T *>(e.residual)),
+          mask(static_cast<const R *>(mask_)), epilogue(e), walk(w), map(affine),
+          buffers(scratch.array<R>(5 * w.threads * SEGMENT)), direct(d) {
+        R *filled = scratch.array<R>(2048);
+        if (e.signs) fill_slopes<R>(e.activation == LEAKY_RELU ? R(NEGATIVE_SLOPE) : 0, filled);
+        slopes = filled;
+    }
 
     Operands<R> operator()(int64_t thread, int64_t at, int64_t entry, int64_t n) const {
         R *buffer = buffers + 5 * thread * SEGMENT;
@@ -922,9 +960,7 @@ template <class T> struct Backward {
             }
             of.x = centered;
         } else if (epilogue.signs) {
-            uint8_t positive[SEGMENT];
-            read_signs(epilogue.signs, positive, at, n);
-            SIMD for (int64_t i = 0; i < n; ++i) dz[i] = positive[i] ? dy[i] : dy[i] * slope;
+            through_signs(epilogue.signs, slopes, dy, dz, at, n);
         } else if (epilogue.activation == RELU || epilogue.activation == LEAKY_RELU) {
             SIMD for (int64_t i = 0; i < n; ++i) {
                 R z = (x[i] - of.high[i * by]) * of.scale[i * by] + of.shift[i * by];
@@ -960,15 +996,13 @@ template <class T> int reduce_grad(const ReduceGradArguments &a) {
     }
     Walk walk(a.shape, false);
     Sums<R> sums(walk);
-    Scratch scratch(Affine<R>::bytes(walk) + 5 * walk.threads * Scratch::bytes<R>(SEGMENT));
+    Scratch scratch(Affine<R>::bytes(walk) + Backward<T>::bytes(walk));
     if (!sums.scratch || !scratch) return 1;
     Affine<R> map(scratch, walk);
     map.fill(scratch, walk, a.statistics, a.parameters);
     bool plain = a.epilogue.activation == NONE && !a.epilogue.inplace, relu = a.epilogue.activation == RELU;
     bool direct = plain || (relu && !a.epilogue.signs && !a.mask);
-    Backward<T> segment{static_cast<const T *>(a.dy), static_cast<const T *>(a.x),
-                        static_cast<const T *>(a.epilogue.residual), static_cast<const R *>(a.mask), a.epilogue, walk, map,
-                        scratch.array<R>(5 * walk.threads * SEGMENT), direct};
+    Backward<T> segment(a.dy, a.x, a.mask, a.epilogue, walk, map, direct, scratch);
     sums.add_up(a.mask ? MASKED_GRADIENT : direct && relu ? GRADIENT_THROUGH_RELU : GRADIENT, segment);
     double *weight = sums.sums;  // no longer needed; (entries,) holds (C,)
     parameter(a.parameters.weight, a.parameters.dtype, channels, 1, weight);
@@ -1011,7 +1045,7 @@ template <class T> int grad_input(const GradInputArguments &a) {
     if (a.shape.values() == 0) return 0;
     int64_t channels = a.shape.c;
     Walk walk(a.shape, false);
-    Scratch scratch(Affine<R>::bytes(walk) + 9 * walk.threads * Scratch::bytes<R>(SEGMENT));
+    Scratch scratch(Affine<R>::bytes(walk) + Backward<T>::bytes(walk) + Scratch::bytes<R>(4 * walk.threads * SEGMENT));
     if (!scratch) return 1;
     Affine<R> map(scratch, walk);
     map.fill(scratch, walk, a.statistics, a.parameters);
@@ -1028,22 +1062,21 @@ template <class T> int grad_input(const GradInputArguments &a) {
     expand(walk, offset, map.offset);
     bool plain = a.epilogue.activation == NONE && !a.epilogue.inplace, relu = a.epilogue.activation == RELU;
     bool direct = plain || (relu && !a.epilogue.signs && !a.mask && !a.dz);
-    R *buffers = scratch.array<R>(9 * walk.threads * SEGMENT);
-    Backward<T> segment{static_cast<const T *>(a.dy), static_cast<const T *>(a.x),
-                        static_cast<const T *>(a.epilogue.residual), static_cast<const R *>(a.mask), a.epilogue, walk, map,
-                        buffers, direct};
+    Backward<T> segment(a.dy, a.x, a.mask, a.epilogue, walk, map, direct, scratch);
+    R *buffers = scratch.array<R>(4 * walk.threads * SEGMENT);
     GradSegment<R> grad = walk.by_period ? grad_by<R, true>(direct && relu, a.mask) : grad_by<R, false>(direct && relu, a.mask);
     bool streams = streams_to(a.dx, walk.values * static_cast<int64_t>(sizeof(T)));
     in_parallel(walk.threads, [&](int64_t thread) {
         Fence fence;
-        R *buffer = buffers + (5 * walk.threads + 4 * thread) * SEGMENT;
+        R *buffer = buffers + 4 * thread * SEGMENT;
         Result<T, R> dx(a.dx, streams, buffer), dz(a.dz, streams, buffer + 2 * SEGMENT);
         walk.backward(thread, [&](int64_t at, int64_t entry, int64_t n) {
             Operands<R> of = segment(thread, at, entry, n);
             grad(of, map, entry, dx.place(at, n), n);
             dx.put(at, n);
             if (a.dz) {
-                memcpy(dz.place(at, n), of.dy, n * sizeof(R));
+                R *segment = dz.place(at, n);
+                SIMD for (int64_t i = 0; i < n; ++i) segment[i] = of.dy[i];
                 dz.put(at, n);
             }
         });
