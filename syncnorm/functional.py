@@ -62,7 +62,9 @@ def sync_batch_norm(
         mask: (N, *) or (N, 1, *) or what broadcasts to it, bool or floating point: which positions count, each rank
             with its own number of them. Statistics are those of the positions where it is true (or 1), on all ranks
             together. The others are normalized by these too, and their values may be anything; they have no part in
-            the gradient of the statistics.
+            the gradient of the statistics. A fraction counts as that much of a position: the n of mean, var and the
+            unbiased var is the sum of the mask. It must not be negative, which is not looked at (on a GPU that would
+            wait for the device).
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of 2C
     in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none.

@@ -93,8 +93,8 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
     def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Normalize `input`, (N, C, *), and in training move the running statistics.
 
-        Only the positions where `mask`, (N, *) or (N, 1, *), is true (or 1) count in them, see
-        `syncnorm.functional.sync_batch_norm`.
+        Only the positions where `mask`, (N, *) or (N, 1, *), is true (or 1) count in them; those of a fraction, which
+        must not be negative, count by that. See `syncnorm.functional.sync_batch_norm`.
         """
         tracks = self.track_running_stats or not self.training
         running_mean = self.running_mean if tracks else None
