@@ -151,7 +151,7 @@ def rms_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float | None = 1e-6,
     *,
     eps_outside: bool = False,
     process_group: ProcessGroupLike = None,
@@ -168,7 +168,8 @@ def rms_norm(
         normalized_shape: the last axes as they are on this rank.
         weight: of normalized_shape, or None.
         bias: of normalized_shape, or None.
-        eps: added to the mean square, or to its root.
+        eps: added to the mean square, or to its root. None: what torch adds then, torch.finfo(torch.float32).eps, or
+            that of float64 for such an input. (torch 2.6 itself adds finfo(input.dtype).eps in half precision.)
         eps_outside: add it to the root. Both definitions are in use; a checkpoint wants the one that it was trained by.
         process_group: the ranks among which the last axes are split, as in `layer_norm`; the other axes are
             not compared here either.
@@ -184,6 +185,8 @@ def rms_norm(
     """
     shape = validate.trailing_axes(input, normalized_shape, weight, bias)
     group = _sharing(process_group)
+    if eps is None:
+        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
     if group.size == 1 and not eps_outside:
         x = input if weight is None else input.to(weight.dtype)  # unlike layer_norm, it takes one dtype
         return _affine(F.rms_norm(x, shape, weight, eps), None, bias).to(input.dtype)

@@ -259,14 +259,16 @@ class RMSNorm(_Grouped, nn.RMSNorm):
 
         y = x / sqrt(mean(x²) + eps) * weight + bias        with eps_outside: x / (sqrt(mean(x²)) + eps) * weight + bias
 
-    Arguments and state-dict keys are those of `torch.nn.RMSNorm`, to which a bias may come. Without a process group it
-    needs no communication. With one, normalized_shape, weight and bias are this rank's shares, of any size.
+    State-dict keys are those of `torch.nn.RMSNorm`, to which a bias may come, and so are the arguments but for two: eps
+    is 1e-6 unless given (torch's is None), and `bias` stands before device. Without a process group it needs no
+    communication. With one, normalized_shape, weight and bias are this rank's shares, of any size.
 
     Shapes: input and output (*, *normalized_shape).
 
     Args:
         normalized_shape: the last axes, or the last one, as they are on this rank.
-        eps: added to the mean square, or to its root.
+        eps: added to the mean square, or to its root. None: what torch adds then, torch.finfo(torch.float32).eps, or
+            that of float64 for such an input. (torch 2.6 itself adds finfo(input.dtype).eps in half precision.)
         elementwise_affine: learn weight (and bias), of normalized_shape.
         bias: learn a bias, if elementwise_affine.
         device: of the parameters.
@@ -291,7 +293,7 @@ class RMSNorm(_Grouped, nn.RMSNorm):
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
-        eps: float = 1e-6,
+        eps: float | None = 1e-6,
         elementwise_affine: bool = True,
         bias: bool = False,
         device: torch.device | str | None = None,
@@ -310,8 +312,7 @@ class RMSNorm(_Grouped, nn.RMSNorm):
         """Normalize `x`, (*, *normalized_shape)."""
         shape = self.normalized_shape
         options = {"eps_outside": self.eps_outside, "process_group": self._group.resolve_for(x, x.shape[: -len(shape)])}
-        eps = 1e-6 if self.eps is None else self.eps
-        return functional.rms_norm(x, shape, _local(self.weight), _local(self.bias), eps, **options)  # type: ignore[arg-type]
+        return functional.rms_norm(x, shape, _local(self.weight), _local(self.bias), self.eps, **options)  # type: ignore[arg-type]
 
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0."""

@@ -31,6 +31,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     mean: float = 0.0
     options: dict = field(default_factory=dict)
+    scale: float = 1.0
 
     @property
     def world_size(self):
@@ -40,6 +41,7 @@ class Case:
     def __str__(self):
         words = [self.norm, "x".join(map(str, self.shape)), f"axis{self.axis}", "+".join(map(str, self.sizes))]
         words += [str(self.dtype)[6:]] + [f"mean={self.mean:g}"] * bool(self.mean)
+        words += [f"scale={self.scale:g}"] * (self.scale != 1)
         return "-".join(words + [f"{key}={value}" for key, value in self.options.items()])
 
     @property
@@ -62,6 +64,9 @@ CASES = [
     Case("rms", (3, 8), (5, 3), options={"bias": True}),
     Case("rms", (3, 8), (5, 3), options={"elementwise_affine": False}),
     *[Case("rms", (3, 8), sizes, options={"eps_outside": True, "eps": 1e-2}) for sizes in SIZES],
+    *[Case("rms", (3, 8), sizes, options={"eps": None}, scale=1e-4) for sizes in SIZES],
+    *[Case("rms", (3, 8), (5, 3), options={"eps": None}, scale=1e-4, dtype=dtype) for dtype in (torch.bfloat16,)],
+    Case("rms", (3, 8), (5, 3), options={"eps": None}, scale=1e-8, dtype=torch.float64),
     *[Case("group", (2, 4, 8), sizes) for sizes in SIZES],
     *[Case("group", (2, 4, 3, 8), sizes) for sizes in SIZES],
     *[Case("group", (2, 4, 8, 3, 2), (5, 3), axis=2, dtype=dtype) for dtype in DTYPES],
@@ -78,6 +83,7 @@ def whole(case):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(case.shape, generator=generator, dtype=torch.float64) + case.mean + 0.3
     x[..., :2] *= 2.5
+    x *= case.scale
     grad_output = torch.randn(case.shape, generator=generator, dtype=torch.float64)
     features = case.shape[1] if case.norm == "group" else case.shape[-1]
     weight, bias = torch.linspace(0.6, 1.4, features), torch.linspace(-0.5, 0.5, features)
@@ -101,7 +107,9 @@ def in_one_process(case):
     elif options.get("eps_outside"):
         y = rms_outside(x, weight, bias, options["eps"])
     else:
-        y = F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+        eps = options.get("eps", 1e-6)
+        eps = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps if eps is None else eps
+        y = F.rms_norm(x, x.shape[-1:], weight, eps)
         y = y if bias is None else y + bias
     y.backward(grad_output.double())
     return y.detach(), x.grad, {name: t.grad for name, t in named.items()}
@@ -221,6 +229,7 @@ PAIRS = [
     (syncnorm.LayerNorm(6, elementwise_affine=False), nn.LayerNorm(6, elementwise_affine=False), (4, 6)),
     (syncnorm.RMSNorm(6), nn.RMSNorm(6, 1e-6), (4, 6)),
     (syncnorm.RMSNorm((2, 3), 1e-3), nn.RMSNorm((2, 3), 1e-3), (4, 2, 3)),
+    (syncnorm.RMSNorm(6, None), nn.RMSNorm(6), (4, 6)),
     (syncnorm.GroupNorm(2, 6), nn.GroupNorm(2, 6), (4, 6, 5)),
     (syncnorm.GroupNorm(3, 6, 1e-3, affine=False), nn.GroupNorm(3, 6, 1e-3, affine=False), (4, 6)),
 ]
@@ -235,8 +244,31 @@ def test_unsplit_they_are_torchs(ours, torchs, shape):
         nn.init.normal_(parameter)
     ours.load_state_dict(torchs.state_dict())
     torchs.load_state_dict(ours.state_dict())
-    x = torch.randn(shape)
+    x = torch.randn(shape) * 1e-3  # so that eps matters
     assert torch.equal(ours(x), torchs(x))
+
+
+def no_epsilon(dtype):
+    """Return the unsplit x and what this rank makes of its part of it, eps being None."""
+    group = syncnorm.communicator()
+    torch.manual_seed(0)
+    x = (1e-4 * torch.randn(3, 8, dtype=torch.float64)).to(dtype)
+    norm = syncnorm.RMSNorm(4, None, dtype=dtype, process_group=group)
+    return x, norm(x.chunk(group.size, -1)[group.rank]).detach()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("world_size", [2])
+def test_without_an_eps_the_shards_match_torchs_module(run, world_size, dtype):
+    results = run(no_epsilon, world_size, dtype)
+    x = results[0][0]
+    expected = nn.RMSNorm(8, dtype=dtype)(x)
+    if dtype.itemsize == 2 and torch.__version__.startswith("2.6"):  # it adds finfo(dtype).eps then
+        expected = nn.RMSNorm(8)(x.float()).to(dtype)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(torch.cat([y for _, y in results], -1), expected, rtol=4 * eps, atol=eps * 1e-2)
+    with pytest.raises(AssertionError):  # our own default is another
+        torch.testing.assert_close(syncnorm.RMSNorm(8, dtype=dtype)(x), expected, rtol=4 * eps, atol=eps)
 
 
 def test_rms_norm_has_a_bias_and_both_epsilons():
