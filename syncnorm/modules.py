@@ -326,8 +326,8 @@ class GroupNorm(_Grouped, nn.GroupNorm):
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
-    Arguments and state-dict keys are those of `torch.nn.GroupNorm`, and so is the result without a process group: it
-    needs no communication.
+    Arguments and state-dict keys are those of `torch.nn.GroupNorm` (torch 2.13: older ones have no `bias`), and so is
+    the result without a process group: it needs no communication.
 
     Shapes: input and output (N, C, *) with any number of trailing axes.
 
@@ -335,9 +335,10 @@ class GroupNorm(_Grouped, nn.GroupNorm):
         num_groups: into how many groups the channels of this rank are divided.
         num_channels: C, on this rank.
         eps: added to the variance.
-        affine: learn weight and bias, (C,) each.
+        affine: learn weight (and bias), (C,) each.
         device: of the parameters.
         dtype: of the parameters.
+        bias: learn the bias, if affine.
         process_group: the ranks that have a part of each group: of its space, or of its channels; None: they are whole.
             Parts may differ in size. Where space is split, the gradients of weight and bias are this rank's share.
 
@@ -362,9 +363,12 @@ class GroupNorm(_Grouped, nn.GroupNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         process_group: ProcessGroupLike = None,
     ):
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
@@ -372,6 +376,13 @@ class GroupNorm(_Grouped, nn.GroupNorm):
         group = self._group.resolve_for(input, (*input.shape[:1], self.num_groups))
         weight, bias = _local(self.weight), _local(self.bias)
         return functional.group_norm(input, self.num_groups, weight, bias, self.eps, process_group=group)
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1 and bias to 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 def _local(parameter: Tensor | None) -> Tensor | None:

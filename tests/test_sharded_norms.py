@@ -67,6 +67,8 @@ CASES = [
     *[Case("rms", (3, 8), sizes, options={"eps": None}, scale=1e-4) for sizes in SIZES],
     *[Case("rms", (3, 8), (5, 3), options={"eps": None}, scale=1e-4, dtype=dtype) for dtype in (torch.bfloat16,)],
     Case("rms", (3, 8), (5, 3), options={"eps": None}, scale=1e-8, dtype=torch.float64),
+    Case("group", (2, 4, 8), (5, 3), options={"bias": False}),
+    Case("group", (2, 8, 5), (5, 3), axis=1, options={"bias": False}),
     *[Case("group", (2, 4, 8), sizes) for sizes in SIZES],
     *[Case("group", (2, 4, 3, 8), sizes) for sizes in SIZES],
     *[Case("group", (2, 4, 8, 3, 2), (5, 3), axis=2, dtype=dtype) for dtype in DTYPES],
@@ -269,6 +271,18 @@ def test_without_an_eps_the_shards_match_torchs_module(run, world_size, dtype):
     torch.testing.assert_close(torch.cat([y for _, y in results], -1), expected, rtol=4 * eps, atol=eps * 1e-2)
     with pytest.raises(AssertionError):  # our own default is another
         torch.testing.assert_close(syncnorm.RMSNorm(8, dtype=dtype)(x), expected, rtol=4 * eps, atol=eps)
+
+
+def test_group_norm_without_a_bias():
+    """In torch's own from 2.13 on."""
+    layer = syncnorm.GroupNorm(2, 6, bias=False)
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
+    nn.init.normal_(layer.weight)
+    x = torch.randn(4, 6, 5)
+    assert torch.equal(layer(x), F.group_norm(x, 2, layer.weight))
+    layer.reset_parameters()
+    assert torch.equal(layer.weight, torch.ones(6))
+    assert list(syncnorm.GroupNorm(2, 6, affine=False, bias=True).parameters()) == []
 
 
 def test_rms_norm_has_a_bias_and_both_epsilons():
