@@ -285,6 +285,41 @@ def test_group_norm_without_a_bias():
     assert list(syncnorm.GroupNorm(2, 6, affine=False, bias=True).parameters()) == []
 
 
+HALF = [torch.float16, torch.bfloat16]
+
+
+def in_half_precision(norm, dtype):
+    """Return the unsplit x, grad_output, weight and bias, and what the ranks make of their parts."""
+    group = syncnorm.communicator()
+    torch.manual_seed(0)
+    x, grad_output = torch.randn(2, 64, 64).to(dtype)
+    weight, bias = 2 + torch.rand(64), torch.randn(64)
+    part = slice(32 * group.rank, 32 * group.rank + 32)
+    layer = NORMS[norm](32, **{"bias": True} if norm == "rms" else {}, process_group=group)
+    with torch.no_grad():
+        layer.weight.copy_(weight[part])
+        layer.bias.copy_(bias[part])
+    mine = x[:, part].detach().requires_grad_()
+    y = layer(mine)
+    y.backward(grad_output[:, part])
+    return (x, grad_output, weight, bias), y.detach(), mine.grad
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("world_size", [2])
+def test_half_precision_is_rounded_once(run, world_size, norm, dtype):
+    """Of what is rounded before the affine map too, a good part is another number."""
+    results = run(in_half_precision, world_size, norm, dtype)
+    x, grad_output, weight, bias = (t.double() for t in results[0][0])
+    x.requires_grad_()
+    y = F.layer_norm(x, (64,), weight, bias) if norm == "layer" else F.rms_norm(x, (64,), weight, 1e-6) + bias
+    y.backward(grad_output)
+    for i, expected in (1, y), (2, x.grad):
+        actual = torch.cat([result[i] for result in results], -1)
+        assert (actual == expected.to(dtype)).double().mean() > 0.99
+
+
 def test_rms_norm_has_a_bias_and_both_epsilons():
     x = torch.randn(4, 6)
     layer = syncnorm.RMSNorm(6, 0.5, bias=True, eps_outside=True)
@@ -338,6 +373,39 @@ def test_unequal_sizes_beside_the_split_axes_are_refused_on_every_rank(run, worl
         assert f"got {(2, 3 + rank)} of {(2, 3 + rank, 4)} on rank {rank}" in texts[1]
         assert f"got {(2 + rank, 2)} of" in texts[2]
         assert f"got {(2, 1 + rank)} of" in texts[3]
+
+
+class Gathers:
+    """A communicator that counts how often objects are gathered, which a CountingCommunicator is not told of here."""
+
+    def __init__(self):
+        self.below, self.count = syncnorm.communicator(), 0
+        self.rank, self.size = self.below.rank, self.below.size
+        self.all_reduce, self.broadcast = self.below.all_reduce, self.below.broadcast
+        self.all_gather, self.barrier = self.below.all_gather, self.below.barrier
+
+    def all_gather_object(self, obj):
+        self.count += 1
+        return self.below.all_gather_object(obj)
+
+
+def comparisons():
+    """Return how many comparisons there were after each of some inputs of several sizes."""
+    counts = []
+    for norm in (lambda g: syncnorm.LayerNorm(4, process_group=g), lambda g: syncnorm.RMSNorm(4, process_group=g)):
+        group = Gathers()
+        layer = norm(group)
+        counts.append([layer(torch.randn(n, 4)) is not None and group.count for n in (2, 2, 3, 2, 3, 2)])
+    group = Gathers()
+    layer = syncnorm.GroupNorm(2, 4, process_group=group)
+    shapes = [(2, 5), (2, 6), (3, 5), (2, 7), (3, 5), (2, 5)]  # N and space
+    counts.append([layer(torch.randn(n, 4, space)) is not None and group.count for n, space in shapes])
+    return counts
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_the_ranks_compare_once_per_size(run, world_size):
+    assert run(comparisons, world_size) == world_size * [3 * [[1, 1, 2, 2, 2, 2]]]
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,50 @@ def test_norms_of_each_ranks_features_are_not(name):
             torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
+def norms_of(features):
+    """Return norms of torch's and ours, in float64 and with random parameters, some of them frozen."""
+    torch.manual_seed(0)
+    norms = nn.LayerNorm(features), nn.RMSNorm(features), syncnorm.RMSNorm(features, bias=True, eps_outside=True)
+    for norm in norms:
+        for parameter in norm.double().parameters():
+            nn.init.normal_(parameter)
+        norm.weight.requires_grad_(isinstance(norm, nn.LayerNorm))
+    return norms
+
+
+def normalized_alone(features):
+    """Return the unsplit x and, of each norm on this rank, its sizes, the parameters that learn, and y."""
+    group = syncnorm.communicator()
+    mesh = init_device_mesh("cpu", (group.size,))
+    x = 1e-4 * torch.randn(3, features, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    parts = [*x.chunk(group.size, -1), *group.size * [x[:, :0]]]  # as Shard has them
+    results = []
+    for norm in norms_of(features):
+        sharded = parallelize_module(norm, mesh, ShardedNorm())
+        learn = [name for name, parameter in sharded.named_parameters() if parameter.requires_grad]
+        sizes = {*sharded.normalized_shape, *(len(p.to_local()) for p in sharded.parameters())}
+        results.append((sizes, learn, sharded(parts[group.rank]).detach()))
+    return x, results
+
+
+@pytest.mark.parametrize(
+    ("features", "sizes"), [(13, (7, 6)), (13, (5, 5, 3)), (13, (4, 4, 4, 1)), (5, (2, 2, 1, 0)), (2, (1, 1, 0))]
+)
+def test_norms_over_features_that_the_ranks_do_not_divide(features, sizes):
+    """Alone, since torch's own RowwiseParallel takes equal shares only."""
+    ranks = run_ranks(normalized_alone, len(sizes), features)
+    x = ranks[0][0]
+    for i, norm in enumerate(norms_of(features)):
+        assert [results[i][0] for _, results in ranks] == [{size} for size in sizes]
+        y = torch.cat([results[i][2] for _, results in ranks], -1)
+        torch.testing.assert_close(y, norm(x).detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_frozen_parameters_stay_frozen():
+    for _, results in run_ranks(normalized_alone, 2, 4):
+        assert [learn for _, learn, _ in results] == [["weight", "bias"], [], ["bias"]]
+
+
 def refuse(module):
     mesh = init_device_mesh("cpu", (syncnorm.communicator().size,))
     with pytest.raises((TypeError, ValueError)) as raised:
