@@ -104,7 +104,7 @@ def sync_batch_norm(
 
 def layer_norm(
     input: Tensor,
-    normalized_shape: Sequence[int],
+    normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -120,7 +120,7 @@ def layer_norm(
 
     Args:
         input: (*, *normalized_shape) floating point; the output has its dtype.
-        normalized_shape: the last axes as they are on this rank.
+        normalized_shape: the last axes, or the last one, as they are on this rank.
         weight: of normalized_shape, or None.
         bias: of normalized_shape, or None.
         eps: added to the variance.
@@ -134,11 +134,11 @@ def layer_norm(
 
     Raises:
         ValueError: the last axes are not normalized_shape, or this rank is not in the group.
-        TypeError: the input is not floating point.
+        TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
-    shape = validate.trailing_axes(input, normalized_shape, weight, bias)
+    shape = validate.trailing_axes(input, normalized_shape, weight, bias, split=process_group is not None)
     group = _sharing(process_group)
     if group.size == 1:
         return F.layer_norm(input, shape, weight, bias, eps)
@@ -148,7 +148,7 @@ def layer_norm(
 
 def rms_norm(
     input: Tensor,
-    normalized_shape: Sequence[int],
+    normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float | None = 1e-6,
@@ -165,7 +165,7 @@ def rms_norm(
 
     Args:
         input: (*, *normalized_shape) floating point; the output has its dtype.
-        normalized_shape: the last axes as they are on this rank.
+        normalized_shape: the last axes, or the last one, as they are on this rank.
         weight: of normalized_shape, or None.
         bias: of normalized_shape, or None.
         eps: added to the mean square, or to its root. None: what torch adds then, torch.finfo(torch.float32).eps, or
@@ -179,11 +179,11 @@ def rms_norm(
 
     Raises:
         ValueError: the last axes are not normalized_shape, or this rank is not in the group.
-        TypeError: the input is not floating point.
+        TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
-    shape = validate.trailing_axes(input, normalized_shape, weight, bias)
+    shape = validate.trailing_axes(input, normalized_shape, weight, bias, split=process_group is not None)
     group = _sharing(process_group)
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
@@ -227,11 +227,11 @@ def group_norm(
 
     Raises:
         ValueError: the groups do not divide the channels, shapes do not fit, or this rank is not in the group.
-        TypeError: the input is not floating point.
+        TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Wu and He, Group Normalization, 2018.
     """
-    validate.groups_of_channels(input, num_groups, weight, bias)
+    validate.groups_of_channels(input, num_groups, weight, bias, split=process_group is not None)
     group = _sharing(process_group)
     if group.size == 1:
         return F.group_norm(input, num_groups, weight, bias, eps)

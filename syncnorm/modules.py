@@ -29,6 +29,15 @@ class _Grouped(nn.Module):
     def process_group(self, process_group: ProcessGroupLike) -> None:
         self._group = ProcessGroupReference(process_group)
 
+    def _parameters_beside(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight and bias as what the input is: DTensors, as in a plan of torch's own, or this rank's part."""
+        weight, bias = self.weight, self.bias
+        return (weight, bias) if hasattr(input, "to_local") else (_local(weight), _local(bias))  # type: ignore[arg-type, return-value]
+
+    def _ranks(self) -> str:
+        """Return what extra_repr says of the process group."""
+        return "" if self.process_group is None else f", process_group={self._group}"
+
 
 class SyncBatchNorm(_Grouped, _BatchNorm):
     """Batch normalization by the statistics of the whole batch, wherever its shards live.
@@ -221,13 +230,15 @@ class LayerNorm(_Grouped, nn.LayerNorm):
         process_group: the ranks among which the last axes are split; None: they are whole.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2R + 1 float64 in forward, for R
-    positions, and one of 2R in backward. At the first input of each size the ranks compare their R besides. Otherwise
-    none.
+    positions, and one of 2R in backward. At the first input of each size that a rank meets it compares its other axes
+    with the ranks' besides. Otherwise none.
 
     Raises:
-        ValueError: the input does not end with normalized_shape; the ranks have unequal axes beside the last ones; this
-            rank is not in the group.
-        TypeError: the input is not floating point.
+        ValueError: the input does not end with normalized_shape; this rank is not in the group; the ranks have unequal
+            axes beside the last ones, of which each meets its own size for the first time. Where one of them has met
+            its size before they no longer compare, so that unequal ones cannot be refused: Gloo aborts or hangs until
+            the timeout, MPI truncates.
+        TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
@@ -248,10 +259,18 @@ class LayerNorm(_Grouped, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (*, *normalized_shape)."""
-        shape = self.normalized_shape
+        shape, split = self.normalized_shape, self.process_group is not None
+        weight, bias = self._parameters_beside(input)
+        validate.trailing_axes(input, shape, weight, bias, split=split)  # before the ranks compare anything
         group = self._group.resolve_for(input, input.shape[: -len(shape)])
-        weight, bias = _local(self.weight), _local(self.bias)
         return functional.layer_norm(input, shape, weight, bias, self.eps, process_group=group)
+
+    def extra_repr(self) -> str:
+        """Return the arguments that the module was made with."""
+        return (
+            f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, "
+            f"bias={self.bias is not None}{self._ranks()}"
+        )
 
 
 class RMSNorm(_Grouped, nn.RMSNorm):
@@ -277,13 +296,15 @@ class RMSNorm(_Grouped, nn.RMSNorm):
         process_group: the ranks among which the last axes are split; None: they are whole.
 
     Collectives: with a process group of more than one rank, one all-reduce of R + 1 float64 in forward, for R
-    positions, and one of R in backward. At the first input of each size the ranks compare their R besides. Otherwise
-    none.
+    positions, and one of R in backward. At the first input of each size that a rank meets it compares its other axes
+    with the ranks' besides. Otherwise none.
 
     Raises:
-        ValueError: the input does not end with normalized_shape; the ranks have unequal axes beside the last ones; this
-            rank is not in the group.
-        TypeError: the input is not floating point.
+        ValueError: the input does not end with normalized_shape; this rank is not in the group; the ranks have unequal
+            axes beside the last ones, of which each meets its own size for the first time. Where one of them has met
+            its size before they no longer compare, so that unequal ones cannot be refused: Gloo aborts or hangs until
+            the timeout, MPI truncates.
+        TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
@@ -310,9 +331,19 @@ class RMSNorm(_Grouped, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x`, (*, *normalized_shape)."""
-        shape = self.normalized_shape
-        options = {"eps_outside": self.eps_outside, "process_group": self._group.resolve_for(x, x.shape[: -len(shape)])}
-        return functional.rms_norm(x, shape, _local(self.weight), _local(self.bias), self.eps, **options)  # type: ignore[arg-type]
+        shape, split = self.normalized_shape, self.process_group is not None
+        weight, bias = self._parameters_beside(x)
+        validate.trailing_axes(x, shape, weight, bias, split=split)  # before the ranks compare anything
+        group = self._group.resolve_for(x, x.shape[: -len(shape)])
+        outside = self.eps_outside
+        return functional.rms_norm(x, shape, weight, bias, self.eps, eps_outside=outside, process_group=group)
+
+    def extra_repr(self) -> str:
+        """Return the arguments that the module was made with."""
+        return (
+            f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, "
+            f"bias={self.bias is not None}, eps_outside={self.eps_outside}{self._ranks()}"
+        )
 
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0."""
@@ -343,13 +374,15 @@ class GroupNorm(_Grouped, nn.GroupNorm):
             Parts may differ in size. Where space is split, the gradients of weight and bias are this rank's share.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 1 float64 in forward and
-    one of 2 N num_groups in backward. At the first input of each size the ranks compare N and num_groups besides.
-    Otherwise none.
+    one of 2 N num_groups in backward. At the first N that a rank meets it compares N and num_groups with the ranks'
+    besides. Otherwise none.
 
     Raises:
-        ValueError: the groups do not divide the channels; the ranks have unequal N or num_groups; this rank is not in
-            the group.
-        TypeError: the input is not floating point.
+        ValueError: the input has not num_channels, or the groups do not divide them; this rank is not in the group; the
+            ranks have unequal N or num_groups, of which each meets its own for the first time. Where one of them has
+            met its N before they no longer compare, so that unequal ones cannot be refused: Gloo aborts or hangs until
+            the timeout, MPI truncates.
+        TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Wu and He, Group Normalization, 2018.
     """
@@ -373,9 +406,11 @@ class GroupNorm(_Grouped, nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (N, C, *)."""
-        group = self._group.resolve_for(input, (*input.shape[:1], self.num_groups))
-        weight, bias = _local(self.weight), _local(self.bias)
-        return functional.group_norm(input, self.num_groups, weight, bias, self.eps, process_group=group)
+        groups, split = self.num_groups, self.process_group is not None
+        weight, bias = self._parameters_beside(input)
+        validate.groups_of_channels(input, groups, weight, bias, self.num_channels, split=split)
+        group = self._group.resolve_for(input, (len(input), groups))
+        return functional.group_norm(input, groups, weight, bias, self.eps, process_group=group)
 
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0."""
@@ -383,6 +418,13 @@ class GroupNorm(_Grouped, nn.GroupNorm):
             nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """Return the arguments that the module was made with."""
+        return (
+            f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, "
+            f"bias={self.bias is not None}{self._ranks()}"
+        )
 
 
 def _local(parameter: Tensor | None) -> Tensor | None:
@@ -423,6 +465,11 @@ class ProcessGroupReference:
             )
         self._compared.add(tuple(whole))
         return group
+
+    def __str__(self) -> str:
+        """Return the size of the group, or that this rank is not in it."""
+        size = 0 if self._resolved is None else self._resolved.size
+        return f"{size} rank{'s' * (size != 1)}" if size else "other ranks"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProcessGroupReference:
         return self

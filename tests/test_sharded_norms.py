@@ -285,6 +285,39 @@ def test_group_norm_without_a_bias():
     assert list(syncnorm.GroupNorm(2, 6, affine=False, bias=True).parameters()) == []
 
 
+def test_functions_take_the_last_axis_as_a_number():
+    x = torch.randn(3, 4)
+    assert torch.equal(syncnorm.functional.layer_norm(x, 4), F.layer_norm(x, (4,)))
+    assert torch.equal(syncnorm.functional.rms_norm(x, 4), F.rms_norm(x, (4,), None, 1e-6))
+    with pytest.raises(ValueError, match=r"expected an input of shape \(\*, 5\), got \(3, 4\)"):
+        syncnorm.functional.layer_norm(x, 5)
+
+
+def representations():
+    group = syncnorm.communicator()
+    return [
+        repr(syncnorm.LayerNorm(4, process_group=group)),
+        repr(syncnorm.LayerNorm((2, 4), bias=False)),
+        repr(syncnorm.RMSNorm(4, None, bias=True, eps_outside=True, process_group=group)),
+        repr(syncnorm.GroupNorm(2, 4, bias=False, process_group=group)),
+    ]
+
+
+def text_of_the_group(ranks):
+    return [
+        f"LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=True, process_group={ranks})",
+        "LayerNorm((2, 4), eps=1e-05, elementwise_affine=True, bias=False)",
+        f"RMSNorm((4,), eps=None, elementwise_affine=True, bias=True, eps_outside=True, process_group={ranks})",
+        f"GroupNorm(2, 4, eps=1e-05, affine=True, bias=False, process_group={ranks})",
+    ]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_repr_tells_the_arguments_and_the_ranks(run, world_size):
+    assert representations() == text_of_the_group("1 rank")
+    assert run(representations, world_size) == world_size * [text_of_the_group("2 ranks")]
+
+
 HALF = [torch.float16, torch.bfloat16]
 
 
@@ -408,13 +441,63 @@ def test_the_ranks_compare_once_per_size(run, world_size):
     assert run(comparisons, world_size) == world_size * [3 * [[1, 1, 2, 2, 2, 2]]]
 
 
+class Unreachable:
+    """A group of two in which nothing may be sent."""
+
+    rank, size = 0, 2
+
+    def all_reduce(self, tensor):
+        raise AssertionError("a collective was entered")
+
+    broadcast = all_gather = all_gather_object = barrier = all_reduce
+
+
+SPLIT = [
+    syncnorm.LayerNorm(4, process_group=Unreachable()),
+    syncnorm.RMSNorm(4, process_group=Unreachable()),
+    syncnorm.GroupNorm(2, 4, process_group=Unreachable()),
+    syncnorm.GroupNorm(2, 4, affine=False, process_group=Unreachable()),
+]
+
+
+@pytest.mark.parametrize("layer", SPLIT, ids=str)
+def test_bad_input_is_refused_before_the_ranks_compare(layer):
+    with pytest.raises(TypeError, match="expected a tensor as input, got list"):
+        layer([1, 2])
+    with pytest.raises(TypeError, match=r"expected a floating-point input, got torch.int64"):
+        layer(torch.ones(3, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"expected an input of .*4.* got \(3, 6\)"):
+        layer(torch.randn(3, 6))
+    with pytest.raises(ValueError, match="expected an input of"):
+        layer(torch.tensor(1.0))
+    with pytest.raises(AssertionError, match="a collective was entered"):
+        layer(torch.randn(3, 4))
+
+
+def test_not_a_tensor():
+    for layer in syncnorm.LayerNorm(4), syncnorm.RMSNorm(4), syncnorm.GroupNorm(2, 4):
+        with pytest.raises(TypeError, match="expected a tensor as input, got list"):
+            layer([1, 2])
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
         (lambda: syncnorm.LayerNorm(6)(torch.randn(4, 5)), r"expected an input of shape \(\*, 6\), got \(4, 5\)"),
         (lambda: syncnorm.RMSNorm((2, 3))(torch.randn(6)), r"expected an input of shape \(\*, 2, 3\), got \(6,\)"),
-        (lambda: syncnorm.GroupNorm(2, 6)(torch.randn(4, 5)), "a number of groups that divides the 5 channels, got 2"),
-        (lambda: syncnorm.GroupNorm(2, 6)(torch.randn(4, 4)), r"expected a weight of shape \(4,\), got \(6,\)"),
+        (
+            lambda: syncnorm.GroupNorm(2, 6)(torch.randn(4, 5)),
+            r"expected an input of 6 channels, \(N, 6, \*\) as weight has it, got \(4, 5\)",
+        ),
+        (
+            lambda: syncnorm.GroupNorm(2, 6, affine=False)(torch.randn(4, 4)),
+            r"expected an input of 6 channels, \(N, 6, \*\), got \(4, 4\)",
+        ),
+        (
+            lambda: syncnorm.functional.group_norm(torch.randn(4, 4), 2, torch.ones(4, 1)),
+            r"expected a weight of shape \(4,\), got \(4, 1\)",
+        ),
+        (lambda: syncnorm.functional.group_norm(torch.randn(4, 5), 2), "divides the 5 channels, got 2"),
         (lambda: syncnorm.functional.group_norm(torch.randn(4, 4), 0), "divides the 4 channels, got 0"),
         (lambda: syncnorm.functional.layer_norm(torch.randn(4), []), "expected an input of shape"),
     ],

@@ -1,11 +1,13 @@
 """Norms over sharded features in a tensor-parallel plan, against the model that is not parallel."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 import syncnorm
 from syncnorm.tensor_parallel import ShardedNorm
@@ -129,6 +131,38 @@ def test_norms_over_features_that_the_ranks_do_not_divide(features, sizes):
 def test_frozen_parameters_stay_frozen():
     for _, results in run_ranks(normalized_alone, 2, 4):
         assert [learn for _, learn, _ in results] == [["weight", "bias"], [], ["bias"]]
+
+
+def feed_a_dtensor(norm):
+    group = syncnorm.communicator()
+    net = nn.Sequential(nn.Linear(8, WIDTH), norm)
+    mesh = init_device_mesh("cpu", (group.size,))
+    parallelize_module(net, mesh, {"0": ColwiseParallel(use_local_output=False), "1": ShardedNorm()})
+    with pytest.raises(TypeError) as raised:
+        net(torch.randn(3, 8))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("norm", [nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH)], ids=str)
+def test_a_dtensor_as_input_is_refused(norm, world_size):
+    for text in run_ranks(feed_a_dtensor, world_size, norm):
+        assert "got a DTensor of shape (3, 12): give its to_local(), or leave out use_local_output=False" in text
+
+
+def in_sequence_parallel(norms):
+    mesh = init_device_mesh("cpu", (syncnorm.communicator().size,))
+    torch.manual_seed(1)
+    x = torch.randn(2, 6, 8)
+    part = x.chunk(mesh.size(), 1)[mesh.get_local_rank()]
+    return x, [parallelize_module(copy.deepcopy(norm), mesh, SequenceParallel())(part).to_local() for norm in norms]
+
+
+def test_unsplit_norms_stand_in_torchs_sequence_parallel_plans():
+    norms = [syncnorm.LayerNorm(8), syncnorm.RMSNorm(8, bias=True)]
+    ranks = run_ranks(in_sequence_parallel, 2, norms)
+    for i, norm in enumerate(norms):
+        torch.testing.assert_close(torch.cat([y[i] for _, y in ranks], 1), norm(ranks[0][0]))
 
 
 def refuse(module):
