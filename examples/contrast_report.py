@@ -178,10 +178,15 @@ def advise(text, cases):
     return f"**{sentence[0].upper()}{sentence[1:]}.**"
 
 
+def where(sizes):
+    """Return at which numbers of samples per rank a mean over them was taken."""
+    return "Over all sizes together" if len(sizes) > 1 else f"At {plural(sizes[0], 'sample')} per rank"
+
+
 def without_advice(cells, model, what, digits, unit):
     """Return the mean of each norm over all sizes, of one seed, from which nothing follows."""
     means = (f"{NAMES[norm]} {Value.over(cells.values(model, norm, what)).text(digits)}" for norm in cells.norms(model))
-    return f"Over all sizes together, in {unit}, by one seed: {listed(means)}."
+    return f"{where(cells.sizes(model))}, in {unit}, by one seed: {listed(means)}."
 
 
 def against_synchronized(cells, model, what, digits, unit):
@@ -201,7 +206,6 @@ def against_synchronized(cells, model, what, digits, unit):
         )
         if norms
     ]
-    where = "Over all sizes together" if len(sizes) > 1 else f"At {plural(sizes[0], 'sample')} per rank"
     if better:
         take = listed((NAMES[norm] for norm in better), "or")
     elif equal:
@@ -209,7 +213,7 @@ def against_synchronized(cells, model, what, digits, unit):
         take = f"{NAMES[lowest]}, which is not clearly worse and needs no communication, or SyncBatchNorm"
     else:
         take = "SyncBatchNorm"
-    return f"{where} SyncBatchNorm comes to {synchronized.text(digits)} {unit}; {'; '.join(verdicts)}.", take
+    return f"{where(sizes)} SyncBatchNorm comes to {synchronized.text(digits)} {unit}; {'; '.join(verdicts)}.", take
 
 
 def advise_error(cells):

@@ -330,6 +330,8 @@ def test_one_seed_advises_nothing_whatever_its_numbers():
     assert "by one seed: BatchNorm 17.4, SyncBatchNorm 4.9 and GroupNorm 4.9." in contrast_report.advise_error(
         cells(WU_AND_HE, seeds=1)
     )
+    alone = contrast_report.advise_error(cells({"bn": [9], "sync_bn": [5]}, sizes=(8,), seeds=1))
+    assert alone == "At 8 samples per rank, in %, by one seed: BatchNorm 8.9 and SyncBatchNorm 4.9."
 
 
 def test_a_report_on_the_transformer_speaks_of_no_images_and_no_batch_norm(directory, tmp_path):
