@@ -152,6 +152,10 @@ def arguments(words=None):
 
 def main():
     args = arguments()
+    try:
+        datasets.load(args.data)  # before the ranks meet: it is kept
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"--data: {error}") from error
     group = syncnorm.init(timeout=args.timeout)
     description = f"{args.norm}, {group.size} x {args.batch_per_rank} samples"
     model, record = train(

@@ -29,26 +29,33 @@ STYLES = {  # colours that the colour-blind tell apart (Okabe and Ito), and mark
 }
 COMPUTE, COMMUNICATION = "#9AA5B1", "#E69F00"
 MODELS = {"cnn": "CNN", "transformer": "Transformer"}
-RULE = (
-    "Values are mean ± standard deviation over seeds, of the test error at least one test image. A difference is "
-    "called clear if it is more than {clear} times the joint standard deviation of the two: of the test error, even as "
-    "a mean over sizes, more than {clear} images, since all runs share these images."
+SPREAD = "Values are mean ± standard deviation over seeds{of_error}. "
+CLEARLY = (
+    "A difference is called clear if it is more than {clear} times the joint standard deviation of the two{of_error}. "
+    "With {seeds} seeds {chance:.0f} % of the pairs that do not differ would look so by chance, so each norm is "
+    "compared with SyncBatchNorm once, by the mean over all sizes{alone}."
 )
-COMPARISONS = (
-    " With {seeds} seeds {chance:.0f} % of the pairs that do not differ would look so by chance, "
-    "so each norm is compared with SyncBatchNorm once, by the mean over all sizes; only BatchNorm is compared size by "
-    "size, from the fewest samples per rank on, up to the first where the difference is not clear."
+OF_ERROR = (  # where there are test errors, in SPREAD and in CLEARLY
+    ", of the test error at least one test image",
+    ": of the test error, even as a mean over sizes, more than {clear} images, since all runs share these images",
+)
+ALONE = (
+    "; only BatchNorm is compared size by size, from the fewest samples per rank on, up to the first where the "
+    "difference is not clear"
 )
 TIME = {  # is it dear?
     True: "take SyncBatchNorm only where its quality is worth that time",
     False: "time is no reason against SyncBatchNorm",
 }
-COLLECTIVES = {  # do they take longer than their bytes would?
-    True: "what costs is the number of collectives, each with its latency and its waiting, not their bytes: to save "
-    "time synchronize fewer layers or take a backend of lower latency, not one of more bandwidth",
-    False: "the collectives cost no more than their bytes: there is little to save",
+COLLECTIVES = {  # what takes the time that synchronization adds?
+    "number": "what costs is the number of collectives, each with its latency and its waiting, not their bytes: to "
+    "save time synchronize fewer layers or take a backend of lower latency, not one of more bandwidth",
+    "bytes": "the collectives cost no more than their bytes: there is little to save",
+    "compute": "most of the time that synchronization adds is no communication: to save it look at the layers' "
+    "computation first",
+    "nothing": "the collectives add nothing to the time of a step: there is nothing to save",
 }
-ONE_SEED = " With one seed none is: take no advice on quality from this report."
+ONE_SEED = "With one seed no difference is clear: take no advice on quality from this report."
 FIGURES = {"error": "cnn", "step-time": None, "collectives": None, "transformer": "transformer"}  # and what it needs
 
 
@@ -109,6 +116,16 @@ class Cells(dict):
     def sizes(self, model):
         return sorted({samples for m, _, samples in self if m == model})
 
+    def base(self, model):
+        """Return the norm that the time of SyncBatchNorm is held against."""
+        return "bn" if "bn" in self.norms(model) else "ln"
+
+    def seeds(self):
+        """Return how many numbers the values have."""
+        return max(
+            len(value.numbers) for _, cell in self.items() for value in cell.values() if isinstance(value, Value)
+        )
+
     def values(self, model, norm, what):
         """Return the value of each number of samples per rank."""
         return [self[model, norm, samples][what] for samples in self.sizes(model)]
@@ -161,6 +178,17 @@ def advise(text, cases):
     return f"**{sentence[0].upper()}{sentence[1:]}.**"
 
 
+def where(sizes):
+    """Return at which numbers of samples per rank a mean over them was taken."""
+    return "Over all sizes together" if len(sizes) > 1 else f"At {plural(sizes[0], 'sample')} per rank"
+
+
+def without_advice(cells, model, what, digits, unit):
+    """Return the mean of each norm over all sizes, of one seed, from which nothing follows."""
+    means = (f"{NAMES[norm]} {Value.over(cells.values(model, norm, what)).text(digits)}" for norm in cells.norms(model))
+    return f"{where(cells.sizes(model))}, in {unit}, by one seed: {listed(means)}."
+
+
 def against_synchronized(cells, model, what, digits, unit):
     """Say how the norms that communicate nothing compare with SyncBatchNorm, and which to take then."""
     sizes = cells.sizes(model)
@@ -178,7 +206,6 @@ def against_synchronized(cells, model, what, digits, unit):
         )
         if norms
     ]
-    where = "Over all sizes together" if len(sizes) > 1 else f"At {plural(sizes[0], 'sample')} per rank"
     if better:
         take = listed((NAMES[norm] for norm in better), "or")
     elif equal:
@@ -186,11 +213,13 @@ def against_synchronized(cells, model, what, digits, unit):
         take = f"{NAMES[lowest]}, which is not clearly worse and needs no communication, or SyncBatchNorm"
     else:
         take = "SyncBatchNorm"
-    return f"{where} SyncBatchNorm comes to {synchronized.text(digits)} {unit}; {'; '.join(verdicts)}.", take
+    return f"{where(sizes)} SyncBatchNorm comes to {synchronized.text(digits)} {unit}; {'; '.join(verdicts)}.", take
 
 
 def advise_error(cells):
     """Say up to how many samples per rank synchronizing lowers the error, and what to take then."""
+    if cells.seeds() == 1:
+        return without_advice(cells, "cnn", "error", 1, "%")
     sizes = cells.sizes("cnn")
     alone, synchronized = (
         dict(zip(sizes, cells.values("cnn", norm, "error"), strict=True)) for norm in ("bn", "sync_bn")
@@ -219,7 +248,7 @@ def advise_time(cells):
     """Say what synchronization adds to a step."""
     parts, dear, shares = [], {}, []
     for model in cells.models():
-        base = "bn" if "bn" in cells.norms(model) else "ln"
+        base = cells.base(model)
         sizes = sorted({cells.sizes(model)[0], cells.sizes(model)[-1]})
         times, ratios = [], []
         for size in sizes:
@@ -236,38 +265,52 @@ def advise_time(cells):
 
 
 def advise_collectives(cells):
-    """Say whether what synchronization costs is the number of its collectives or their bytes."""
-    parts, slow = [], {}
+    """Say whether what synchronization costs is the number of its collectives, their bytes, or no communication."""
+    parts, costly = [], {}
     for model in cells.models():
         few = cells.sizes(model)[0]
         cell = cells[model, "sync_bn", few]
         others = min(cells[model, n, few]["communication"].mean for n in cells.norms(model) if n != "sync_bn")
         added, share = cell["communication"].mean - others, cell["norm kB"] / cell["gradients kB"]
+        base = cells.base(model)
+        longer = cell["step"].mean - cells[model, base, few]["step"].mean
         parts.append(
             f"In the {MODELS[model]}, SyncBatchNorm's layers make {cell['norm collectives']:.0f} collectives a step, "
             f"of {1000 * cell['norm kB'] / cell['norm collectives']:.0f} bytes on average. They add {100 * share:.1f} "
             f"% to the bytes of the gradients and, at {plural(few, 'sample')} per rank, {added:.1f} ms to their "
-            f"{others:.1f} ms."
+            f"{others:.1f} ms; the whole step takes {abs(longer):.1f} ms {'more' if longer > 0 else 'less'} than with "
+            f"{NAMES[base]}."
         )
-        slow.setdefault(added / others > 2 * share, []).append(MODELS[model])
-    return " ".join([*parts, advise(COLLECTIVES, slow)])
+        if added <= 2 * share * others:
+            what = "bytes"
+        elif longer <= 0:
+            what = "nothing"
+        else:
+            what = "number" if added > longer / 2 else "compute"
+        costly.setdefault(what, []).append(MODELS[model])
+    return " ".join([*parts, advise(COLLECTIVES, costly)])
 
 
 def advise_transformer(cells):
     """Say which norm predicts best in the Transformer, in what time, and whether train and eval agree."""
     sizes, norms = cells.sizes("transformer"), cells.norms("transformer")
+    gaps = sorted((cells["transformer", "sync_bn", size]["gap"].mean, size) for size in sizes)
+    gaps = [f"{cells['transformer', 'sync_bn', size]['gap'].text(3)} (at {size})" for _, size in gaps]
+    gap = (
+        "In train mode SyncBatchNorm's statistics hold the text that is to be predicted, in eval mode they do not: its "
+        f"bits in eval mode less those in train mode are {spanned(gaps)}, above 0 where eval mode is worse. The other "
+        "norms have no such gap."
+    )
+    if cells.seeds() == 1:
+        return f"{without_advice(cells, 'transformer', 'bits', 3, 'bits per character')} {gap}"
     comparison, take = against_synchronized(cells, "transformer", "bits", 3, "bits per character")
     ends = []
     for norm in norms:
         cell, size = min(((cells["transformer", norm, size], size) for size in sizes), key=lambda c: c[0]["bits"].mean)
         ends.append(f"{NAMES[norm]} {cell['bits'].text(3)} in {training_seconds(cell):.0f} s (at {size})")
-    gaps = sorted((cells["transformer", "sync_bn", size]["gap"].mean, size) for size in sizes)
-    gaps = [f"{cells['transformer', 'sync_bn', size]['gap'].text(3)} (at {size})" for _, size in gaps]
     return (
         f"{comparison} At the number of samples per rank that suits each best, the trainings end at: {listed(ends)}. "
-        "In train mode SyncBatchNorm's statistics hold the text that is to be predicted, in eval mode they do not: its "
-        f"bits in eval mode less those in train mode are {spanned(gaps)}, above 0 where eval mode is worse. The other "
-        f"norms have no such gap. **In a Transformer like this one take {take}.**"
+        f"{gap} **In a Transformer like this one take {take}.**"
     )
 
 
@@ -308,14 +351,19 @@ def table(cells):
     """Return the cells as a table in Markdown."""
     head = ["model", "norm", "samples per rank", "test error, %", "bits per character", "eval - train, bits"]
     head += ["step, ms", "of it communication, ms", "norm collectives", "norm kB"]
-    lines = ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * (len(head) - 2) + "|"]
+    rule, lines = ["---", "---"] + (len(head) - 2) * ["---:"], []
     for (model, norm, samples), cell in cells.items():
         row = [MODELS[model], NAMES[norm], str(samples)]
         for what, digits in ("error", 1), ("bits", 3), ("gap", 3), ("step", 1), ("communication", 1):
             row.append(cell[what].text(digits) if what in cell else "")
         row += [f"{cell['norm collectives']:.0f}", f"{cell['norm kB']:.1f}"] if "norm kB" in cell else ["", ""]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        lines.append(row)
+    filled = [any(column) for column in zip(*lines, strict=True)]  # a report on one model has no column for the other
+
+    def line(row):
+        return "| " + " | ".join(itertools.compress(row, filled)) + " |"
+
+    return "\n".join([line(head), "|" + "|".join(itertools.compress(rule, filled)) + "|", *map(line, lines)])
 
 
 def rows(records):
@@ -336,10 +384,23 @@ def rows(records):
     return text.getvalue()
 
 
+def rule(cells):
+    """Say what the numbers are, and when two of them differ clearly."""
+    seeds = cells.seeds()
+    if seeds == 1:
+        return ONE_SEED
+    errors = "cnn" in cells.models()
+    spread, clear = (text.format(clear=CLEAR) if errors else "" for text in OF_ERROR)
+    clearly = CLEARLY.format(
+        clear=CLEAR, of_error=clear, seeds=seeds, chance=100 * chance(seeds), alone=ALONE if errors else ""
+    )
+    return SPREAD.format(of_error=spread) + clearly
+
+
 def write_report(directory, records):
     """Write report.md, data.csv and the figures."""
     cells = Cells(records)
-    seeds = len({run.seed for run in records})
+    seeds = cells.seeds()
     ranks = next(iter(records)).ranks
     record = next(iter(records.values()))
     seen = {run.model: run.decay * run.ranks * run.samples for run in records}
@@ -349,14 +410,15 @@ def write_report(directory, records):
         "Each training sees about "
         + listed((f"{count} samples ({MODELS[model]})" for model, count in seen.items()), "or")
         + ", so the fewer samples per rank, the more steps. "
-        + RULE.format(clear=CLEAR)
-        + (COMPARISONS.format(chance=100 * chance(seeds), seeds=seeds) if seeds > 1 else ONE_SEED),
+        + rule(cells),
     ]
     differences = agreement(records)
     if differences:
         close = sum(difference < ROUNDING for difference in differences)
+        alone = "bn" in {norm for _, norm, _ in cells}
         parts.append(
-            "All but BatchNorm, which depends on how the batch is split, trained in one process with the global batch. "
+            f"All{' but BatchNorm, which depends on how the batch is split,' * alone} trained in one process with the "
+            "global batch. "
             f"That one process stands for {ranks} ranks is checked: the first steps, up to {COMPARED}, of "
             f"{len(differences)} trainings ran on the ranks too. In {close} of them no loss differs by more than "
             f"{ROUNDING:.0e}; the largest difference is {max(differences):.0e}."
@@ -432,7 +494,18 @@ def sizes_axis(axis, sizes):
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.minorticks_off()
+    if len(sizes) == 1:
+        axis.set_xlim(sizes[0] / 4, sizes[0] * 4)  # or what little lies beside one another would fill the width
     axis.set_xlabel("samples per rank (number)")
+
+
+def log_ticks(low, high, steps):
+    """Return round numbers, `steps` of each decade, from low to high, or from below to above if these are not two."""
+    numbers = [step * 10**power for power in range(-4, 7) for step in steps]
+    ticks = [number for number in numbers if low <= number <= high]
+    if len(ticks) < 2:
+        ticks = [max(n for n in numbers if n <= low), *ticks, min(n for n in numbers if n >= high)]
+    return ticks
 
 
 def curve(axis, norm, x, values, **options):
@@ -455,15 +528,16 @@ def draw_error(plt, cells):
         values += errors
     low, high = 0.8 * max(0.1, min(v.mean - v.spread for v in values)), 1.2 * max(v.mean + v.spread for v in values)
     axis.set_yscale("log", nonpositive="clip")
-    axis.set_ylim(low, high)
     sizes_axis(axis, sizes)
-    ticks = [t for t in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100) if low <= t <= high]
+    ticks = log_ticks(low, high, (1, 2, 3, 5))
+    axis.set_ylim(min(low, ticks[0]), max(high, ticks[-1]))
     axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     axis.set_ylabel("test error (%, logarithmic)")
     label_ends(axis, ends, 0.065)
-    axis.set_title("CNN: mean and standard deviation over seeds", loc="left")
+    of = "mean and standard deviation over seeds" if cells.seeds() > 1 else "one seed"
+    axis.set_title(f"CNN: {of}", loc="left")
     return figure
 
 
@@ -549,8 +623,8 @@ def draw_transformer(plt, cells):
     axes[1].margins(y=0.15)
     axes[0].set_xscale("log")
     low, high = axes[0].get_xlim()
-    ticks = [t * 10**power for power in range(-3, 6) for t in (1, 2, 5)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
+    ticks = log_ticks(low, high, (1, 2, 5))
+    axes[0].set_xlim(min(low, ticks[0]), max(high, ticks[-1]))
     axes[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[0].minorticks_off()
     axes[0].set_xlabel("training on all ranks (s, logarithmic)")

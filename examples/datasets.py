@@ -22,11 +22,14 @@ def load(folder=None):
         with a sub-folder of images per class, or with such folders `train` and `test`. None: the digits, 8 x 8.
 
     Raises:
+        NotADirectoryError: there is no such folder.
         ValueError: the folder is none of these, or a file in it is not what its name says.
         RuntimeError: an image folder wants Pillow, and there is none.
     """
     if folder is None:
         return digits()
+    if not folder.is_dir():
+        raise NotADirectoryError(f"expected a folder, got none there: {folder}")
     for suffix, read in ("", read_pickle), (".bin", read_binary):
         if (folder / f"data_batch_1{suffix}").exists():
             return cifar(folder, suffix, read)

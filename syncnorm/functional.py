@@ -65,7 +65,9 @@ def sync_batch_norm(
         mask: (N, *) or (N, 1, *) or what broadcasts to it, bool or floating point: which positions count, each rank
             with its own number of them. Statistics are those of the positions where it is true (or 1), on all ranks
             together. The others are normalized by these too, and their values may be anything; they have no part in
-            the gradient of the statistics.
+            the gradient of the statistics. A fraction counts as that much of a position: the n of mean, var and the
+            unbiased var is the sum of the mask. It must not be negative, which is not looked at (on a GPU that would
+            wait for the device).
         residual: added before the activation, of the input's shape and dtype.
         activation: None, "relu", "leaky_relu" (slope 0.01), "silu" or "gelu_tanh", in the same pass over the data.
             Backward keeps the input and, with a residual, the signs of its sum, one bit each (silu and gelu_tanh: the
@@ -117,7 +119,7 @@ def sync_batch_norm(
 
 def layer_norm(
     input: Tensor,
-    normalized_shape: Sequence[int],
+    normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -133,7 +135,7 @@ def layer_norm(
 
     Args:
         input: (*, *normalized_shape) floating point; the output has its dtype.
-        normalized_shape: the last axes as they are on this rank.
+        normalized_shape: the last axes, or the last one, as they are on this rank.
         weight: of normalized_shape, or None.
         bias: of normalized_shape, or None.
         eps: added to the variance.
@@ -147,11 +149,11 @@ def layer_norm(
 
     Raises:
         ValueError: the last axes are not normalized_shape, or this rank is not in the group.
-        TypeError: the input is not floating point.
+        TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
-    shape = validate.trailing_axes(input, normalized_shape, weight, bias)
+    shape = validate.trailing_axes(input, normalized_shape, weight, bias, split=process_group is not None)
     group = _sharing(process_group)
     if group.size == 1:
         return F.layer_norm(input, shape, weight, bias, eps)
@@ -161,10 +163,10 @@ def layer_norm(
 
 def rms_norm(
     input: Tensor,
-    normalized_shape: Sequence[int],
+    normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float | None = 1e-6,
     *,
     eps_outside: bool = False,
     process_group: ProcessGroupLike = None,
@@ -178,10 +180,11 @@ def rms_norm(
 
     Args:
         input: (*, *normalized_shape) floating point; the output has its dtype.
-        normalized_shape: the last axes as they are on this rank.
+        normalized_shape: the last axes, or the last one, as they are on this rank.
         weight: of normalized_shape, or None.
         bias: of normalized_shape, or None.
-        eps: added to the mean square, or to its root.
+        eps: added to the mean square, or to its root. None: what torch adds then, torch.finfo(torch.float32).eps, or
+            that of float64 for such an input. (torch 2.6 itself adds finfo(input.dtype).eps in half precision.)
         eps_outside: add it to the root. Both definitions are in use; a checkpoint wants the one that it was trained by.
         process_group: the ranks among which the last axes are split, as in `layer_norm`; the other axes are
             not compared here either.
@@ -191,12 +194,14 @@ def rms_norm(
 
     Raises:
         ValueError: the last axes are not normalized_shape, or this rank is not in the group.
-        TypeError: the input is not floating point.
+        TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
-    shape = validate.trailing_axes(input, normalized_shape, weight, bias)
+    shape = validate.trailing_axes(input, normalized_shape, weight, bias, split=process_group is not None)
     group = _sharing(process_group)
+    if eps is None:
+        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
     if group.size == 1 and not eps_outside:
         x = input if weight is None else input.to(weight.dtype)  # unlike layer_norm, it takes one dtype
         return _affine(F.rms_norm(x, shape, weight, eps), None, bias).to(input.dtype)
@@ -237,11 +242,11 @@ def group_norm(
 
     Raises:
         ValueError: the groups do not divide the channels, shapes do not fit, or this rank is not in the group.
-        TypeError: the input is not floating point.
+        TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Wu and He, Group Normalization, 2018.
     """
-    validate.groups_of_channels(input, num_groups, weight, bias)
+    validate.groups_of_channels(input, num_groups, weight, bias, split=process_group is not None)
     group = _sharing(process_group)
     if group.size == 1:
         return F.group_norm(input, num_groups, weight, bias, eps)

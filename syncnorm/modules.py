@@ -29,6 +29,15 @@ class _Grouped(nn.Module):
     def process_group(self, process_group: ProcessGroupLike) -> None:
         self._group = ProcessGroupReference(process_group)
 
+    def _parameters_beside(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight and bias as what the input is: DTensors, as in a plan of torch's own, or this rank's part."""
+        weight, bias = self.weight, self.bias
+        return (weight, bias) if hasattr(input, "to_local") else (_local(weight), _local(bias))  # type: ignore[arg-type, return-value]
+
+    def _ranks(self) -> str:
+        """Return what extra_repr says of the process group."""
+        return "" if self.process_group is None else f", process_group={self._group}"
+
 
 class SyncBatchNorm(_Grouped, _BatchNorm):
     """Batch normalization by the statistics of the whole batch, wherever its shards live.
@@ -103,9 +112,9 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalize `input`, (N, C, *), and in training move the running statistics.
 
-        Only the positions where `mask`, (N, *) or (N, 1, *), is true (or 1) count in them, see
-        `syncnorm.functional.sync_batch_norm`. `residual`, of the input's shape and dtype, is added before the
-        activation.
+        Only the positions where `mask`, (N, *) or (N, 1, *), is true (or 1) count in them; those of a fraction, which
+        must not be negative, count by that. See `syncnorm.functional.sync_batch_norm`.
+        `residual`, of the input's shape and dtype, is added before the activation.
         """
         tracks = self.track_running_stats or not self.training
         running_mean = self.running_mean if tracks else None
@@ -243,13 +252,15 @@ class LayerNorm(_Grouped, nn.LayerNorm):
         process_group: the ranks among which the last axes are split; None: they are whole.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2R + 1 float64 in forward, for R
-    positions, and one of 2R in backward. At the first input of each size the ranks compare their R besides. Otherwise
-    none.
+    positions, and one of 2R in backward. At the first input of each size that a rank meets it compares its other axes
+    with the ranks' besides. Otherwise none.
 
     Raises:
-        ValueError: the input does not end with normalized_shape; the ranks have unequal axes beside the last ones; this
-            rank is not in the group.
-        TypeError: the input is not floating point.
+        ValueError: the input does not end with normalized_shape; this rank is not in the group; the ranks have unequal
+            axes beside the last ones, of which each meets its own size for the first time. Where one of them has met
+            its size before they no longer compare, so that unequal ones cannot be refused: Gloo aborts or hangs until
+            the timeout, MPI truncates.
+        TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
@@ -270,10 +281,18 @@ class LayerNorm(_Grouped, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (*, *normalized_shape)."""
-        shape = self.normalized_shape
+        shape, split = self.normalized_shape, self.process_group is not None
+        weight, bias = self._parameters_beside(input)
+        validate.trailing_axes(input, shape, weight, bias, split=split)  # before the ranks compare anything
         group = self._group.resolve_for(input, input.shape[: -len(shape)])
-        weight, bias = _local(self.weight), _local(self.bias)
         return functional.layer_norm(input, shape, weight, bias, self.eps, process_group=group)
+
+    def extra_repr(self) -> str:
+        """Return the arguments that the module was made with."""
+        return (
+            f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, "
+            f"bias={self.bias is not None}{self._ranks()}"
+        )
 
 
 class RMSNorm(_Grouped, nn.RMSNorm):
@@ -281,14 +300,16 @@ class RMSNorm(_Grouped, nn.RMSNorm):
 
         y = x / sqrt(mean(x²) + eps) * weight + bias        with eps_outside: x / (sqrt(mean(x²)) + eps) * weight + bias
 
-    Arguments and state-dict keys are those of `torch.nn.RMSNorm`, to which a bias may come. Without a process group it
-    needs no communication. With one, normalized_shape, weight and bias are this rank's shares, of any size.
+    State-dict keys are those of `torch.nn.RMSNorm`, to which a bias may come, and so are the arguments but for two: eps
+    is 1e-6 unless given (torch's is None), and `bias` stands before device. Without a process group it needs no
+    communication. With one, normalized_shape, weight and bias are this rank's shares, of any size.
 
     Shapes: input and output (*, *normalized_shape).
 
     Args:
         normalized_shape: the last axes, or the last one, as they are on this rank.
-        eps: added to the mean square, or to its root.
+        eps: added to the mean square, or to its root. None: what torch adds then, torch.finfo(torch.float32).eps, or
+            that of float64 for such an input. (torch 2.6 itself adds finfo(input.dtype).eps in half precision.)
         elementwise_affine: learn weight (and bias), of normalized_shape.
         bias: learn a bias, if elementwise_affine.
         device: of the parameters.
@@ -297,13 +318,15 @@ class RMSNorm(_Grouped, nn.RMSNorm):
         process_group: the ranks among which the last axes are split; None: they are whole.
 
     Collectives: with a process group of more than one rank, one all-reduce of R + 1 float64 in forward, for R
-    positions, and one of R in backward. At the first input of each size the ranks compare their R besides. Otherwise
-    none.
+    positions, and one of R in backward. At the first input of each size that a rank meets it compares its other axes
+    with the ranks' besides. Otherwise none.
 
     Raises:
-        ValueError: the input does not end with normalized_shape; the ranks have unequal axes beside the last ones; this
-            rank is not in the group.
-        TypeError: the input is not floating point.
+        ValueError: the input does not end with normalized_shape; this rank is not in the group; the ranks have unequal
+            axes beside the last ones, of which each meets its own size for the first time. Where one of them has met
+            its size before they no longer compare, so that unequal ones cannot be refused: Gloo aborts or hangs until
+            the timeout, MPI truncates.
+        TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
@@ -313,7 +336,7 @@ class RMSNorm(_Grouped, nn.RMSNorm):
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
-        eps: float = 1e-6,
+        eps: float | None = 1e-6,
         elementwise_affine: bool = True,
         bias: bool = False,
         device: torch.device | str | None = None,
@@ -330,10 +353,19 @@ class RMSNorm(_Grouped, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x`, (*, *normalized_shape)."""
-        shape = self.normalized_shape
-        options = {"eps_outside": self.eps_outside, "process_group": self._group.resolve_for(x, x.shape[: -len(shape)])}
-        eps = 1e-6 if self.eps is None else self.eps
-        return functional.rms_norm(x, shape, _local(self.weight), _local(self.bias), eps, **options)  # type: ignore[arg-type]
+        shape, split = self.normalized_shape, self.process_group is not None
+        weight, bias = self._parameters_beside(x)
+        validate.trailing_axes(x, shape, weight, bias, split=split)  # before the ranks compare anything
+        group = self._group.resolve_for(x, x.shape[: -len(shape)])
+        outside = self.eps_outside
+        return functional.rms_norm(x, shape, weight, bias, self.eps, eps_outside=outside, process_group=group)
+
+    def extra_repr(self) -> str:
+        """Return the arguments that the module was made with."""
+        return (
+            f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, "
+            f"bias={self.bias is not None}, eps_outside={self.eps_outside}{self._ranks()}"
+        )
 
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0."""
@@ -347,8 +379,8 @@ class GroupNorm(_Grouped, nn.GroupNorm):
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
-    Arguments and state-dict keys are those of `torch.nn.GroupNorm`, and so is the result without a process group: it
-    needs no communication.
+    Arguments and state-dict keys are those of `torch.nn.GroupNorm` (torch 2.13: older ones have no `bias`), and so is
+    the result without a process group: it needs no communication.
 
     Shapes: input and output (N, C, *) with any number of trailing axes.
 
@@ -356,20 +388,23 @@ class GroupNorm(_Grouped, nn.GroupNorm):
         num_groups: into how many groups the channels of this rank are divided.
         num_channels: C, on this rank.
         eps: added to the variance.
-        affine: learn weight and bias, (C,) each.
+        affine: learn weight (and bias), (C,) each.
         device: of the parameters.
         dtype: of the parameters.
+        bias: learn the bias, if affine.
         process_group: the ranks that have a part of each group: of its space, or of its channels; None: they are whole.
             Parts may differ in size. Where space is split, the gradients of weight and bias are this rank's share.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 1 float64 in forward and
-    one of 2 N num_groups in backward. At the first input of each size the ranks compare N and num_groups besides.
-    Otherwise none.
+    one of 2 N num_groups in backward. At the first N that a rank meets it compares N and num_groups with the ranks'
+    besides. Otherwise none.
 
     Raises:
-        ValueError: the groups do not divide the channels; the ranks have unequal N or num_groups; this rank is not in
-            the group.
-        TypeError: the input is not floating point.
+        ValueError: the input has not num_channels, or the groups do not divide them; this rank is not in the group; the
+            ranks have unequal N or num_groups, of which each meets its own for the first time. Where one of them has
+            met its N before they no longer compare, so that unequal ones cannot be refused: Gloo aborts or hangs until
+            the timeout, MPI truncates.
+        TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Wu and He, Group Normalization, 2018.
     """
@@ -383,16 +418,35 @@ class GroupNorm(_Grouped, nn.GroupNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         process_group: ProcessGroupLike = None,
     ):
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (N, C, *)."""
-        group = self._group.resolve_for(input, (*input.shape[:1], self.num_groups))
-        weight, bias = _local(self.weight), _local(self.bias)
-        return functional.group_norm(input, self.num_groups, weight, bias, self.eps, process_group=group)
+        groups, split = self.num_groups, self.process_group is not None
+        weight, bias = self._parameters_beside(input)
+        validate.groups_of_channels(input, groups, weight, bias, self.num_channels, split=split)
+        group = self._group.resolve_for(input, (len(input), groups))
+        return functional.group_norm(input, groups, weight, bias, self.eps, process_group=group)
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1 and bias to 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """Return the arguments that the module was made with."""
+        return (
+            f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, "
+            f"bias={self.bias is not None}{self._ranks()}"
+        )
 
 
 def _local(parameter: Tensor | None) -> Tensor | None:
@@ -433,6 +487,11 @@ class ProcessGroupReference:
             )
         self._compared.add(tuple(whole))
         return group
+
+    def __str__(self) -> str:
+        """Return the size of the group, or that this rank is not in it."""
+        size = 0 if self._resolved is None else self._resolved.size
+        return f"{size} rank{'s' * (size != 1)}" if size else "other ranks"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProcessGroupReference:
         return self

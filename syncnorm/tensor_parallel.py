@@ -26,7 +26,7 @@ class ShardedNorm(ParallelStyle):
     DTensors, `Shard(0)` on the mesh. Collectives are those of the norm, over the ranks of the mesh.
 
     Raises:
-        TypeError: another module.
+        TypeError: another module; in forward, a DTensor, as `ColwiseParallel(use_local_output=False)` makes it.
         ValueError: the norm is over more than one axis, or the mesh has more than one dimension.
     """
 

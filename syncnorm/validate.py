@@ -133,11 +133,20 @@ def _writable(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None
 
 
 def trailing_axes(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    split: bool,
 ) -> tuple[int, ...]:
-    """Return normalized_shape as a tuple; raise unless the input ends with it and the parameters have it."""
+    """Return normalized_shape as a tuple; raise unless the input ends with it and the parameters have it.
+
+    With `split` the axes are split over a process group, which takes a rank's part and no DTensor.
+    """
     _floating_point(input)
-    shape = tuple(normalized_shape)
+    _part_of_this_rank(input, split)
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(f"expected an input of shape (*, {', '.join(map(str, shape))}), got {tuple(input.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -145,10 +154,32 @@ def trailing_axes(
     return shape
 
 
-def groups_of_channels(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Raise unless the channels of an input (N, C, *) can be divided into the groups and the parameters are (C,)."""
+def groups_of_channels(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_channels: int | None = None,
+    *,
+    split: bool,
+) -> None:
+    """Raise unless the channels of an input (N, C, *) can be divided into the groups and the parameters are (C,).
+
+    Without weight and bias C is num_channels, if that is given. `split` as in `trailing_axes`.
+    """
     channel_axis(input)
+    _part_of_this_rank(input, split)
     channels = input.shape[1]
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.dim() == 1 and len(parameter) != channels:
+            has = len(parameter)
+            raise ValueError(
+                f"expected an input of {has} channels, (N, {has}, *) as {name} has it, got {tuple(input.shape)}"
+            )
+    if weight is None and bias is None and num_channels not in (None, channels):
+        raise ValueError(
+            f"expected an input of {num_channels} channels, (N, {num_channels}, *), got {tuple(input.shape)}"
+        )
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"expected a number of groups that divides the {channels} channels, got {num_groups}")
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -167,6 +198,15 @@ def channel_axis(input: Tensor) -> None:
     _floating_point(input)
     if input.dim() < 2:
         raise ValueError(f"expected an input of at least 2 axes (N, C, *), got shape {tuple(input.shape)}")
+
+
+def _part_of_this_rank(input: Tensor, split: bool) -> None:
+    if split and hasattr(input, "to_local"):
+        raise TypeError(
+            "expected this rank's part of the input as a plain tensor beside a process group, got a DTensor of shape "
+            f"{tuple(input.shape)}: give its to_local(), or leave out use_local_output=False where a ColwiseParallel "
+            "makes it"
+        )
 
 
 def _floating_point(input: Tensor) -> None:

@@ -98,13 +98,13 @@ class Run(NamedTuple):
     seed: int
 
 
-def cells(errors=None, bits=None, milliseconds=None, gap=0.0):
+def cells(errors=None, bits=None, milliseconds=None, gap=0.0, communication=None, sizes=(1, 16), seeds=3):
     """Return the Cells of made-up records: {norm: [value at 1 sample per rank, at 16]}, in percent, bits and ms."""
     records = {}
     for model, values in ("cnn", errors or {}), ("transformer", bits or {}):
         for norm, pair in values.items():
-            for samples, value in zip((1, 16), pair, strict=True):
-                for seed, aside in enumerate((-0.1, 0.0, 0.1)):  # a spread of 0.1
+            for samples, value in zip(sizes, pair, strict=True):
+                for seed, aside in enumerate((-0.1, 0.0, 0.1)[:seeds]):  # a spread of 0.1
                     record = {"steps": 10, "test_accuracy": 1 - (value + aside) / 100, "test_images": 10_000}
                     record["valid_bits_per_character"] = value + aside
                     in_train_mode = value + aside - (gap + aside / 100 if norm == "sync_bn" else 0)
@@ -114,7 +114,7 @@ def cells(errors=None, bits=None, milliseconds=None, gap=0.0):
                     synchronized = norm == "sync_bn"
                     records[Run("time", model, norm, samples, seed)] = {
                         "seconds_per_step": total / 1000,
-                        "communication_seconds_per_step": (total - 8) / 1000,
+                        "communication_seconds_per_step": (communication or {}).get(norm, total - 8) / 1000,
                         "per_step": {
                             "norm": {"collectives": 18 * synchronized, "bytes": 10_000 * synchronized},
                             "gradients": {"collectives": 1, "bytes": 300_000},
@@ -186,6 +186,11 @@ def test_advice_on_group_norm_follows_the_mean_over_sizes(gn, texts):
         assert text in advice, advice
 
 
+def test_of_norms_that_cannot_be_told_apart_the_lowest_is_advised():
+    advice = contrast_report.advise_error(cells(WU_AND_HE | {"gn": [5.05, 5.05], "ln": [4.95, 4.95], "rms": [5, 5]}))
+    assert SYNCHRONIZE + "LayerNorm, which is not clearly worse" in advice
+
+
 def test_norms_of_one_verdict_share_a_sentence():
     advice = contrast_report.advise_error(cells(WU_AND_HE | {"gn": [4, 6], "ln": [9, 9], "rms": [5, 5]}))
     assert "; LayerNorm (9.0 ± 0.1) is clearly worse; GroupNorm (5.0 ± 0.1) and RMSNorm (5.0 ± 0.1) cannot" in advice
@@ -243,6 +248,23 @@ def test_advice_on_collectives_follows_the_numbers(sync_bn, latency):
     assert ("**The collectives cost no more than their bytes" in text) == (not latency)
 
 
+@pytest.mark.parametrize(
+    ("step", "communication", "texts"),
+    [
+        (40, 18, ["16.0 ms to their 2.0 ms; the whole step takes 30.0 ms more than with BatchNorm.", "**What costs"]),
+        (40, 16, ["14.0 ms to their 2.0 ms; the whole step takes 30.0 ms more", "is no communication: to save it"]),
+        (9, 8, ["6.0 ms to their 2.0 ms; the whole step takes 1.0 ms less than", "**The collectives add nothing to"]),
+    ],
+)
+def test_the_number_of_collectives_costs_only_where_communication_is_most_of_the_difference(step, communication, texts):
+    made_up = cells(
+        WU_AND_HE, milliseconds={"sync_bn": step}, communication={"bn": 2, "gn": 2, "sync_bn": communication}
+    )
+    advice = contrast_report.advise_collectives(made_up)
+    assert all(text in advice for text in texts), advice
+    assert ("number of collectives" in advice) == (communication == 18)
+
+
 BOTH = {"errors": WU_AND_HE, "bits": {"ln": [2, 2], "rms": [2, 2], "sync_bn": [2, 2]}}
 
 
@@ -290,9 +312,72 @@ def test_a_report_of_one_seed_advises_nothing_on_quality(directory, tmp_path):
     contrast(tmp_path, "--seeds", 1)
     report = (tmp_path / "report.md").read_text()
     assert "1 seed. " in report
-    assert "With one seed none is: take no advice on quality from this report." in report
-    assert "clearly above" in report
-    assert "is clearly" not in report
+    assert "With one seed no difference is clear: take no advice on quality from this report." in report
+    for advice in "clearly", "told from", "Leave BatchNorm", "In a Transformer like", "suits", "deviation", "±":
+        assert advice not in report, advice
+    for section in "Test error of the CNN", "The Transformer":
+        text = report.split(f"## {section}")[1].split("## ")[0]
+        assert "by one seed: " in text
+        assert "**" not in text
+
+
+def test_one_seed_advises_nothing_whatever_its_numbers():
+    for advise, made_up in (
+        (contrast_report.advise_error, cells(WU_AND_HE, seeds=1)),
+        (contrast_report.advise_transformer, cells(**BOTH, seeds=1)),
+    ):
+        assert "**" not in advise(made_up)
+    assert "by one seed: BatchNorm 17.4, SyncBatchNorm 4.9 and GroupNorm 4.9." in contrast_report.advise_error(
+        cells(WU_AND_HE, seeds=1)
+    )
+    alone = contrast_report.advise_error(cells({"bn": [9], "sync_bn": [5]}, sizes=(8,), seeds=1))
+    assert alone == "At 8 samples per rank, in %, by one seed: BatchNorm 8.9 and SyncBatchNorm 4.9."
+
+
+def test_a_report_on_the_transformer_speaks_of_no_images_and_no_batch_norm(directory, tmp_path):
+    shutil.copytree(directory / "records", tmp_path / "records")
+    contrast(tmp_path, "--models", "transformer")
+    report = (tmp_path / "report.md").read_text()
+    assert "by the mean over all sizes." in report
+    assert "All trained in one process" in report
+    assert "BatchNorm" not in report.replace("SyncBatchNorm", "")
+    for word in "image", "error", "CNN":
+        assert word not in report, word
+
+
+@pytest.fixture
+def plt():
+    mpl = pytest.importorskip("matplotlib")
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    yield pyplot
+    pyplot.close("all")
+
+
+ERRORS = [[1.3, 1.3, 1.25], [2.4, 2.5, 2.6], [0.1, 0.1, 0.1], [1, 10, 30]]
+
+
+@pytest.mark.parametrize("errors", ERRORS, ids=str)
+def test_the_error_figure_of_one_size_is_narrow_and_has_labels(plt, errors):
+    by_norm = {norm: [error] for norm, error in zip(("bn", "sync_bn", "gn"), errors, strict=True)}
+    figure = contrast_report.draw_error(plt, cells(by_norm, sizes=(8,)))
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    points = [container.lines[0].get_xydata()[0] for container in axis.containers]
+    across = [axis.transAxes.inverted().transform(axis.transData.transform(point))[0] for point in points]
+    assert all(0.4 < place < 0.6 for place in across), across
+    low, high = axis.get_ylim()
+    shown = [label.get_text() for label, y in zip(axis.get_yticklabels(), axis.get_yticks(), strict=True)]
+    assert sum(low <= y <= high for y in axis.get_yticks()) >= 2, shown
+    assert all(shown)
+
+
+def test_the_figure_of_a_transformer_of_one_size_has_labels_of_time(plt):
+    made_up = cells(bits={norm: [2] for norm in ("ln", "rms", "sync_bn")}, sizes=(8,))
+    axis = contrast_report.draw_transformer(plt, made_up).axes[0]
+    low, high = axis.get_xlim()
+    assert sum(low <= x <= high for x in axis.get_xticks()) >= 2
 
 
 def test_one_rank_is_refused(monkeypatch, capsys):

@@ -132,6 +132,22 @@ def test_a_folder_of_nothing(tmp_path):
         datasets.load(tmp_path)
 
 
+def test_a_folder_that_is_not_there_ends_the_cnn_in_one_line(tmp_path):
+    missing = tmp_path / "nothing"
+    job = launch("alone", 1, Path(datasets.__file__).with_name("cnn.py"), "--data", missing)
+    assert job.returncode == 1
+    assert job.stderr == f"--data: expected a folder, got none there: {missing}\n"
+
+
+def test_a_cifar_folder_without_its_test_batch_ends_the_cnn_in_one_line(batches, tmp_path):
+    batches.pop("test_batch")
+    write_binary(tmp_path, batches)
+    job = launch("alone", 1, Path(datasets.__file__).with_name("cnn.py"), "--data", tmp_path)
+    assert job.returncode == 1
+    assert job.stderr.startswith("--data: [Errno 2] No such file")
+    assert job.stderr.count("\n") == 1
+
+
 def test_the_cnn_trains_on_a_folder(tmp_path):
     write_images(tmp_path / "images", COLOURS, 10)
     options = ["--data", tmp_path / "images", "--norm", "gn", "--batch-per-rank", 4, "--steps", 12]

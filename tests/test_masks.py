@@ -205,6 +205,28 @@ def test_eval_takes_a_mask_and_needs_none():
     assert torch.equal(layer(x, mask=torch.rand(4, 6) < 0.5), layer(x))
 
 
+def with_fractions():
+    """Return this rank's x and mask, y, and the running statistics."""
+    torch.manual_seed(syncnorm.communicator().rank)
+    x, mask = torch.randn(4, CHANNELS, 6, dtype=torch.float64) + 2, torch.rand(4, 6, dtype=torch.float64)
+    layer = syncnorm.SyncBatchNorm(CHANNELS, momentum=1.0, dtype=torch.float64)
+    y = layer(x, mask=mask).detach()
+    return x, mask, y, layer.running_mean, layer.running_var
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_fractions_count_by_their_size(run, world_size):
+    results = run(with_fractions, world_size)
+    x, mask, y = (torch.cat([result[i] for result in results]) for i in range(3))
+    weight, n = mask.unsqueeze(1), mask.sum()
+    mean = (weight * x).sum((0, 2), keepdim=True) / n
+    m2 = (weight * (x - mean).square()).sum((0, 2), keepdim=True)
+    torch.testing.assert_close(y, (x - mean) / (m2 / n + 1e-5).sqrt())
+    for *_, running_mean, running_var in results:
+        torch.testing.assert_close(running_mean, mean.flatten())
+        torch.testing.assert_close(running_var, m2.flatten() / (n - 1))
+
+
 @pytest.mark.parametrize("shape", [(4, 5), (4, CHANNELS, 6), (3, 6), (6,), (4, 1, 1, 6), ()])
 def test_a_mask_that_does_not_broadcast(shape):
     with pytest.raises(ValueError, match=r"expected a mask that broadcasts to \(4, 6\) or \(4, 1, 6\) for an input of"):

@@ -31,6 +31,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     mean: float = 0.0
     options: dict = field(default_factory=dict)
+    scale: float = 1.0
 
     @property
     def world_size(self):
@@ -40,6 +41,7 @@ class Case:
     def __str__(self):
         words = [self.norm, "x".join(map(str, self.shape)), f"axis{self.axis}", "+".join(map(str, self.sizes))]
         words += [str(self.dtype)[6:]] + [f"mean={self.mean:g}"] * bool(self.mean)
+        words += [f"scale={self.scale:g}"] * (self.scale != 1)
         return "-".join(words + [f"{key}={value}" for key, value in self.options.items()])
 
     @property
@@ -62,6 +64,11 @@ CASES = [
     Case("rms", (3, 8), (5, 3), options={"bias": True}),
     Case("rms", (3, 8), (5, 3), options={"elementwise_affine": False}),
     *[Case("rms", (3, 8), sizes, options={"eps_outside": True, "eps": 1e-2}) for sizes in SIZES],
+    *[Case("rms", (3, 8), sizes, options={"eps": None}, scale=1e-4) for sizes in SIZES],
+    *[Case("rms", (3, 8), (5, 3), options={"eps": None}, scale=1e-4, dtype=dtype) for dtype in (torch.bfloat16,)],
+    Case("rms", (3, 8), (5, 3), options={"eps": None}, scale=1e-8, dtype=torch.float64),
+    Case("group", (2, 4, 8), (5, 3), options={"bias": False}),
+    Case("group", (2, 8, 5), (5, 3), axis=1, options={"bias": False}),
     *[Case("group", (2, 4, 8), sizes) for sizes in SIZES],
     *[Case("group", (2, 4, 3, 8), sizes) for sizes in SIZES],
     *[Case("group", (2, 4, 8, 3, 2), (5, 3), axis=2, dtype=dtype) for dtype in DTYPES],
@@ -78,6 +85,7 @@ def whole(case):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(case.shape, generator=generator, dtype=torch.float64) + case.mean + 0.3
     x[..., :2] *= 2.5
+    x *= case.scale
     grad_output = torch.randn(case.shape, generator=generator, dtype=torch.float64)
     features = case.shape[1] if case.norm == "group" else case.shape[-1]
     weight, bias = torch.linspace(0.6, 1.4, features), torch.linspace(-0.5, 0.5, features)
@@ -101,7 +109,9 @@ def in_one_process(case):
     elif options.get("eps_outside"):
         y = rms_outside(x, weight, bias, options["eps"])
     else:
-        y = F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+        eps = options.get("eps", 1e-6)
+        eps = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps if eps is None else eps
+        y = F.rms_norm(x, x.shape[-1:], weight, eps)
         y = y if bias is None else y + bias
     y.backward(grad_output.double())
     return y.detach(), x.grad, {name: t.grad for name, t in named.items()}
@@ -221,6 +231,7 @@ PAIRS = [
     (syncnorm.LayerNorm(6, elementwise_affine=False), nn.LayerNorm(6, elementwise_affine=False), (4, 6)),
     (syncnorm.RMSNorm(6), nn.RMSNorm(6, 1e-6), (4, 6)),
     (syncnorm.RMSNorm((2, 3), 1e-3), nn.RMSNorm((2, 3), 1e-3), (4, 2, 3)),
+    (syncnorm.RMSNorm(6, None), nn.RMSNorm(6), (4, 6)),
     (syncnorm.GroupNorm(2, 6), nn.GroupNorm(2, 6), (4, 6, 5)),
     (syncnorm.GroupNorm(3, 6, 1e-3, affine=False), nn.GroupNorm(3, 6, 1e-3, affine=False), (4, 6)),
 ]
@@ -235,8 +246,111 @@ def test_unsplit_they_are_torchs(ours, torchs, shape):
         nn.init.normal_(parameter)
     ours.load_state_dict(torchs.state_dict())
     torchs.load_state_dict(ours.state_dict())
-    x = torch.randn(shape)
+    x = torch.randn(shape) * 1e-3  # so that eps matters
     assert torch.equal(ours(x), torchs(x))
+
+
+def no_epsilon(dtype):
+    """Return the unsplit x and what this rank makes of its part of it, eps being None."""
+    group = syncnorm.communicator()
+    torch.manual_seed(0)
+    x = (1e-4 * torch.randn(3, 8, dtype=torch.float64)).to(dtype)
+    norm = syncnorm.RMSNorm(4, None, dtype=dtype, process_group=group)
+    return x, norm(x.chunk(group.size, -1)[group.rank]).detach()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("world_size", [2])
+def test_without_an_eps_the_shards_match_torchs_module(run, world_size, dtype):
+    results = run(no_epsilon, world_size, dtype)
+    x = results[0][0]
+    expected = nn.RMSNorm(8, dtype=dtype)(x)
+    if dtype.itemsize == 2 and torch.__version__.startswith("2.6"):  # it adds finfo(dtype).eps then
+        expected = nn.RMSNorm(8)(x.float()).to(dtype)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(torch.cat([y for _, y in results], -1), expected, rtol=4 * eps, atol=eps * 1e-2)
+    with pytest.raises(AssertionError):  # our own default is another
+        torch.testing.assert_close(syncnorm.RMSNorm(8, dtype=dtype)(x), expected, rtol=4 * eps, atol=eps)
+
+
+def test_group_norm_without_a_bias():
+    """In torch's own from 2.13 on."""
+    layer = syncnorm.GroupNorm(2, 6, bias=False)
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
+    nn.init.normal_(layer.weight)
+    x = torch.randn(4, 6, 5)
+    assert torch.equal(layer(x), F.group_norm(x, 2, layer.weight))
+    layer.reset_parameters()
+    assert torch.equal(layer.weight, torch.ones(6))
+    assert list(syncnorm.GroupNorm(2, 6, affine=False, bias=True).parameters()) == []
+
+
+def test_functions_take_the_last_axis_as_a_number():
+    x = torch.randn(3, 4)
+    assert torch.equal(syncnorm.functional.layer_norm(x, 4), F.layer_norm(x, (4,)))
+    assert torch.equal(syncnorm.functional.rms_norm(x, 4), F.rms_norm(x, (4,), None, 1e-6))
+    with pytest.raises(ValueError, match=r"expected an input of shape \(\*, 5\), got \(3, 4\)"):
+        syncnorm.functional.layer_norm(x, 5)
+
+
+def representations():
+    group = syncnorm.communicator()
+    return [
+        repr(syncnorm.LayerNorm(4, process_group=group)),
+        repr(syncnorm.LayerNorm((2, 4), bias=False)),
+        repr(syncnorm.RMSNorm(4, None, bias=True, eps_outside=True, process_group=group)),
+        repr(syncnorm.GroupNorm(2, 4, bias=False, process_group=group)),
+    ]
+
+
+def text_of_the_group(ranks):
+    return [
+        f"LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=True, process_group={ranks})",
+        "LayerNorm((2, 4), eps=1e-05, elementwise_affine=True, bias=False)",
+        f"RMSNorm((4,), eps=None, elementwise_affine=True, bias=True, eps_outside=True, process_group={ranks})",
+        f"GroupNorm(2, 4, eps=1e-05, affine=True, bias=False, process_group={ranks})",
+    ]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_repr_tells_the_arguments_and_the_ranks(run, world_size):
+    assert representations() == text_of_the_group("1 rank")
+    assert run(representations, world_size) == world_size * [text_of_the_group("2 ranks")]
+
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+def in_half_precision(norm, dtype):
+    """Return the unsplit x, grad_output, weight and bias, and what the ranks make of their parts."""
+    group = syncnorm.communicator()
+    torch.manual_seed(0)
+    x, grad_output = torch.randn(2, 64, 64).to(dtype)
+    weight, bias = 2 + torch.rand(64), torch.randn(64)
+    part = slice(32 * group.rank, 32 * group.rank + 32)
+    layer = NORMS[norm](32, **{"bias": True} if norm == "rms" else {}, process_group=group)
+    with torch.no_grad():
+        layer.weight.copy_(weight[part])
+        layer.bias.copy_(bias[part])
+    mine = x[:, part].detach().requires_grad_()
+    y = layer(mine)
+    y.backward(grad_output[:, part])
+    return (x, grad_output, weight, bias), y.detach(), mine.grad
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("world_size", [2])
+def test_half_precision_is_rounded_once(run, world_size, norm, dtype):
+    """Of what is rounded before the affine map too, a good part is another number."""
+    results = run(in_half_precision, world_size, norm, dtype)
+    x, grad_output, weight, bias = (t.double() for t in results[0][0])
+    x.requires_grad_()
+    y = F.layer_norm(x, (64,), weight, bias) if norm == "layer" else F.rms_norm(x, (64,), weight, 1e-6) + bias
+    y.backward(grad_output)
+    for i, expected in (1, y), (2, x.grad):
+        actual = torch.cat([result[i] for result in results], -1)
+        assert (actual == expected.to(dtype)).double().mean() > 0.99
 
 
 def test_rms_norm_has_a_bias_and_both_epsilons():
@@ -294,13 +408,96 @@ def test_unequal_sizes_beside_the_split_axes_are_refused_on_every_rank(run, worl
         assert f"got {(2, 1 + rank)} of" in texts[3]
 
 
+class Gathers:
+    """A communicator that counts how often objects are gathered, which a CountingCommunicator is not told of here."""
+
+    def __init__(self):
+        self.below, self.count = syncnorm.communicator(), 0
+        self.rank, self.size = self.below.rank, self.below.size
+        self.all_reduce, self.broadcast = self.below.all_reduce, self.below.broadcast
+        self.all_gather, self.barrier = self.below.all_gather, self.below.barrier
+
+    def all_gather_object(self, obj):
+        self.count += 1
+        return self.below.all_gather_object(obj)
+
+
+def comparisons():
+    """Return how many comparisons there were after each of some inputs of several sizes."""
+    counts = []
+    for norm in (lambda g: syncnorm.LayerNorm(4, process_group=g), lambda g: syncnorm.RMSNorm(4, process_group=g)):
+        group = Gathers()
+        layer = norm(group)
+        counts.append([layer(torch.randn(n, 4)) is not None and group.count for n in (2, 2, 3, 2, 3, 2)])
+    group = Gathers()
+    layer = syncnorm.GroupNorm(2, 4, process_group=group)
+    shapes = [(2, 5), (2, 6), (3, 5), (2, 7), (3, 5), (2, 5)]  # N and space
+    counts.append([layer(torch.randn(n, 4, space)) is not None and group.count for n, space in shapes])
+    return counts
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_the_ranks_compare_once_per_size(run, world_size):
+    assert run(comparisons, world_size) == world_size * [3 * [[1, 1, 2, 2, 2, 2]]]
+
+
+class Unreachable:
+    """A group of two in which nothing may be sent."""
+
+    rank, size = 0, 2
+
+    def all_reduce(self, tensor):
+        raise AssertionError("a collective was entered")
+
+    broadcast = all_gather = all_gather_object = barrier = all_reduce
+
+
+SPLIT = [
+    syncnorm.LayerNorm(4, process_group=Unreachable()),
+    syncnorm.RMSNorm(4, process_group=Unreachable()),
+    syncnorm.GroupNorm(2, 4, process_group=Unreachable()),
+    syncnorm.GroupNorm(2, 4, affine=False, process_group=Unreachable()),
+]
+
+
+@pytest.mark.parametrize("layer", SPLIT, ids=str)
+def test_bad_input_is_refused_before_the_ranks_compare(layer):
+    with pytest.raises(TypeError, match="expected a tensor as input, got list"):
+        layer([1, 2])
+    with pytest.raises(TypeError, match=r"expected a floating-point input, got torch.int64"):
+        layer(torch.ones(3, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"expected an input of .*4.* got \(3, 6\)"):
+        layer(torch.randn(3, 6))
+    with pytest.raises(ValueError, match="expected an input of"):
+        layer(torch.tensor(1.0))
+    with pytest.raises(AssertionError, match="a collective was entered"):
+        layer(torch.randn(3, 4))
+
+
+def test_not_a_tensor():
+    for layer in syncnorm.LayerNorm(4), syncnorm.RMSNorm(4), syncnorm.GroupNorm(2, 4):
+        with pytest.raises(TypeError, match="expected a tensor as input, got list"):
+            layer([1, 2])
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
         (lambda: syncnorm.LayerNorm(6)(torch.randn(4, 5)), r"expected an input of shape \(\*, 6\), got \(4, 5\)"),
         (lambda: syncnorm.RMSNorm((2, 3))(torch.randn(6)), r"expected an input of shape \(\*, 2, 3\), got \(6,\)"),
-        (lambda: syncnorm.GroupNorm(2, 6)(torch.randn(4, 5)), "a number of groups that divides the 5 channels, got 2"),
-        (lambda: syncnorm.GroupNorm(2, 6)(torch.randn(4, 4)), r"expected a weight of shape \(4,\), got \(6,\)"),
+        (
+            lambda: syncnorm.GroupNorm(2, 6)(torch.randn(4, 5)),
+            r"expected an input of 6 channels, \(N, 6, \*\) as weight has it, got \(4, 5\)",
+        ),
+        (
+            lambda: syncnorm.GroupNorm(2, 6, affine=False)(torch.randn(4, 4)),
+            r"expected an input of 6 channels, \(N, 6, \*\), got \(4, 4\)",
+        ),
+        (
+            lambda: syncnorm.functional.group_norm(torch.randn(4, 4), 2, torch.ones(4, 1)),
+            r"expected a weight of shape \(4,\), got \(4, 1\)",
+        ),
+        (lambda: syncnorm.functional.group_norm(torch.randn(4, 5), 2), "divides the 5 channels, got 2"),
         (lambda: syncnorm.functional.group_norm(torch.randn(4, 4), 0), "divides the 4 channels, got 0"),
         (lambda: syncnorm.functional.layer_norm(torch.randn(4), []), "expected an input of shape"),
     ],
