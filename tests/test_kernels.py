@@ -1,0 +1,206 @@
+"""The compiled kernels of the CPU, held against the reference: every pass, dtype, layout and instruction set."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_package import run_python
+
+import syncnorm
+from syncnorm import kernels
+from syncnorm.kernels import Epilogue, reference
+
+cpu = pytest.importorskip("syncnorm.kernels.cpu", reason="COMPILED KERNELS NOT TESTED: no compiler at installation")
+
+SHAPES = {
+    "planes": (4, 3, 5, 7),
+    "small-planes": (6, 40, 2),
+    "odd-planes": (3, 5, 33, 33),
+    "many-channels": (2, 1200, 3),
+    "no-space": (257, 64),
+    "few": (3, 5),
+    "one-sample": (1, 130, 40),
+    "large": (64, 8, 56, 56),
+    "empty": (0, 4, 3),
+}
+EPSILON = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+EPILOGUES = [(None, False), ("relu", False), ("relu", True), ("leaky_relu", True), ("silu", True), ("gelu_tanh", False)]
+
+
+def random(shape, dtype, layout, seed):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 3
+    x = x.to(dtype)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else x
+
+
+def assert_near(actual, expected, dtype):
+    assert actual.shape == expected.shape
+    largest = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=EPSILON[dtype] * largest)
+
+
+def without_kinks(x, moments, weight, bias, residual):
+    """Return x with the values moved whose z is near 0, where rounding decides on the derivative."""
+    z = reference.normalize(x, moments, weight, bias, 1e-5, epilogue=Epilogue(None, residual))[0]
+    return torch.where(z.abs() < 0.05, x + 0.5, x)
+
+
+def check(shape, dtype, layout, masked):
+    """Hold every pass against the reference's, each on the reference's results of the one before."""
+    x, dy, residual = (random(shape, dtype, layout, seed) for seed in range(3))
+    dy = dy - 3
+    positions = (shape[0], 1, *shape[2:])
+    mask = torch.rand(positions, generator=torch.Generator().manual_seed(3)) > 0.3 if masked else None
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = torch.linspace(0.5, 1.5, shape[1], dtype=wide), torch.linspace(-1, 1, shape[1], dtype=wide)
+    for activation, adds in EPILOGUES:
+        r = residual if adds else None
+        if activation:
+            x = without_kinks(x, reference.moments(x, mask), weight, bias, r)
+        moments = reference.moments(x, mask)
+        assert_near(cpu.moments(x, mask), moments, torch.float64 if dtype == torch.float64 else torch.float32)
+        epilogue = Epilogue(activation, r)
+        y, statistics, _ = cpu.normalize(x, moments, weight, bias, 1e-5, epilogue=epilogue)
+        wanted, wanted_statistics, wanted_signs = reference.normalize(x, moments, weight, bias, 1e-5, epilogue=epilogue)
+        assert_near(y, wanted, dtype)
+        assert y.dtype == dtype
+        assert y.stride() == wanted.stride() or 1 in shape or 0 in shape
+        assert_near(statistics, wanted_statistics, torch.float64)
+        backward = Epilogue(activation, r if epilogue.keeps_residual else wanted_signs)
+        arguments = (dy, x, statistics, weight, bias)
+        sums, weighted = cpu.reduce_grad(*arguments, mask=mask, epilogue=backward)
+        wanted_sums, wanted_weighted = reference.reduce_grad(*arguments, mask=mask, epilogue=backward)
+        rounding = torch.float64 if dtype == torch.float64 else torch.float32
+        assert_near(sums, wanted_sums, rounding)
+        assert_near(weighted, wanted_weighted, rounding)
+        assert sums.dtype == wide
+        for total in (wanted_weighted, None):
+            options = {"mask": mask if total is not None else None, "epilogue": backward}
+            dx, dz = cpu.grad_input(*arguments, total, moments[-1:], **options)
+            wanted_dx, wanted_dz = reference.grad_input(*arguments, total, moments[-1:], **options)
+            assert_near(dx, wanted_dx, dtype)
+            assert (dz is None) == (wanted_dz is None)
+            if dz is not None:
+                assert_near(dz, wanted_dz, dtype)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", EPSILON, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", SHAPES)
+def test_passes(name, dtype, layout, masked):
+    check(SHAPES[name], dtype, layout, masked)
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_instruction_sets(isa):
+    """Each that this machine has, in a process of its own; where it has not, the library does not ask for it."""
+    have = {"base": ["base"], "avx2": ["base", "avx2"], "avx512": ["base", "avx2", "avx512"]}
+    best = cpu._library.syncnorm_isa().decode()
+    assert best in have
+    if isa not in have[best]:
+        return
+    code = f"""
+    import os, sys
+    os.environ["SYNCNORM_ISA"] = {isa!r}
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    import torch
+    from test_kernels import EPSILON, SHAPES, check, cpu
+    for name in ("planes", "small-planes", "odd-planes", "no-space"):
+        for dtype in EPSILON:
+            for layout in ("contiguous", "channels_last"):
+                check(SHAPES[name], dtype, layout, name == "planes")
+    print(cpu.ISA)
+    """
+    assert run_python(code).strip() == isa
+
+
+def test_threads_share_the_work_and_sum_alike():
+    """The number of threads changes no more than the rounding; the same number changes nothing."""
+    before = torch.get_num_threads()
+    results = {}
+    try:
+        for threads in (1, 3, 3):
+            torch.set_num_threads(threads)
+            check(SHAPES["large"], torch.float32, "contiguous", False)
+            check(SHAPES["large"], torch.float32, "channels_last", True)
+            found = cpu.moments(random((64, 8, 56, 56), torch.float32, "contiguous", 0))
+            assert torch.equal(found, results.setdefault(threads, found))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("first", [1e6, -3e4, 0.0])
+def test_the_first_values_may_be_unlike_the_rest(first, layout):
+    """The sums are about a first estimate of the mean, taken from the first values: a bad one is found out."""
+    x = torch.randn(64, 4, 40, generator=torch.Generator().manual_seed(0)) + 1e4
+    x[0, :, :8] = first
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else x
+    moments, exact = cpu.moments(x), x.double().movedim(1, 0).flatten(1)
+    assert ((moments[:4] - exact.mean(1)).abs() < 1e-7 * exact.std(1)).all()
+    torch.testing.assert_close(moments[4:8] / moments[8], exact.var(1, correction=0), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e4, 1e6])
+def test_no_digits_are_lost_to_a_large_mean(mean):
+    x = torch.randn(16, 8, 30, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + mean
+    x = x.float()
+    y = syncnorm.SyncBatchNorm(8)(x)
+    exact = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
+    assert (y - exact).abs().max() < (5e-4 if mean > 1e4 else 2e-6)
+
+
+def test_more_values_than_an_int32_counts():
+    x = torch.zeros(2**15 + 1, 2, 2**15, dtype=torch.bfloat16)  # 4 GB of zeros, of which the system makes no pages
+    assert x.numel() > 2**31
+    x[-1, 1, -1] = 3
+    moments = cpu.moments(x)
+    count = (2**15 + 1) * 2**15
+    assert moments.tolist() == pytest.approx([0, 3 / count, 0, 9 - 9 / count, count])
+    statistics = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    sums, _ = cpu.reduce_grad(x, x, statistics, None, None)
+    assert sums.tolist() == [[0, 3], [0, 9]]
+
+
+def test_selected_for_plain_tensors_on_the_cpu():
+    class Subclass(torch.Tensor):
+        pass
+
+    assert kernels.select(torch.zeros(2)) is cpu
+    assert kernels.select(torch.nn.Parameter(torch.zeros(2))) is cpu
+    assert kernels.select(torch.zeros(2).as_subclass(Subclass)) is reference
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package, to be damaged."""
+    shutil.copytree(Path(syncnorm.__file__).parent, tmp_path / "syncnorm")
+    return tmp_path / "syncnorm" / "kernels"
+
+
+def error_of(package, asked):
+    code = "import torch, syncnorm.kernels as k; print(k.select(torch.zeros(2)).__name__)"
+    environment = {"PYTHONPATH": str(package.parent.parent), "PATH": "/usr/bin:/bin"} | asked
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, env=environment, cwd=package, capture_output=True, text=True, timeout=60)
+    return (ran.stdout + ran.stderr).strip().splitlines()[-1]
+
+
+def test_a_missing_library_is_named_where_it_was_asked_for(package):
+    (package / "libsyncnorm_cpu.so").unlink()
+    assert error_of(package, {}) == "syncnorm.kernels.reference"
+    message = error_of(package, {"SYNCNORM_KERNELS": "cpu"})
+    assert "the cpu kernels were asked for by SYNCNORM_KERNELS, and cannot be imported" in message
+    assert "pip install" in message
+
+
+def test_an_outdated_library_is_refused(package):
+    with (package / "cpu.cpp").open("a") as source:
+        source.write("// one line more\n")
+    message = error_of(package, {})
+    assert message.startswith("RuntimeError: expected")
+    assert "pip install --editable ." in message
