@@ -72,7 +72,7 @@ def _draw_panel(axis: Axes, panel: Panel, candidates: Sequence[str], limit: floa
         if candidate in panel:
             ratio = panel[candidate]["ratio"]
             axis.barh(place, ratio, height=0.75, color=COLOURS[candidate])
-            axis.text(ratio + 0.02 * limit, place, f"{ratio:.2f}", va="center", fontsize=8.5)
+            axis.text(max(ratio, 1.0) + 0.02 * limit, place, f"{ratio:.2f}", va="center", fontsize=8.5)
     axis.axvline(1, color="#000000", linewidth=0.8, zorder=3)
     axis.set_xlim(0, 1.15 * limit)
     axis.set_xlabel("time / floor", loc="right", fontsize=8.5, labelpad=1)
