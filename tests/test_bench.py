@@ -396,7 +396,7 @@ def test_layer(bench, tmp_path, launcher, ranks):
     listed = cases.cases(CUDA if on_gpu else CPU, quick=True, only=only)
     settings = [("cached" if on_gpu else "returned", listed)]
     if not on_gpu:
-        settings.append(("kept", [case for case in listed if case.kind == cases.LARGE]))
+        settings.append(("kept", listed))
     assert {(row["memory"], row["case"]) for row in rows} == {(m, case.name) for m, of in settings for case in of}
     by_case = {}
     for row in rows:
