@@ -32,6 +32,7 @@ from torch.autograd import Function
 from . import kernels
 from .communicators import Communicator
 from .kernels import PLAIN, Epilogue
+from .kernels.epilogue import channels_last
 from .moments import Moments
 
 __all__ = ["made_by_relu", "normalize", "normalize_by_constants"]
@@ -139,6 +140,8 @@ class _Normalize(Function):
             None if constant else moments[-1:],
             plan.mask,
         )
+        if signs is not None:
+            ctx.channels_last = channels_last(input)
         ctx.plan = plan._replace(mask=None) if plan.mask is not None else plan
         return output, statistics
 
@@ -151,6 +154,9 @@ class _Normalize(Function):
         kernel = kernels.reference if torch.is_grad_enabled() else kernels.select(input)
         plain = plan.activation is None and not plan.inplace
         epilogue = PLAIN if plain else Epilogue(plan.activation, kept, plan.inplace)
+        if epilogue.keeps_signs and bool(channels_last(input)) != bool(ctx.channels_last):
+            # The signs are in the order of its memory, and a hook such as `save_on_cpu` has laid it out anew.
+            input = input.movedim(1, -1).contiguous().movedim(-1, 1) if ctx.channels_last else input.contiguous()
         if grad_output is None:
             grad_output = torch.zeros_like(input)
         arguments = (grad_output, input, statistics, weight, bias)

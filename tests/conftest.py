@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config, items):
 
     def fits(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        ranks = params["case"].world_size if "case" in params else params.get("world_size", 1)
+        ranks = getattr(params.get("case"), "world_size", params.get("world_size", 1))
         return ranks <= MPI.COMM_WORLD.size
 
     deselected = [item for item in items if not fits(item)]

@@ -1,5 +1,6 @@
 """The compiled kernels of the CPU, held against the reference: every pass, dtype, layout and instruction set."""
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -164,6 +165,42 @@ def test_more_values_than_an_int32_counts():
     statistics = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
     sums, _ = cpu.reduce_grad(x, x, statistics, None, None)
     assert sums.tolist() == [[0, 3], [0, 9]]
+
+
+def test_an_infinite_gradient_stops_at_a_relu():
+    """0 times infinity would be no number."""
+    x = torch.tensor([[1.0], [-1.0]])
+    statistics = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    for epilogue in (Epilogue("relu"), Epilogue("relu", torch.tensor([1], dtype=torch.uint8))):
+        dx, _ = cpu.grad_input(torch.full((2, 1), torch.inf), x, statistics, None, None, None, None, epilogue=epilogue)
+        assert dx.flatten().tolist() == [torch.inf, 0]
+
+
+def test_buffers_and_parameters_of_any_dtype():
+    mean, var, batches = torch.zeros(2), torch.ones(2, dtype=torch.float64), torch.tensor(0, dtype=torch.int32)
+    x = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    for _ in range(2):
+        cpu.update_running(mean, var, batches, cpu.moments(x), None)
+    assert batches == 2
+    torch.testing.assert_close(mean, torch.tensor([2.0, 4.0]))
+    torch.testing.assert_close(var, torch.tensor([2.0, 8.0]).double())
+    weight, bias = torch.ones(2, dtype=torch.bfloat16), torch.full((2,), 1 / 3)
+    y, statistics, _ = cpu.normalize(x, cpu.moments(x), weight, bias, 1e-5)
+    torch.testing.assert_close(y, torch.tensor([[-1.0, -1.0], [1.0, 1.0]]) + 1 / 3, rtol=0, atol=1e-5)
+    assert cpu.reduce_grad(x, x, statistics, weight, bias, epilogue=Epilogue("relu"))[0].dtype == torch.bfloat16
+
+
+def test_signs_belong_to_the_memory_they_were_taken_from():
+    """`save_on_cpu` gives a channels-last tensor back contiguous."""
+    x, residual, dy = (random((4, 3, 5, 7), torch.float32, "channels_last", seed) for seed in range(3))
+    gradients = []
+    for context in (contextlib.nullcontext(), torch.autograd.graph.save_on_cpu()):
+        leaf = x.clone().requires_grad_()
+        with context:
+            y = syncnorm.SyncBatchNorm(3, activation="relu")(leaf, residual=residual - 3)
+        y.backward(dy)
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_selected_for_plain_tensors_on_the_cpu():

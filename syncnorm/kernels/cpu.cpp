@@ -506,21 +506,37 @@ template <class R> void write_signs(const R *z, uint8_t *bits, int64_t at, int64
     for (; i < n; ++i) bits[(at + i) / 8] |= static_cast<uint8_t>((z[i] > 0) << (at + i) % 8);
 }
 
-// The derivatives of eight values at a time: 1 where the sign is set, else the slope.
+template <class R> struct Bits { typedef uint32_t type __attribute__((may_alias)); };
+template <> struct Bits<double> { typedef uint64_t type __attribute__((may_alias)); };
+
+// What the gradients of eight values at a time are multiplied by: 1 where the sign is set, else the slope. If that is 0,
+// what they are masked by, all bits or none: they may be infinite.
 template <class R> void fill_slopes(R slope, R *slopes) {  // (256, 8)
     for (int byte = 0; byte < 256; ++byte)
-        for (int bit = 0; bit < 8; ++bit) slopes[byte * 8 + bit] = byte >> bit & 1 ? 1 : slope;
+        for (int bit = 0; bit < 8; ++bit) {
+            R *to = slopes + byte * 8 + bit;
+            *to = byte >> bit & 1 ? 1 : slope;
+            if (slope == 0) memset(to, byte >> bit & 1 ? 0xff : 0, sizeof(R));
+        }
 }
 
-template <class R> void through_signs(const uint8_t *bits, const R *slopes, const R *dy, R *dz, int64_t at, int64_t n) {
+template <class R, bool MASKS>
+void through_signs(const uint8_t *bits, const R *slopes, const R *dy, R *dz, int64_t at, int64_t n) {
+    using B = typename Bits<R>::type;
     const uint8_t *byte = bits + at / 8;
     unsigned bit = static_cast<unsigned>(at % 8);
+    auto take = [&](int64_t i, const R *slope) __attribute__((always_inline)) {
+        if constexpr (MASKS)
+            *reinterpret_cast<B *>(dz + i) = *reinterpret_cast<const B *>(dy + i) & *reinterpret_cast<const B *>(slope);
+        else
+            dz[i] = dy[i] * *slope;
+    };
     int64_t i = 0;
     for (; i + 8 <= n; i += 8, ++byte) {
         const R *eight = slopes + (bit == 0 ? *byte : ((*byte | byte[1] << 8) >> bit & 0xff)) * 8;
-        SIMD for (int j = 0; j < 8; ++j) dz[i + j] = dy[i + j] * eight[j];
+        SIMD for (int j = 0; j < 8; ++j) take(i + j, eight + j);
     }
-    for (; i < n; ++i) dz[i] = dy[i] * slopes[bits[(at + i) / 8] >> (at + i) % 8 & 1 ? 255 * 8 : 0];
+    for (; i < n; ++i) take(i, slopes + (bits[(at + i) / 8] >> (at + i) % 8 & 1 ? 255 * 8 : 0));
 }
 
 // --------------------------------------------------------------------------------------------------------- activations
@@ -530,7 +546,8 @@ inline double exponential(double x) { return exp(x); }
 inline float exponential(float x) {  // 2^k * e^r with |r| <= ln(2) / 2: within 1e-7, relative
     bool large = x > 88.0f;
     x = x < -87.0f ? -87.0f : large ? 0 : x;
-    float k = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds
+    union { float value; uint32_t bits; } power = {x * 1.44269504f + 12582912.0f};  // 1.5 * 2^23: rounds to k
+    float k = power.value - 12582912.0f;
     float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
     float p = 1.0f / 5040;
     p = p * r + 1.0f / 720;
@@ -539,7 +556,7 @@ inline float exponential(float x) {  // 2^k * e^r with |r| <= ln(2) / 2: within 
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
-    union { int32_t bits; float value; } power = {(static_cast<int32_t>(k) + 127) << 23};  // 2^k
+    power.bits = (power.bits + 127) << 23;  // 2^k: the last bits were those of k
     return large ? HUGE_VALF : p * power.value;
 }
 
@@ -591,9 +608,11 @@ template <int KIND, class X> inline void term(X x, X dy, X mask, X high, X scale
 
 // Each entry has sums of its own.
 template <class R, int KIND> void accumulate_by_period(const Operands<R> &of, int64_t n, R *sum, R *product) {
+    constexpr bool has_map = KIND == GRADIENT_THROUGH_RELU;
     SIMD for (int64_t i = 0; i < n; ++i) {
         R e, d, dy = of.dy ? of.dy[i] : 0, mask = of.mask ? of.mask[i] : 0;
-        term<KIND>(of.x[i], dy, mask, of.high[i], of.scale[i], of.shift[i], e, d);
+        R scale = has_map ? of.scale[i] : 0, shift = has_map ? of.shift[i] : 0;
+        term<KIND>(of.x[i], dy, mask, of.high[i], scale, shift, e, d);
         sum[i] += e;
         product[i] += e * d;
     }
@@ -960,7 +979,8 @@ template <class T> struct Backward {
             }
             of.x = centered;
         } else if (epilogue.signs) {
-            through_signs(epilogue.signs, slopes, dy, dz, at, n);
+            slope == 0 ? through_signs<R, true>(epilogue.signs, slopes, dy, dz, at, n)
+                       : through_signs<R, false>(epilogue.signs, slopes, dy, dz, at, n);
         } else if (epilogue.activation == RELU || epilogue.activation == LEAKY_RELU) {
             SIMD for (int64_t i = 0; i < n; ++i) {
                 R z = (x[i] - of.high[i * by]) * of.scale[i * by] + of.shift[i * by];

@@ -105,18 +105,21 @@ def update_running(
     fit = running_mean.dtype == running_var.dtype and running_mean.dtype in (torch.float32, torch.float64)
     if not (fit and running_mean.is_contiguous() and running_var.is_contiguous()):
         buffers = running_mean.double().contiguous(), running_var.double().contiguous()
+    batches = None if num_batches_tracked is None else num_batches_tracked.long()  # itself, if int64
     _update_running(
         *(buffer.data_ptr() for buffer in buffers),
         DTYPES[buffers[0].dtype],
-        _pointer(num_batches_tracked),
+        _pointer(batches),
         moments.data_ptr(),
         len(moments) // 2,
         momentum is None,
         momentum or 0.0,
     )
-    if buffers[0] is not running_mean:
-        running_mean.copy_(buffers[0])
-        running_var.copy_(buffers[1])
+    for running, buffer in zip((running_mean, running_var), buffers, strict=True):
+        if buffer is not running:
+            running.copy_(buffer)
+    if num_batches_tracked is not None and batches is not None and batches is not num_batches_tracked:
+        num_batches_tracked.copy_(batches)
 
 
 def normalize(
@@ -160,6 +163,7 @@ def reduce_grad(
     """See `reference.reduce_grad`."""
     x, shape = _dense(input)
     dy = _like(grad_output, x)
+    dtype = torch.float64 if weight is None else weight.dtype
     weight, bias, parameters = _parameters(weight, bias)
     kept, what_follows = _kept(epilogue, x)
     weights = _weights(mask, x)
@@ -169,7 +173,7 @@ def reduce_grad(
     results = (_pointer(weights), sums.data_ptr(), weighted.data_ptr())
     _reduce_grad(*shape, *pointers, *parameters, *what_follows, *results)
     del kept  # until here what_follows points to it
-    return sums, weighted
+    return (sums if sums.dtype == dtype else sums.to(dtype)), weighted
 
 
 def grad_input(
@@ -226,7 +230,10 @@ def _parameters(
         weight = weight.contiguous()
         if bias is None:
             return weight, None, (weight.data_ptr(), 0, DTYPES[weight.dtype])
-        bias = (bias if bias.dtype == weight.dtype else bias.to(weight.dtype)).contiguous()
+        if bias.dtype != weight.dtype:
+            both = torch.promote_types(weight.dtype, bias.dtype)
+            weight, bias = weight.to(both), bias.to(both)
+        bias = bias.contiguous()
         return weight, bias, (weight.data_ptr(), bias.data_ptr(), DTYPES[weight.dtype])
     if bias is None:
         return None, None, (0, 0, 0)
