@@ -120,8 +120,7 @@ class _Normalize(Function):
         plan: _Plan,
     ) -> tuple[Tensor, Tensor]:
         inplace, constant = plan.inplace, plan.group is None
-        plain = plan.activation is None and residual is None and not inplace
-        epilogue = PLAIN if plain else Epilogue(plan.activation, residual, inplace)
+        epilogue = Epilogue(plan.activation, residual, inplace)
         output, statistics, signs = kernels.select(input).normalize(
             input, moments, weight, bias, plan.eps, eps_outside=plan.eps_outside, epilogue=epilogue
         )
@@ -152,8 +151,7 @@ class _Normalize(Function):
         needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         plan = ctx.plan
         kernel = kernels.reference if torch.is_grad_enabled() else kernels.select(input)
-        plain = plan.activation is None and not plan.inplace
-        epilogue = PLAIN if plain else Epilogue(plan.activation, kept, plan.inplace)
+        epilogue = Epilogue(plan.activation, kept, plan.inplace)
         if epilogue.keeps_signs and bool(channels_last(input)) != bool(ctx.channels_last):
             # The signs are in the order of its memory, and a hook such as `save_on_cpu` has laid it out anew.
             input = input.movedim(1, -1).contiguous().movedim(-1, 1) if ctx.channels_last else input.contiguous()

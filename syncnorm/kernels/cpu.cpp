@@ -43,7 +43,7 @@ namespace {
 
 constexpr int64_t SEGMENT = 1024;         // values
 constexpr int64_t SMALLEST_PLANE = 16;    // values: smaller planes are walked by period
-constexpr int64_t SMALLEST_PERIOD = 512;   // values: shorter rows are taken several at a time
+constexpr int64_t SMALLEST_PERIOD = 512;  // values: shorter rows are taken several at a time
 constexpr int64_t ROWS_IN_SINGLE = 32;    // periods that are summed in R before they go to double
 constexpr int64_t VALUES_PER_THREAD = 32768;
 constexpr int64_t STREAMED = 4 << 20;     // bytes: a larger result is written past the caches
@@ -100,24 +100,23 @@ struct NormalizeArguments {
     double *statistics;  // (2, C)
 };
 
-struct ReduceGradArguments {
+struct BackwardArguments {  // what both passes of the backward read
     Shape shape;
     const void *dy, *x;
     const double *statistics;  // (2, C)
     Parameters parameters;
     Epilogue epilogue;
     const void *mask;
+};
+
+struct ReduceGradArguments {
+    BackwardArguments of;
     void *sums;        // (2, C), of the type of the weight, or double
     double *weighted;  // (2, C)
 };
 
 struct GradInputArguments {
-    Shape shape;
-    const void *dy, *x;
-    const double *statistics;  // (2, C)
-    Parameters parameters;
-    Epilogue epilogue;
-    const void *mask;
+    BackwardArguments of;
     const double *sums;   // (2, C), or null
     const double *count;  // (1,), or null
     int64_t centered;
@@ -943,17 +942,19 @@ template <class T> struct Backward {
     const Walk &walk;
     Affine<R> &map;
     R *buffers;  // (threads, 5, SEGMENT)
-    bool direct;  // x and dy are all that it takes
+    bool through_relu;  // the pass itself takes dz from x and dy, so that it need not be there
+    bool direct;        // x and dy are all that it takes
     const R *slopes;  // (256, 8) where there are signs
 
     static int64_t bytes(const Walk &walk) { return Scratch::bytes<R>(5 * walk.threads * SEGMENT) + Scratch::bytes<R>(2048); }
-    Backward(const void *dy_, const void *x_, const void *mask_, const Epilogue &e, const Walk &w, Affine<R> &affine, bool d,
-             Scratch &scratch)
-        : dy(static_cast<const T *>(dy_)), x(static_cast<const T *>(x_)), residual(static_cast<const T *>(e.residual)),
-          mask(static_cast<const R *>(mask_)), epilogue(e), walk(w), map(affine),
-          buffers(scratch.array<R>(5 * w.threads * SEGMENT)), direct(d) {
+    Backward(const BackwardArguments &of, const Walk &w, Affine<R> &affine, Scratch &scratch, bool wants_dz)
+        : dy(static_cast<const T *>(of.dy)), x(static_cast<const T *>(of.x)),
+          residual(static_cast<const T *>(of.epilogue.residual)), mask(static_cast<const R *>(of.mask)),
+          epilogue(of.epilogue), walk(w), map(affine), buffers(scratch.array<R>(5 * w.threads * SEGMENT)),
+          through_relu(epilogue.activation == RELU && !epilogue.signs && !mask && !wants_dz),
+          direct(through_relu || (epilogue.activation == NONE && !epilogue.inplace)) {
         R *filled = scratch.array<R>(2048);
-        if (e.signs) fill_slopes<R>(e.activation == LEAKY_RELU ? R(NEGATIVE_SLOPE) : 0, filled);
+        if (epilogue.signs) fill_slopes<R>(epilogue.activation == LEAKY_RELU ? R(NEGATIVE_SLOPE) : 0, filled);
         slopes = filled;
     }
 
@@ -1007,26 +1008,25 @@ template <class T> struct Backward {
 
 template <class T> int reduce_grad(const ReduceGradArguments &a) {
     using R = typename Arithmetic<T>::type;
-    int64_t channels = a.shape.c;
-    int64_t sums_dtype = a.parameters.weight ? a.parameters.dtype : FLOAT64;
-    if (a.shape.values() == 0) {
+    const BackwardArguments &of = a.of;
+    int64_t channels = of.shape.c;
+    int64_t sums_dtype = of.parameters.weight ? of.parameters.dtype : FLOAT64;
+    if (of.shape.values() == 0) {
         memset(a.sums, 0, 2 * channels * size_of(sums_dtype));
         memset(a.weighted, 0, 2 * channels * sizeof(double));
         return 0;
     }
-    Walk walk(a.shape, false);
+    Walk walk(of.shape, false);
     Sums<R> sums(walk);
     Scratch scratch(Affine<R>::bytes(walk) + Backward<T>::bytes(walk));
     if (!sums.scratch || !scratch) return 1;
     Affine<R> map(scratch, walk);
-    map.fill(scratch, walk, a.statistics, a.parameters);
-    bool plain = a.epilogue.activation == NONE && !a.epilogue.inplace, relu = a.epilogue.activation == RELU;
-    bool direct = plain || (relu && !a.epilogue.signs && !a.mask);
-    Backward<T> segment(a.dy, a.x, a.mask, a.epilogue, walk, map, direct, scratch);
-    sums.add_up(a.mask ? MASKED_GRADIENT : direct && relu ? GRADIENT_THROUGH_RELU : GRADIENT, segment);
+    map.fill(scratch, walk, of.statistics, of.parameters);
+    Backward<T> segment(of, walk, map, scratch, false);
+    sums.add_up(of.mask ? MASKED_GRADIENT : segment.through_relu ? GRADIENT_THROUGH_RELU : GRADIENT, segment);
     double *weight = sums.sums;  // no longer needed; (entries,) holds (C,)
-    parameter(a.parameters.weight, a.parameters.dtype, channels, 1, weight);
-    const double *mean = a.statistics, *invstd = mean + channels;
+    parameter(of.parameters.weight, of.parameters.dtype, channels, 1, weight);
+    const double *mean = of.statistics, *invstd = mean + channels;
     double *sum = sums.sum, *product = sums.product;
     SIMD for (int64_t c = 0; c < channels; ++c) {
         double low = mean[c] - static_cast<R>(mean[c]);
@@ -1062,15 +1062,16 @@ template <class R, bool BY_PERIOD> GradSegment<R> grad_by(bool through_relu, boo
 
 template <class T> int grad_input(const GradInputArguments &a) {
     using R = typename Arithmetic<T>::type;
-    if (a.shape.values() == 0) return 0;
-    int64_t channels = a.shape.c;
-    Walk walk(a.shape, false);
+    const BackwardArguments &of = a.of;
+    if (of.shape.values() == 0) return 0;
+    int64_t channels = of.shape.c;
+    Walk walk(of.shape, false);
     Scratch scratch(Affine<R>::bytes(walk) + Backward<T>::bytes(walk) + Scratch::bytes<R>(4 * walk.threads * SEGMENT));
     if (!scratch) return 1;
     Affine<R> map(scratch, walk);
-    map.fill(scratch, walk, a.statistics, a.parameters);
+    map.fill(scratch, walk, of.statistics, of.parameters);
     double *slope = scratch.array<double>(channels), *offset = scratch.array<double>(channels);
-    const double *mean = a.statistics, *invstd = mean + channels;
+    const double *mean = of.statistics, *invstd = mean + channels;
     double count = a.count && *a.count > 0 ? *a.count : 1;
     for (int64_t c = 0; c < channels; ++c) {
         double inside = 1 - a.eps_outside * invstd[c];  // 0 where all values are, at which x is too
@@ -1080,23 +1081,22 @@ template <class T> int grad_input(const GradInputArguments &a) {
     }
     expand(walk, slope, map.slope);
     expand(walk, offset, map.offset);
-    bool plain = a.epilogue.activation == NONE && !a.epilogue.inplace, relu = a.epilogue.activation == RELU;
-    bool direct = plain || (relu && !a.epilogue.signs && !a.mask && !a.dz);
-    Backward<T> segment(a.dy, a.x, a.mask, a.epilogue, walk, map, direct, scratch);
+    Backward<T> segment(of, walk, map, scratch, a.dz);
     R *buffers = scratch.array<R>(4 * walk.threads * SEGMENT);
-    GradSegment<R> grad = walk.by_period ? grad_by<R, true>(direct && relu, a.mask) : grad_by<R, false>(direct && relu, a.mask);
+    bool relu = segment.through_relu;
+    GradSegment<R> grad = walk.by_period ? grad_by<R, true>(relu, of.mask) : grad_by<R, false>(relu, of.mask);
     bool streams = streams_to(a.dx, walk.values * static_cast<int64_t>(sizeof(T)));
     in_parallel(walk.threads, [&](int64_t thread) {
         Fence fence;
         R *buffer = buffers + 4 * thread * SEGMENT;
         Result<T, R> dx(a.dx, streams, buffer), dz(a.dz, streams, buffer + 2 * SEGMENT);
         walk.backward(thread, [&](int64_t at, int64_t entry, int64_t n) {
-            Operands<R> of = segment(thread, at, entry, n);
-            grad(of, map, entry, dx.place(at, n), n);
+            Operands<R> operands = segment(thread, at, entry, n);
+            grad(operands, map, entry, dx.place(at, n), n);
             dx.put(at, n);
             if (a.dz) {
-                R *segment = dz.place(at, n);
-                SIMD for (int64_t i = 0; i < n; ++i) segment[i] = of.dy[i];
+                R *to = dz.place(at, n);
+                SIMD for (int64_t i = 0; i < n; ++i) to[i] = operands.dy[i];
                 dz.put(at, n);
             }
         });
@@ -1119,18 +1119,18 @@ template <class P> void update_running(const UpdateArguments &a) {
 
 }  // namespace
 
-#define BY_DTYPE(function, arguments) \
-    switch ((arguments)->shape.dtype) { \
+#define BY_DTYPE(function, arguments, of) \
+    switch ((of).dtype) { \
         case FLOAT32: return function<float>(*(arguments)); \
         case FLOAT64: return function<double>(*(arguments)); \
         case BFLOAT16: return function<bf16>(*(arguments)); \
         default: return function<fp16>(*(arguments)); \
     }
 
-EXPORT(moments)(const MomentsArguments *arguments) { BY_DTYPE(moments, arguments) }
-EXPORT(normalize)(const NormalizeArguments *arguments) { BY_DTYPE(normalize, arguments) }
-EXPORT(reduce_grad)(const ReduceGradArguments *arguments) { BY_DTYPE(reduce_grad, arguments) }
-EXPORT(grad_input)(const GradInputArguments *arguments) { BY_DTYPE(grad_input, arguments) }
+EXPORT(moments)(const MomentsArguments *arguments) { BY_DTYPE(moments, arguments, arguments->shape) }
+EXPORT(normalize)(const NormalizeArguments *arguments) { BY_DTYPE(normalize, arguments, arguments->shape) }
+EXPORT(reduce_grad)(const ReduceGradArguments *arguments) { BY_DTYPE(reduce_grad, arguments, arguments->of.shape) }
+EXPORT(grad_input)(const GradInputArguments *arguments) { BY_DTYPE(grad_input, arguments, arguments->of.shape) }
 
 EXPORT(update_running)(const UpdateArguments *arguments) {  // float32 or float64
     arguments->dtype == FLOAT64 ? update_running<double>(*arguments) : update_running<float>(*arguments);

@@ -25,7 +25,6 @@ __all__ = ["ISA", "grad_input", "moments", "normalize", "pack", "reduce_grad", "
 
 LIBRARY = Path(__file__).with_name("libsyncnorm_cpu.so")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_NOTHING_FOLLOWS = (0, 0, 0, False)
 _ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
@@ -47,6 +46,7 @@ ISA: str = os.environ.get("SYNCNORM_ISA") or _library.syncnorm_isa().decode()
 
 # Arguments travel as one struct, packed as cpu.cpp declares it: one ctypes call of 16 arguments costs more than both.
 _SHAPE, _PARAMETERS, _EPILOGUE = "6q", "PPq", "qPPq"
+_BACKWARD = _SHAPE + "PPP" + _PARAMETERS + _EPILOGUE + "P"
 
 
 def _function(name: str, layout: str) -> Callable[..., None]:
@@ -63,8 +63,8 @@ def _function(name: str, layout: str) -> Callable[..., None]:
 
 _moments = _function("moments", _SHAPE + "PPP")
 _normalize = _function("normalize", _SHAPE + "PPP" + _PARAMETERS + "dq" + _EPILOGUE + "P")
-_reduce_grad = _function("reduce_grad", _SHAPE + "PPP" + _PARAMETERS + _EPILOGUE + "PPP")
-_grad_input = _function("grad_input", _SHAPE + "PPP" + _PARAMETERS + _EPILOGUE + "PPPqdPP")
+_reduce_grad = _function("reduce_grad", _BACKWARD + "PP")
+_grad_input = _function("grad_input", _BACKWARD + "PPqdPP")
 _update_running = _function("update_running", "PPqPPqqd")
 _pack = _function("pack", "PPq")
 _unpack = _function("unpack", "PPq")
@@ -135,12 +135,9 @@ def normalize(
     """See `reference.normalize`."""
     x, shape = _dense(input)
     weight, bias, parameters = _parameters(weight, bias)
-    residual = signs = None
-    what_follows = _NOTHING_FOLLOWS
-    if epilogue is not PLAIN:
-        residual = None if epilogue.residual is None else dense(epilogue.residual, like=x)
-        signs = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8) if epilogue.keeps_signs else None
-        what_follows = (_ACTIVATIONS[epilogue.activation], _pointer(residual), _pointer(signs), epilogue.inplace)
+    residual = None if epilogue.residual is None else dense(epilogue.residual, like=x)
+    signs = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8) if epilogue.keeps_signs else None
+    what_follows = (_ACTIVATIONS[epilogue.activation], _pointer(residual), _pointer(signs), epilogue.inplace)
     y = x if epilogue.inplace else torch.empty_like(x)
     statistics = torch.empty((2, shape[1]), dtype=torch.float64)
     pointers = (x.data_ptr(), y.data_ptr(), moments.data_ptr())
@@ -161,18 +158,12 @@ def reduce_grad(
     epilogue: Epilogue = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.reduce_grad`."""
-    x, shape = _dense(input)
-    dy = _like(grad_output, x)
+    _, parameter, arguments, alive = _backward(grad_output, input, statistics, weight, bias, mask, epilogue)
     dtype = torch.float64 if weight is None else weight.dtype
-    weight, bias, parameters = _parameters(weight, bias)
-    kept, what_follows = _kept(epilogue, x)
-    weights = _weights(mask, x)
-    sums = torch.empty((2, shape[1]), dtype=torch.float64 if weight is None else weight.dtype)
-    weighted = torch.empty((2, shape[1]), dtype=torch.float64)
-    pointers = (dy.data_ptr(), x.data_ptr(), statistics.data_ptr())
-    results = (_pointer(weights), sums.data_ptr(), weighted.data_ptr())
-    _reduce_grad(*shape, *pointers, *parameters, *what_follows, *results)
-    del kept  # until here what_follows points to it
+    sums = torch.empty_like(statistics, dtype=torch.float64 if parameter is None else parameter.dtype)
+    weighted = torch.empty_like(statistics)
+    _reduce_grad(*arguments, sums.data_ptr(), weighted.data_ptr())
+    del alive
     return (sums if sums.dtype == dtype else sums.to(dtype)), weighted
 
 
@@ -191,19 +182,39 @@ def grad_input(
     epilogue: Epilogue = PLAIN,
 ) -> tuple[Tensor, Tensor | None]:
     """See `reference.grad_input`."""
-    x, shape = _dense(input)
-    dy = _like(grad_output, x)
-    weight, bias, parameters = _parameters(weight, bias)
-    kept, what_follows = _kept(epilogue, x)
-    weights = _weights(mask, x)
+    x, _, arguments, alive = _backward(grad_output, input, statistics, weight, bias, mask, epilogue)
     dx = torch.empty_like(x)
     dz = None if epilogue.residual is None else torch.empty_like(x)
-    pointers = (dy.data_ptr(), x.data_ptr(), statistics.data_ptr())
     means = (0, 0) if sums is None or count is None else (sums.data_ptr(), count.data_ptr())
-    results = (centered, eps_outside, dx.data_ptr(), _pointer(dz))
-    _grad_input(*shape, *pointers, *parameters, *what_follows, _pointer(weights), *means, *results)
-    del kept  # until here what_follows points to it
+    _grad_input(*arguments, *means, centered, eps_outside, dx.data_ptr(), _pointer(dz))
+    del alive
     return dx, dz
+
+
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    epilogue: Epilogue,
+) -> tuple[Tensor, Tensor | None, tuple[float, ...], object]:
+    """Return the input, dense; the weight; BackwardArguments with both in them; what has to live as long as these."""
+    x, shape = _dense(input)
+    dy = grad_output
+    if dy.stride() != x.stride() or dy.dtype != x.dtype:
+        dy = torch.empty_like(x).copy_(dy)
+    weight, bias, parameters = _parameters(weight, bias)
+    kept, signs = epilogue.residual, epilogue.keeps_signs
+    if kept is not None and not signs:
+        kept = dense(kept, like=x)
+    pointer = _pointer(kept)
+    what_follows = (_ACTIVATIONS[epilogue.activation], 0 if signs else pointer, pointer if signs else 0)
+    weights = _weights(mask, x)
+    pointers = (dy.data_ptr(), x.data_ptr(), statistics.data_ptr())
+    arguments = (*shape, *pointers, *parameters, *what_follows, epilogue.inplace, _pointer(weights))
+    return x, weight, arguments, (x, dy, weight, bias, kept, weights)
 
 
 def _dense(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, bool, int, int]]:
@@ -214,12 +225,6 @@ def _dense(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, bool, int, int]
     shape, values = tensor.shape, tensor.numel()
     n, c = shape[0], shape[1]
     return tensor, (n, c, values // (n * c) if values else 0, last, DTYPES[tensor.dtype], torch.get_num_threads())
-
-
-def _like(grad_output: Tensor, x: Tensor) -> Tensor:
-    if grad_output.stride() == x.stride() and grad_output.dtype == x.dtype:
-        return grad_output
-    return torch.empty_like(x).copy_(grad_output)
 
 
 def _parameters(
@@ -239,18 +244,6 @@ def _parameters(
         return None, None, (0, 0, 0)
     bias = bias.contiguous()
     return None, bias, (0, bias.data_ptr(), DTYPES[bias.dtype])
-
-
-def _kept(epilogue: Epilogue, x: Tensor) -> tuple[Tensor | None, tuple[int, int, int, bool]]:
-    """Return what forward kept of the residual, and the Epilogue of a backward pass."""
-    if epilogue is PLAIN:
-        return None, _NOTHING_FOLLOWS
-    kept, signs = epilogue.residual, epilogue.keeps_signs
-    if kept is not None and not signs:
-        kept = dense(kept, like=x)
-    pointer = _pointer(kept)
-    code = _ACTIVATIONS[epilogue.activation]
-    return kept, (code, 0 if signs else pointer, pointer if signs else 0, epilogue.inplace)
 
 
 def _weights(mask: Tensor | None, x: Tensor) -> Tensor | None:

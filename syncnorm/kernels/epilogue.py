@@ -21,7 +21,7 @@ class Epilogue(NamedTuple):
 
     Attributes:
         activation: one of ACTIVATIONS; None: y = z.
-        residual: forward: what is added, or None. Backward: what forward kept of it (`kept_of_residual`).
+        residual: forward: what is added, or None. Backward: what forward kept of it, the signs of z or the residual.
         inplace: y takes the memory of the input, and backward computes the input from it; the activation is None or
             leaky_relu, which have an inverse.
     """
