@@ -1,7 +1,7 @@
 """Normalization by moments that depend on the input, or by constants: the one hand-written backward.
 
-Shapes: input and residual (N, C, *); mask what expands to (N, 1, *); weight, bias (C,); statistics (2, C) = [mean,
-invstd]; count (1,).
+Shapes: input and residual (N, C, *); mask what expands to (N, 1, *); weight, bias (C,); statistics (2C + 1,) = [mean,
+invstd, count]; sums (2, C).
 
 With x̂ = (x - mean) * invstd, z = x̂ * weight + bias + residual and y = activation(z), the loss L depends on x directly
 and, through the sums over all ranks, by mean and invstd. The gradients with respect to these two are
@@ -78,7 +78,7 @@ def made_by_relu(tensor: Tensor) -> bool:
         return False
     node: Any = tensor.grad_fn
     by_us = isinstance(node, _Normalize._backward_cls)
-    return by_us and node.plan.activation == "relu" and tensor._version == 0
+    return by_us and node.plan.epilogue.activation == "relu" and tensor._version == 0
 
 
 def _apply(
@@ -92,8 +92,13 @@ def _apply(
     eps_outside: bool,
     epilogue: Epilogue,
 ) -> Tensor:
-    plan = _Plan(eps, group, mask, moments.centered, eps_outside, epilogue.activation, epilogue.inplace)
-    return _Normalize.apply(input, weight, bias, epilogue.residual, moments.values, plan)[0]  # type: ignore[no-any-return, no-untyped-call]
+    residual = epilogue.residual
+    plan = _Plan(eps, group, mask, moments.centered, eps_outside, _with(epilogue, None))
+    return _Normalize.apply(input, weight, bias, residual, moments.values, plan)[0]  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _with(epilogue: Epilogue, residual: Tensor | None) -> Epilogue:
+    return epilogue if residual is epilogue.residual else epilogue._replace(residual=residual)
 
 
 class _Plan(NamedTuple):
@@ -104,8 +109,7 @@ class _Plan(NamedTuple):
     mask: Tensor | None
     centered: bool
     eps_outside: bool
-    activation: str | None
-    inplace: bool
+    epilogue: Epilogue  # without the residual
 
 
 class _Normalize(Function):
@@ -119,24 +123,21 @@ class _Normalize(Function):
         moments: Tensor,
         plan: _Plan,
     ) -> tuple[Tensor, Tensor]:
-        inplace, constant = plan.inplace, plan.group is None
-        epilogue = Epilogue(plan.activation, residual, inplace)
+        epilogue, constant = _with(plan.epilogue, residual), plan.group is None
         output, statistics, signs = kernels.select(input).normalize(
             input, moments, weight, bias, plan.eps, eps_outside=plan.eps_outside, epilogue=epilogue
         )
-        if inplace:
+        if epilogue.inplace:
             ctx.mark_dirty(input)
         if constant:
             ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        kept = residual if epilogue.keeps_residual else signs
         ctx.save_for_backward(
-            output if inplace else input,
+            output if epilogue.inplace else input,
+            statistics,
             weight,
             bias if epilogue.needs_bias else None,
-            kept,
-            statistics,
-            None if constant else moments[-1:],
+            residual if epilogue.keeps_residual else signs,
             plan.mask,
         )
         if signs is not None:
@@ -147,43 +148,50 @@ class _Normalize(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output, grad_statistics = grads
-        input, weight, bias, kept, statistics, count, mask = ctx.saved_tensors
+        input, statistics, weight, bias, kept, mask = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         plan = ctx.plan
         kernel = kernels.reference if torch.is_grad_enabled() else kernels.select(input)
-        epilogue = Epilogue(plan.activation, kept, plan.inplace)
+        epilogue = _with(plan.epilogue, kept)
         if epilogue.keeps_signs and bool(channels_last(input)) != bool(ctx.channels_last):
             # The signs are in the order of its memory, and a hook such as `save_on_cpu` has laid it out anew.
             input = input.movedim(1, -1).contiguous().movedim(-1, 1) if ctx.channels_last else input.contiguous()
         if grad_output is None:
             grad_output = torch.zeros_like(input)
         arguments = (grad_output, input, statistics, weight, bias)
-        sums = grad_weight = grad_bias = grad_input = grad_residual = None
-        if needs_weight or needs_bias or (needs_input and plan.group is not None):
-            parameter_grads, sums = kernel.reduce_grad(*arguments, mask=mask, epilogue=epilogue)
-            grad_bias = parameter_grads[0] if needs_bias else None
-            grad_weight = parameter_grads[1] if needs_weight else None
-        if needs_input and plan.group is not None:
-            assert sums is not None
+        through_statistics = needs_input and plan.group is not None
+        sums = grad_weight = grad_bias = grad_input = None
+        if through_statistics or needs_weight or needs_bias:
+            grad_weight, grad_bias, sums = kernel.reduce_grad(*arguments, mask=mask, epilogue=epilogue)
+        if through_statistics:
             if grad_statistics is not None:  # of a backward pass through this backward pass
-                sums = sums + grad_statistics * torch.stack([-1 / statistics[1], statistics[1]])
+                sums = sums + _sums_of(grad_statistics, statistics)
             sums = _all_reduce(sums, plan.group) if plan.centered else _second_all_reduced(sums, plan.group)
-        else:
-            sums = None
-        if needs_residual:
-            grad_residual = grad_output
+        grad_residual = grad_output if needs_residual else None
         if needs_input or (needs_residual and kept is not None):
             grad_input, passed = kernel.grad_input(
                 *arguments,
-                sums,
-                count,
+                sums if through_statistics else None,
                 centered=plan.centered,
                 eps_outside=plan.eps if plan.eps_outside else 0.0,
                 mask=mask,
                 epilogue=epilogue,
             )
             grad_residual = grad_residual if passed is None else passed
-        return grad_input, grad_weight, grad_bias, grad_residual, None, None
+        return (
+            grad_input,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            grad_residual,
+            None,
+            None,
+        )
+
+
+def _sums_of(grad_statistics: Tensor, statistics: Tensor) -> Tensor:
+    """Return what a gradient with respect to mean and invstd adds to the sums; the count is a constant."""
+    _, invstd = statistics[:-1].view(2, -1)
+    return grad_statistics[:-1].view(2, -1) * torch.stack([-1 / invstd, invstd])
 
 
 class _AllReduce(Function):

@@ -122,12 +122,12 @@ def passes(implementation: Kernels, x: Tensor, dy: Tensor) -> dict[str, Callable
     moments = kernels.reference.moments(x)
     _, statistics, _ = kernels.reference.normalize(x, moments, weight, bias, 1e-5)
     backward = (dy, x, statistics, weight, bias)
-    _, weighted = kernels.reference.reduce_grad(*backward)
+    *_, sums = kernels.reference.reduce_grad(*backward)
     return {
         "moments": lambda: (implementation.moments(x),),
         "normalize": lambda: implementation.normalize(x, moments, weight, bias, 1e-5),
         "reduce_grad": lambda: implementation.reduce_grad(*backward),
-        "grad_input": lambda: implementation.grad_input(*backward, weighted, moments[-1:]),
+        "grad_input": lambda: implementation.grad_input(*backward, sums),
     }
 
 

@@ -57,7 +57,7 @@ class Kernels(Protocol):
         eps_outside: bool = False,
         epilogue: Epilogue = PLAIN,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Input and moments -> y, [mean, invstd], and the signs of z if the epilogue keeps them."""
+        """Input and moments -> y, [mean, invstd, count], and the signs of z if the epilogue keeps them."""
         ...
 
     def reduce_grad(
@@ -70,8 +70,8 @@ class Kernels(Protocol):
         *,
         mask: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
-    ) -> tuple[Tensor, Tensor]:
-        """Gradient, input and [mean, invstd] -> gradients of bias and weight, and [Σ dz, Σ dz * x̂] times weight."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient, input and statistics -> gradients of weight and bias, and [Σ weight * dz, Σ weight * dz * x̂]."""
         ...
 
     def grad_input(
@@ -82,14 +82,13 @@ class Kernels(Protocol):
         weight: Tensor | None,
         bias: Tensor | None,
         sums: Tensor | None,
-        count: Tensor | None,
         *,
         centered: bool = True,
         eps_outside: float = 0.0,
         mask: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradient, input, [mean, invstd], sums and count of all shards -> dx, and dz if a residual was there."""
+        """Gradient, input, statistics and the sums of all shards -> dx, and dz if a residual was there."""
         ...
 
 

@@ -97,13 +97,13 @@ struct NormalizeArguments {
     double eps;
     int64_t eps_outside;
     Epilogue epilogue;
-    double *statistics;  // (2, C)
+    double *statistics;  // (2C + 1,)
 };
 
 struct BackwardArguments {  // what both passes of the backward read
     Shape shape;
     const void *dy, *x;
-    const double *statistics;  // (2, C)
+    const double *statistics;  // (2C + 1,)
     Parameters parameters;
     Epilogue epilogue;
     const void *mask;
@@ -111,14 +111,13 @@ struct BackwardArguments {  // what both passes of the backward read
 
 struct ReduceGradArguments {
     BackwardArguments of;
-    void *sums;        // (2, C), of the type of the weight, or double
-    double *weighted;  // (2, C)
+    void *grad_weight, *grad_bias;  // (C,), of the type of the weight, or double
+    double *sums;  // (2, C)
 };
 
 struct GradInputArguments {
     BackwardArguments of;
-    const double *sums;   // (2, C), or null
-    const double *count;  // (1,), or null
+    const double *sums;  // (2, C), or null
     int64_t centered;
     double eps_outside;
     void *dx;
@@ -444,17 +443,15 @@ inline void parameter(const void *from, int64_t dtype, int64_t channels, double 
         parameter(static_cast<const fp16 *>(from), channels, to);
 }
 
-inline void to_parameter(const double *from, int64_t dtype, int64_t channels, void *to, int64_t place) {
+inline void to_parameter(const double *from, int64_t dtype, int64_t channels, void *to) {
     for (int64_t c = 0; c < channels; ++c) {
         float single_value = static_cast<float>(from[c]);
-        if (dtype == FLOAT32) static_cast<float *>(to)[place + c] = single_value;
-        else if (dtype == FLOAT64) static_cast<double *>(to)[place + c] = from[c];
-        else if (dtype == BFLOAT16) static_cast<bf16 *>(to)[place + c] = to_bf16(single_value);
-        else convert(&single_value, static_cast<fp16 *>(to) + place + c, 1);
+        if (dtype == FLOAT32) static_cast<float *>(to)[c] = single_value;
+        else if (dtype == FLOAT64) static_cast<double *>(to)[c] = from[c];
+        else if (dtype == BFLOAT16) static_cast<bf16 *>(to)[c] = to_bf16(single_value);
+        else convert(&single_value, static_cast<fp16 *>(to) + c, 1);
     }
 }
-
-inline int64_t size_of(int64_t dtype) { return dtype == FLOAT32 ? 4 : dtype == FLOAT64 ? 8 : 2; }
 
 // The mask of a segment: a weight for each of its values.
 template <class R> const R *weights(const R *mask, const Walk &walk, int64_t at, int64_t n, R *buffer) {
@@ -905,6 +902,7 @@ template <class T> int normalize(const NormalizeArguments &a) {
         a.statistics[c] = a.moments[c];
         a.statistics[channels + c] = a.eps_outside ? 1 / (sqrt(variance) + a.eps) : 1 / sqrt(variance + a.eps);
     }
+    a.statistics[2 * channels] = a.moments[2 * channels];
     if (a.shape.values() == 0) return 0;
 
     const T *x = static_cast<const T *>(a.x), *residual = static_cast<const T *>(a.epilogue.residual);
@@ -1009,11 +1007,11 @@ template <class T> struct Backward {
 template <class T> int reduce_grad(const ReduceGradArguments &a) {
     using R = typename Arithmetic<T>::type;
     const BackwardArguments &of = a.of;
-    int64_t channels = of.shape.c;
-    int64_t sums_dtype = of.parameters.weight ? of.parameters.dtype : FLOAT64;
+    int64_t channels = of.shape.c, dtype = of.parameters.weight ? of.parameters.dtype : FLOAT64;
     if (of.shape.values() == 0) {
-        memset(a.sums, 0, 2 * channels * size_of(sums_dtype));
-        memset(a.weighted, 0, 2 * channels * sizeof(double));
+        memset(a.sums, 0, 2 * channels * sizeof(double));
+        to_parameter(a.sums, dtype, channels, a.grad_weight);
+        to_parameter(a.sums, dtype, channels, a.grad_bias);
         return 0;
     }
     Walk walk(of.shape, false);
@@ -1031,11 +1029,11 @@ template <class T> int reduce_grad(const ReduceGradArguments &a) {
     SIMD for (int64_t c = 0; c < channels; ++c) {
         double low = mean[c] - static_cast<R>(mean[c]);
         product[c] = (product[c] - low * sum[c]) * invstd[c];
-        a.weighted[c] = sum[c] * weight[c];
-        a.weighted[channels + c] = product[c] * weight[c];
+        a.sums[c] = sum[c] * weight[c];
+        a.sums[channels + c] = product[c] * weight[c];
     }
-    to_parameter(sum, sums_dtype, channels, a.sums, 0);
-    to_parameter(product, sums_dtype, channels, a.sums, channels);
+    to_parameter(product, dtype, channels, a.grad_weight);
+    to_parameter(sum, dtype, channels, a.grad_bias);
     return 0;
 }
 
@@ -1072,7 +1070,7 @@ template <class T> int grad_input(const GradInputArguments &a) {
     map.fill(scratch, walk, of.statistics, of.parameters);
     double *slope = scratch.array<double>(channels), *offset = scratch.array<double>(channels);
     const double *mean = of.statistics, *invstd = mean + channels;
-    double count = a.count && *a.count > 0 ? *a.count : 1;
+    double count = of.statistics[2 * channels] > 0 ? of.statistics[2 * channels] : 1;
     for (int64_t c = 0; c < channels; ++c) {
         double inside = 1 - a.eps_outside * invstd[c];  // 0 where all values are, at which x is too
         slope[c] = a.sums ? -invstd[c] * invstd[c] * a.sums[channels + c] / (count * (inside > 0 ? inside : 1)) : 0;

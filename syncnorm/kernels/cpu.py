@@ -63,8 +63,8 @@ def _function(name: str, layout: str) -> Callable[..., None]:
 
 _moments = _function("moments", _SHAPE + "PPP")
 _normalize = _function("normalize", _SHAPE + "PPP" + _PARAMETERS + "dq" + _EPILOGUE + "P")
-_reduce_grad = _function("reduce_grad", _BACKWARD + "PP")
-_grad_input = _function("grad_input", _BACKWARD + "PPqdPP")
+_reduce_grad = _function("reduce_grad", _BACKWARD + "PPP")
+_grad_input = _function("grad_input", _BACKWARD + "PqdPP")
 _update_running = _function("update_running", "PPqPPqqd")
 _pack = _function("pack", "PPq")
 _unpack = _function("unpack", "PPq")
@@ -101,25 +101,32 @@ def update_running(
     momentum: float | None,
 ) -> None:
     """See `reference.update_running`."""
-    buffers = running_mean, running_var
-    fit = running_mean.dtype == running_var.dtype and running_mean.dtype in (torch.float32, torch.float64)
-    if not (fit and running_mean.is_contiguous() and running_var.is_contiguous()):
-        buffers = running_mean.double().contiguous(), running_var.double().contiguous()
-    batches = None if num_batches_tracked is None else num_batches_tracked.long()  # itself, if int64
+    dtype = running_mean.dtype
+    if not (
+        dtype in (torch.float32, torch.float64)
+        and dtype == running_var.dtype
+        and running_mean.is_contiguous()
+        and running_var.is_contiguous()
+        and (num_batches_tracked is None or num_batches_tracked.dtype == torch.int64)
+    ):
+        mean, var = running_mean.double().contiguous(), running_var.double().contiguous()
+        batches = None if num_batches_tracked is None else num_batches_tracked.long()
+        update_running(mean, var, batches, moments, momentum)
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+        if num_batches_tracked is not None and batches is not None:
+            num_batches_tracked.copy_(batches)
+        return
     _update_running(
-        *(buffer.data_ptr() for buffer in buffers),
-        DTYPES[buffers[0].dtype],
-        _pointer(batches),
+        running_mean.data_ptr(),
+        running_var.data_ptr(),
+        DTYPES[dtype],
+        _pointer(num_batches_tracked),
         moments.data_ptr(),
-        len(moments) // 2,
+        len(running_mean),
         momentum is None,
         momentum or 0.0,
     )
-    for running, buffer in zip((running_mean, running_var), buffers, strict=True):
-        if buffer is not running:
-            running.copy_(buffer)
-    if num_batches_tracked is not None and batches is not None and batches is not num_batches_tracked:
-        num_batches_tracked.copy_(batches)
 
 
 def normalize(
@@ -135,14 +142,17 @@ def normalize(
     """See `reference.normalize`."""
     x, shape = _dense(input)
     weight, bias, parameters = _parameters(weight, bias)
-    residual = None if epilogue.residual is None else dense(epilogue.residual, like=x)
-    signs = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8) if epilogue.keeps_signs else None
-    what_follows = (_ACTIVATIONS[epilogue.activation], _pointer(residual), _pointer(signs), epilogue.inplace)
-    y = x if epilogue.inplace else torch.empty_like(x)
-    statistics = torch.empty((2, shape[1]), dtype=torch.float64)
+    activation, residual, inplace = epilogue
+    signs = None
+    if residual is not None:
+        residual = dense(residual, like=x)
+        signs = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8) if epilogue.keeps_signs else None
+    y = x if inplace else torch.empty_like(x)
+    statistics = torch.empty_like(moments)
     pointers = (x.data_ptr(), y.data_ptr(), moments.data_ptr())
+    what_follows = (_ACTIVATIONS[activation], _pointer(residual), _pointer(signs), inplace)
     _normalize(*shape, *pointers, *parameters, eps, eps_outside, *what_follows, statistics.data_ptr())
-    if epilogue.inplace:
+    if inplace:
         y = input if x is input else input.copy_(x)
     return y, statistics, signs
 
@@ -156,15 +166,17 @@ def reduce_grad(
     *,
     mask: Tensor | None = None,
     epilogue: Epilogue = PLAIN,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.reduce_grad`."""
     _, parameter, arguments, alive = _backward(grad_output, input, statistics, weight, bias, mask, epilogue)
-    dtype = torch.float64 if weight is None else weight.dtype
-    sums = torch.empty_like(statistics, dtype=torch.float64 if parameter is None else parameter.dtype)
-    weighted = torch.empty_like(statistics)
-    _reduce_grad(*arguments, sums.data_ptr(), weighted.data_ptr())
+    sums = torch.empty(2, len(statistics) // 2, dtype=torch.float64)
+    like = sums[0] if parameter is None else parameter
+    grad_weight, grad_bias = torch.empty_like(like), torch.empty_like(like)
+    _reduce_grad(*arguments, grad_weight.data_ptr(), grad_bias.data_ptr(), sums.data_ptr())
     del alive
-    return (sums if sums.dtype == dtype else sums.to(dtype)), weighted
+    if weight is not None and weight.dtype != like.dtype:
+        grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+    return grad_weight, grad_bias, sums
 
 
 def grad_input(
@@ -174,7 +186,6 @@ def grad_input(
     weight: Tensor | None,
     bias: Tensor | None,
     sums: Tensor | None,
-    count: Tensor | None,
     *,
     centered: bool = True,
     eps_outside: float = 0.0,
@@ -185,8 +196,7 @@ def grad_input(
     x, _, arguments, alive = _backward(grad_output, input, statistics, weight, bias, mask, epilogue)
     dx = torch.empty_like(x)
     dz = None if epilogue.residual is None else torch.empty_like(x)
-    means = (0, 0) if sums is None or count is None else (sums.data_ptr(), count.data_ptr())
-    _grad_input(*arguments, *means, centered, eps_outside, dx.data_ptr(), _pointer(dz))
+    _grad_input(*arguments, _pointer(sums), centered, eps_outside, dx.data_ptr(), _pointer(dz))
     del alive
     return dx, dz
 
@@ -206,15 +216,18 @@ def _backward(
     if dy.stride() != x.stride() or dy.dtype != x.dtype:
         dy = torch.empty_like(x).copy_(dy)
     weight, bias, parameters = _parameters(weight, bias)
-    kept, signs = epilogue.residual, epilogue.keeps_signs
-    if kept is not None and not signs:
-        kept = dense(kept, like=x)
-    pointer = _pointer(kept)
-    what_follows = (_ACTIVATIONS[epilogue.activation], 0 if signs else pointer, pointer if signs else 0)
+    activation, kept, inplace = epilogue
+    residual = signs = None
+    if kept is not None and epilogue.keeps_signs:
+        signs = kept
+    elif kept is not None:
+        residual = dense(kept, like=x)
     weights = _weights(mask, x)
-    pointers = (dy.data_ptr(), x.data_ptr(), statistics.data_ptr())
-    arguments = (*shape, *pointers, *parameters, *what_follows, epilogue.inplace, _pointer(weights))
-    return x, weight, arguments, (x, dy, weight, bias, kept, weights)
+    arguments = (
+        *(*shape, dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), *parameters),
+        *(_ACTIVATIONS[activation], _pointer(residual), _pointer(signs), inplace, _pointer(weights)),
+    )
+    return x, weight, arguments, (x, dy, weight, bias, residual, weights)
 
 
 def _dense(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, bool, int, int]]:

@@ -3,9 +3,9 @@
 They work on any device, and they are differentiable, so that they also carry the double backward.
 
 Shapes: input, grad_output, residual and results (N, C, *); weight and bias (C,); everything else per channel in
-float64: moments (2C + 1,) = [mean, M2, count], statistics (2, C) = [mean, invstd], sums (2, C); mask, or None for ones,
-what expands to (N, 1, *): the weight, not below 0, that a position has in the moments. Where it is 0 the input may hold
-anything. Tensors of the input's size are computed in float32, in float64 if the input is float64.
+float64: moments (2C + 1,) = [mean, M2, count], statistics (2C + 1,) = [mean, invstd, count], sums (2, C); mask, or None
+for ones, what expands to (N, 1, *): the weight, not below 0, that a position has in the moments. Where it is 0 the input
+may hold anything. Tensors of the input's size are computed in float32, in float64 if the input is float64.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def normalize(
     mean, m2 = moments[:-1].view(2, -1)
     variance = m2 / _or_one(moments[-1])
     invstd = 1 / (variance.sqrt() + eps) if eps_outside else (variance + eps).rsqrt()
-    statistics = torch.stack([mean, invstd])
+    statistics = torch.cat([mean, invstd, moments[-1:]])
     z = _affine(_centered(input, statistics), statistics, weight, bias, epilogue.residual)
     signs = _to_bits(z > 0, input) if epilogue.keeps_signs else None
     y = _ACTIVATE[epilogue.activation](z).to(input.dtype)
@@ -115,18 +115,22 @@ def reduce_grad(
     *,
     mask: Tensor | None = None,
     epilogue: Epilogue = PLAIN,
-) -> tuple[Tensor, Tensor]:
-    """Return [Σ dz, Σ dz * x̂], (2, C), in the dtype of weight, and the same times weight, in float64.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of weight and bias, Σ dz * x̂ and Σ dz, and sums = [Σ weight * dz, Σ weight * dz * x̂].
 
-    The sums are over all positions, masked ones too.
+    The gradients, (C,), have the dtype of the weight, or float64 without one. The sums are over all positions, masked ones too.
 
     x̂ = (x - mean) * invstd, and dz is the gradient with respect to z. Where mask and grad_output are 0, the input and
     the residual may hold anything: such a position adds nothing, and its dz is 0.
     """
     axes = _reduced_axes(input)
     centered, dz = _centered_and_grad(grad_output, input, statistics, weight, bias, mask, epilogue)
-    sums = torch.stack([dz.sum(axes).double(), (dz * centered).sum(axes).double() * statistics[1]])
-    return (sums, sums.clone()) if weight is None else (sums.to(weight.dtype), sums * weight)
+    _, invstd = _mean_and_invstd(statistics)
+    bias_grad, weight_grad = dz.sum(axes).double(), (dz * centered).sum(axes).double() * invstd
+    sums = torch.stack([bias_grad, weight_grad])
+    if weight is None:
+        return weight_grad, bias_grad, sums
+    return weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), sums * weight
 
 
 def grad_input(
@@ -136,7 +140,6 @@ def grad_input(
     weight: Tensor | None,
     bias: Tensor | None,
     sums: Tensor | None,
-    count: Tensor | None,
     *,
     centered: bool = True,
     eps_outside: float = 0.0,
@@ -147,17 +150,17 @@ def grad_input(
 
         dx = weight * invstd * dz - w * invstd * (sums[0] + sums[1] * x̂) / n
 
-    `sums` are [Σ weight * dz, Σ weight * dz * x̂] over all shards; without them the statistics are constants and
+    `sums` are those of all shards together; without them the statistics are constants and
     dx = weight * invstd * dz. Moments about zero (not `centered`) have no sums[0]; with an epsilon outside of the root
     sums[1] is divided by 1 - eps * invstd.
     """
     x_centered, dz = _centered_and_grad(grad_output, input, statistics, weight, bias, mask, epilogue)
-    invstd = statistics[1]
-    scale = invstd if weight is None else invstd * weight
-    if sums is None or count is None:
+    _, invstd = _mean_and_invstd(statistics)
+    scale = _scale(statistics, weight)
+    if sums is None:
         dx = torch.zeros_like(x_centered)  # whose memory format the sum takes
     else:
-        count = _or_one(count)
+        count = _or_one(statistics[-1])
         inside = 1 - eps_outside * invstd  # 0 where all values are, at which x is too
         slope = -invstd.square() * sums[1] / (count * torch.where(inside > 0, inside, 1))
         dx = x_centered if mask is None else torch.where(mask == 0, 0, x_centered)  # masked_fill lays it out anew
@@ -191,7 +194,7 @@ def _centered_and_grad(
         if activation == "leaky_relu":
             z, dy = torch.where(y > 0, y, y / NEGATIVE_SLOPE), torch.where(y > 0, dy, dy * NEGATIVE_SLOPE)
         z = z if bias is None else z - _per_channel(bias, z)
-        scale = statistics[1] if weight is None else statistics[1] * weight
+        scale = _scale(statistics, weight)
         # x cannot be had where the weight is 0, nor has it a gradient
         inverse = torch.where(scale == 0, 0, 1 / torch.where(scale == 0, 1, scale))
         return filled(z * _per_channel(inverse, z)), dy
@@ -209,7 +212,7 @@ def _centered_and_grad(
 def _affine(
     centered: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    z = centered * _per_channel(statistics[1] if weight is None else statistics[1] * weight, centered)
+    z = centered * _per_channel(_scale(statistics, weight), centered)
     z = z if bias is None else z + _per_channel(bias, z)
     return z if residual is None else z + residual.to(z.dtype)
 
@@ -262,10 +265,19 @@ def _weighted(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def _centered(input: Tensor, statistics: Tensor) -> Tensor:
     """Return x - mean with the mean as a high and a low part, which together keep its float64 digits."""
-    x, mean = input.to(_compute_dtype(input)), statistics[0]
+    x, (mean, _) = input.to(_compute_dtype(input)), _mean_and_invstd(statistics)
     high = mean.to(x.dtype)
     low = mean - high  # zero where x is float64
     return (x - _per_channel(high, x)) - _per_channel(low, x)
+
+
+def _mean_and_invstd(statistics: Tensor) -> Tensor:
+    return statistics[:-1].view(2, -1)
+
+
+def _scale(statistics: Tensor, weight: Tensor | None) -> Tensor:
+    _, invstd = _mean_and_invstd(statistics)
+    return invstd if weight is None else invstd * weight
 
 
 def _compute_dtype(input: Tensor) -> torch.dtype:

@@ -12,9 +12,9 @@ arguments, each a pointer into contiguous memory:
     weight, bias     (C,) of any floating dtype, or None
     moments          (2C + 1,) = [mean, M2, count]; partial moments (W, 2C + 1)
     packed           (2C + 1,) = [n·mean, M2 + n·mean², n]
-    statistics       (2, C) = [mean, invstd]
-    sums, weighted   (2, C) = [Σ dz, Σ dz * x̂], and the same times weight; partial sums (W, 2, C)
-    count            (1,) the count of all shards
+    statistics       (2C + 1,) = [mean, invstd, count]
+    grad_weight      (C,) = Σ dz * x̂ in float64, or as the weight in float32; grad_bias = Σ dz
+    sums             (2, C) = [Σ weight * dz, Σ weight * dz * x̂]; partial sums (W, 2, C) = [Σ dz, Σ dz * x̂]
 
 A pass walks over tiles of BC channels by BP positions. A program has one block of channels and a run of `per` tiles
 along N and S, and there are W runs. Reductions are deterministic: each thread sums its own values in float32 (float64
@@ -123,14 +123,14 @@ def normalize(
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return y, [mean, invstd] and the signs of z if the epilogue keeps them. One kernel.
+    """Return y, [mean, invstd, count] and the signs of z if the epilogue keeps them. One kernel.
 
     Where the innermost size is no multiple of 8, the signs go through a byte each and a second kernel.
     """
     x = dense(input)
     plan = _plan(x, MAPPING_PROGRAMS)
     y = x if epilogue.inplace else torch.empty_like(x)
-    statistics = _float64(x, 2, x.shape[1])
+    statistics = torch.empty_like(moments)
     whole_bytes = plan.constants["ALIGN"] >= 8
     values = x.numel() // 8 if whole_bytes else x.numel()
     signs = torch.empty(values, dtype=torch.uint8, device=x.device) if epilogue.keeps_signs else None
@@ -160,20 +160,24 @@ def reduce_grad(
     *,
     mask: Tensor | None = None,
     epilogue: Epilogue = PLAIN,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.reduce_grad`. One kernel, or two as in `moments`, and a cast to the weight's dtype."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.reduce_grad`. One kernel, or two as in `moments`, and casts if the weight is of half precision."""
     x = dense(input)
     weight, bias = _contiguous(weight, bias)
     plan = _plan(x, REDUCING_PROGRAMS, TILES_IN_ONE_RUN)
-    sums, weighted = _float64(x, 2, x.shape[1]), _float64(x, 2, x.shape[1])
-    partial = sums if plan.runs == 1 else _float64(x, plan.runs, 2, x.shape[1])
+    sums = _float64(x, 2, x.shape[1])
+    like = sums[0] if weight is None or weight.element_size() < 4 else weight
+    results = torch.empty_like(like), torch.empty_like(like), sums
     arguments = (_like(grad_output, x), x, statistics, weight, bias, _kept(epilogue, x), _positions(mask, x))
-    _launch(
-        _reduce_grad_kernel, plan, *arguments, partial, weighted if plan.runs == 1 else None, **_constants(epilogue)
-    )
-    if plan.runs > 1:
-        _finish(_merge_sums_kernel, x, partial, weight, sums, weighted)
-    return sums if weight is None else sums.to(weight.dtype), weighted
+    if plan.runs == 1:
+        _launch(_reduce_grad_kernel, plan, *arguments, None, *results, **_constants(epilogue))
+    else:
+        partial = _float64(x, plan.runs, 2, x.shape[1])
+        _launch(_reduce_grad_kernel, plan, *arguments, partial, None, None, None, **_constants(epilogue))
+        _finish(_merge_sums_kernel, x, partial, weight, *results)
+    if weight is not None and like is not weight:
+        return results[0].to(weight.dtype), results[1].to(weight.dtype), sums
+    return results
 
 
 def grad_input(
@@ -183,7 +187,6 @@ def grad_input(
     weight: Tensor | None,
     bias: Tensor | None,
     sums: Tensor | None,
-    count: Tensor | None,
     *,
     centered: bool = True,
     eps_outside: float = 0.0,
@@ -195,7 +198,7 @@ def grad_input(
     dy = _like(grad_output, x)
     dx = torch.empty_like(x)
     dz = None if epilogue.residual is None else torch.empty_like(x, dtype=grad_output.dtype)
-    given = (None, None) if sums is None or count is None else _contiguous(sums, count)
+    given = _contiguous(sums)
     pointers = (dy, x, statistics, *_contiguous(weight, bias), _kept(epilogue, x), _positions(mask, x), *given, dx, dz)
     plan = _plan(x, MAPPING_PROGRAMS)
     _launch(_grad_input_kernel, plan, *pointers, _bits(eps_outside), CENTERED=centered, **_constants(epilogue))
@@ -442,8 +445,8 @@ def _normalize_kernel(
     variance, eps = m2 / _or_one(count), _from_bits(eps_bits)
     invstd = 1 / (tl.sqrt(variance) + eps) if EPS_OUTSIDE else 1 / tl.sqrt(variance + eps)
     if run == 0:
-        tl.store(statistics + channels, mean, mask=channels < C)
-        tl.store(statistics + C + channels, invstd, mask=channels < C)
+        _store_pair(statistics, mean, invstd, channels, C)
+        tl.store(statistics + 2 * C, count, mask=block == 0)
     high, low, scale, shift = _affine(mean, invstd, weight, bias, channels, C, ACC)
     last = tl.minimum((run + 1) * per, tiles) - 1
     for i in range(run * per, last + 1):
@@ -479,13 +482,15 @@ def _reduce_grad_kernel(
     dy, x, statistics, weight, bias,
     kept,  # signs or residual, or None
     mask,
-    partial,  # partial sums, or the sums themselves if there is one run
-    weighted,  # None unless there is one run
+    partial,  # None if there is one run, which has the rest
+    grad_weight,
+    grad_bias,
+    sums,
     C, S, tiles, per, blocks,
     ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
     ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr, INPLACE: tl.constexpr,
 ):  # fmt: skip
-    """Of dy and x: partial sums."""
+    """Of dy and x: partial sums, or if there is one run grad_weight, grad_bias and sums."""
     C, S, block, run = _place(C, S, blocks, ALIGN, LAST)
     channels = block * BC + tl.arange(0, BC)
     mean, invstd = _load_statistics(statistics, channels, C)
@@ -506,15 +511,17 @@ def _reduce_grad_kernel(
         sum_dz_x += dz * centered
     first = tl.sum(sum_dz.to(tl.float64), 1)
     second = tl.sum(sum_dz_x.to(tl.float64), 1) * invstd
-    _store_pair(partial + run.to(tl.int64) * (2 * C), first, second, channels, C)
-    if weighted is not None:
-        w = _load_channels(weight, channels, C, 1.0)
-        _store_pair(weighted, first * w, second * w, channels, C)
+    if partial is None:
+        _store_sums(grad_weight, grad_bias, sums, first, second, weight, channels, C)
+    else:
+        _store_pair(partial + run.to(tl.int64) * (2 * C), first, second, channels, C)
 
 
 @_pass
-def _merge_sums_kernel(partial, weight, sums, weighted, C, runs, RUNS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of partial sums: the sums over all runs, and the same times weight."""
+def _merge_sums_kernel(
+    partial, weight, grad_weight, grad_bias, sums, C, runs, RUNS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """Of partial sums: grad_weight, grad_bias and sums."""
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     first = tl.zeros((RUNS, CHANNELS), tl.float64)
     second = tl.zeros((RUNS, CHANNELS), tl.float64)
@@ -522,9 +529,7 @@ def _merge_sums_kernel(partial, weight, sums, weighted, C, runs, RUNS: tl.conste
         rows, inside = _rows(partial, start, runs, 2 * C, channels, C, RUNS)
         first += tl.load(rows[:, None] + channels[None, :], mask=inside, other=0)
         second += tl.load(rows[:, None] + C + channels[None, :], mask=inside, other=0)
-    w = _load_channels(weight, channels, C, 1.0)
-    _store_pair(sums, tl.sum(first, 0), tl.sum(second, 0), channels, C)
-    _store_pair(weighted, tl.sum(first, 0) * w, tl.sum(second, 0) * w, channels, C)
+    _store_sums(grad_weight, grad_bias, sums, tl.sum(first, 0), tl.sum(second, 0), weight, channels, C)
 
 
 @_pass
@@ -532,8 +537,7 @@ def _grad_input_kernel(
     dy, x, statistics, weight, bias,
     kept,  # signs or residual, or None
     mask,
-    sums,  # those times weight, of all shards; None: the statistics are constants
-    count,
+    sums,  # of all shards; None: the statistics are constants
     dx,
     dz,  # or None
     eps_bits,  # 0 with epsilon inside of the root
@@ -549,7 +553,7 @@ def _grad_input_kernel(
     high, low, scale, shift = _affine(mean, invstd, weight, bias, channels, C, ACC)
     inverse = _inverse(invstd, weight, channels, C, ACC)
     if sums is not None:
-        n = _or_one(tl.load(count))
+        n = _or_one(tl.load(statistics + 2 * C))
         inside_root = 1 - _from_bits(eps_bits) * invstd  # 0 where all values are, at which x is too
         first, second = _load_statistics(sums, channels, C)
         slope = _column(-invstd * invstd * second / (n * tl.where(inside_root > 0, inside_root, 1.0)), ACC)
@@ -653,6 +657,15 @@ def _store_pair(pair, first, second, channels, C):
 
 
 @triton.jit
+def _store_sums(grad_weight, grad_bias, sums, first, second, weight, channels, C):
+    """Store of Σ dz and Σ dz * x̂ the gradients, in their dtype, and both times weight."""
+    _store_cast(grad_weight + channels, second, channels < C)
+    _store_cast(grad_bias + channels, first, channels < C)
+    w = _load_channels(weight, channels, C, 1.0)
+    _store_pair(sums, first * w, second * w, channels, C)
+
+
+@triton.jit
 def _store_moments(moments, mean, m2, count, channels, C, block):
     """Store moments, M2 not below 0; the count with the first block of channels."""
     _store_pair(moments, mean, tl.where(m2 < 0, 0.0, m2), channels, C)
@@ -671,9 +684,15 @@ def _move(running, batch, factor, inside):
     """Store running + factor * (batch - running), in the way of torch.lerp."""
     old = tl.load(running, mask=inside, other=0).to(tl.float64)
     new = tl.where(factor < 0.5, old + factor * (batch - old), batch - (batch - old) * (1 - factor))
-    if running.dtype.element_ty != tl.float64:
-        new = new.to(tl.float32)  # from which all other dtypes can be had
-    tl.store(running, new.to(running.dtype.element_ty), mask=inside)
+    _store_cast(running, new, inside)
+
+
+@triton.jit
+def _store_cast(pointers, values, inside):
+    """Store float64 values in what dtype the pointers have."""
+    if pointers.dtype.element_ty != tl.float64:
+        values = values.to(tl.float32)  # from which all other dtypes can be had
+    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside)
 
 
 @triton.jit
