@@ -17,7 +17,7 @@ from torch import Tensor
 from . import running, validate
 from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
 from .launchers import warn_if_alone_in_a_larger_job
-from .moments import Moments, MomentsAboutZero, count_per_channel
+from .moments import Moments, MomentsAboutZero
 from .normalize import normalize, normalize_by_constants
 
 __all__ = ["group_norm", "layer_norm", "rms_norm", "sync_batch_norm"]
@@ -105,7 +105,7 @@ def sync_batch_norm(
         warn_if_alone_in_a_larger_job()
 
     moments = _combined(Moments.of(input.detach(), mask), group)
-    few = count_per_channel(input) <= 1 if mask is None else mask.is_cpu
+    few = input.numel() <= input.shape[1] if mask is None else mask.is_cpu
     if few and moments.count == 1:  # asks the device only where it can be so
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from . import kernels
 
-__all__ = ["Moments", "MomentsAboutZero", "count_per_channel", "or_one"]
+__all__ = ["Moments", "MomentsAboutZero", "or_one"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Moments:
     """The moments of a set of values, for each of C channels.
 
@@ -99,8 +99,3 @@ class MomentsAboutZero(Moments):
 def or_one(count: Tensor) -> Tensor:
     """Return a count to divide by: 1 where there is nothing."""
     return torch.where(count > 0, count, 1)
-
-
-def count_per_channel(input: Tensor) -> int:
-    """Return how many values each channel of (N, C, *) has, without asking the device."""
-    return input.numel() // max(input.shape[1], 1)

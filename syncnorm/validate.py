@@ -35,33 +35,33 @@ def batch_norm_arguments(
     channel_axis(input)
     if training and eps <= 0:
         raise ValueError(f"expected a positive eps in training, got {eps}")
-    channels = input.shape[1]
-    for name, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if vector is None:
-            continue
-        if vector.shape != (channels,):
-            raise ValueError(
-                f"expected an input of {vector.numel()} channels, (N, {vector.numel()}, *) as {name} has it, "
-                f"got {tuple(input.shape)}"
-            )
-        if not vector.is_floating_point():
-            raise TypeError(f"expected a floating-point {name}, got {vector.dtype}")
-        if vector.device != input.device:
-            raise RuntimeError(
-                f"expected the parameters and buffers on the input's device {input.device}, "
-                f"got {name} on {vector.device}"
-            )
+    shape, device = (input.shape[1],), input.device
+    for vector in (running_mean, running_var, weight, bias):
+        if vector is not None and not (
+            vector.shape == shape and vector.is_floating_point() and vector.device == device
+        ):
+            raise _unfit(vector, {"running_mean": running_mean, "running_var": running_var, "weight": weight}, input)
     if (running_mean is None) != (running_var is None):
         raise ValueError("expected running_mean and running_var together, got only one of them")
     if not training and running_mean is None:
         raise ValueError("expected running_mean and running_var outside training, got None")
     if training and momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError("expected num_batches_tracked with momentum=None (cumulative average), got None")
+
+
+def _unfit(vector: Tensor, others: dict[str, Tensor | None], input: Tensor) -> Exception:
+    """Return what is wrong with a vector of the channels, which is one of the others or the bias."""
+    name = next((name for name, other in others.items() if other is vector), "bias")
+    if vector.shape != (input.shape[1],):
+        has = vector.numel()
+        return ValueError(
+            f"expected an input of {has} channels, (N, {has}, *) as {name} has it, got {tuple(input.shape)}"
+        )
+    if not vector.is_floating_point():
+        return TypeError(f"expected a floating-point {name}, got {vector.dtype}")
+    return RuntimeError(
+        f"expected the parameters and buffers on the input's device {input.device}, got {name} on {vector.device}"
+    )
 
 
 def mask_over_channels(mask: Tensor | None, input: Tensor) -> Tensor | None:
