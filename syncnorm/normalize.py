@@ -160,18 +160,18 @@ class _Normalize(Function):
             grad_output = torch.zeros_like(input)
         arguments = (grad_output, input, statistics, weight, bias)
         through_statistics = needs_input and plan.group is not None
-        sums = grad_weight = grad_bias = grad_input = None
+        summed = grad_weight = grad_bias = grad_input = None
         if through_statistics or needs_weight or needs_bias:
             grad_weight, grad_bias, sums = kernel.reduce_grad(*arguments, mask=mask, epilogue=epilogue)
-        if through_statistics:
-            if grad_statistics is not None:  # of a backward pass through this backward pass
-                sums = sums + _sums_of(grad_statistics, statistics)
-            sums = _all_reduce(sums, plan.group) if plan.centered else _second_all_reduced(sums, plan.group)
+            if through_statistics:
+                if grad_statistics is not None:  # of a backward pass through this backward pass
+                    sums = sums + _sums_of(grad_statistics, statistics)
+                summed = (_all_reduce if plan.centered else _second_all_reduced)(sums, plan.group)
         grad_residual = grad_output if needs_residual else None
         if needs_input or (needs_residual and kept is not None):
             grad_input, passed = kernel.grad_input(
                 *arguments,
-                sums if through_statistics else None,
+                summed,
                 centered=plan.centered,
                 eps_outside=plan.eps if plan.eps_outside else 0.0,
                 mask=mask,

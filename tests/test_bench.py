@@ -277,6 +277,10 @@ def test_the_floor_reads_all_of_the_memory(case):
     assert torch.equal(floor.PASSES["grad_input"](x, dy), memory[0] + memory[1])
     fresh = floor.layer(x)()
     assert all(torch.equal(copy, x) and copy.stride() == x.stride() for copy in fresh)
+    parameters = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    y, dx, *of_parameters = floor.layer_in_autograd(x.requires_grad_(), parameters, dy)()
+    assert all(torch.equal(copy, x) and copy.stride() == x.stride() for copy in (y, dx))
+    assert [gradient.shape for gradient in of_parameters] == [(2,), (2,)]
 
 
 def candidates_of_two_ranks():
@@ -370,7 +374,7 @@ def read(path, stdout):
 
 
 JOBS = [("alone", 1), ("torchrun", 2), ("mpirun", 2)]
-CANDIDATES = ["floor", "F.batch_norm", "F.batch_norm, relu", "F.batch_norm, add, relu"]
+CANDIDATES = ["floor", "floor in autograd", "F.batch_norm", "F.batch_norm, relu", "F.batch_norm, add, relu"]
 CANDIDATES += [
     "syncnorm per rank",
     "syncnorm per rank, relu",

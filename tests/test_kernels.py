@@ -74,7 +74,9 @@ def check(shape, dtype, layout, masked):
         arguments = (dy, x, statistics, weight, bias)
         gradients = cpu.reduce_grad(*arguments, mask=mask, epilogue=backward)
         wanted_gradients = reference.reduce_grad(*arguments, mask=mask, epilogue=backward)
-        for gradient, wanted_gradient, kind in zip(gradients, wanted_gradients, (wide, wide, torch.float64), strict=True):
+        for gradient, wanted_gradient, kind in zip(
+            gradients, wanted_gradients, (wide, wide, torch.float64), strict=True
+        ):
             assert_near(gradient, wanted_gradient, wide)
             assert gradient.dtype == kind
         for total in (wanted_gradients[2], None):

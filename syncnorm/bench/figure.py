@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from . import memory
-from .targets import ALL, ALONE, ON_CPU, TORCH, TORCH_SYNC
+from .targets import ALL, ALONE, AUTOGRAD, ON_CPU, TORCH, TORCH_SYNC
 
 try:
     import matplotlib as mpl
@@ -25,6 +25,7 @@ except ImportError as error:
 __all__ = ["draw"]
 
 COLOURS = {  # that the colour-blind tell apart (Okabe and Ito)
+    AUTOGRAD: "#999999",
     ALL: "#0072B2",
     ALONE: "#56B4E9",
     TORCH: "#E69F00",

@@ -25,6 +25,7 @@ from .targets import (
     ALL,
     ALL_REDUCES,
     ALONE,
+    AUTOGRAD,
     FLOOR,
     MODULE,
     RELU,
@@ -155,7 +156,8 @@ def _measured(job: Job, case: Case, setting: str, quick: bool, with_compiled: bo
     x = case.random(device, generator, mean=2.0 * group.rank).requires_grad_()  # so that ranks differ
     residual = case.random(device, generator).requires_grad_()
     dy = case.random(device, generator)
-    steps: dict[str, Callable[[], object]] = {FLOOR: floor.layer(x)}
+    pair = [torch.ones(case.shape[1], device=device, requires_grad=True) for _ in ("weight", "bias")]
+    steps: dict[str, Callable[[], object]] = {FLOOR: floor.layer(x), AUTOGRAD: floor.layer_in_autograd(x, pair, dy)}
     wanted: dict[object, tuple[Tensor, Tensor]] = {}
     for name, layer in layers(case, job, residual, with_compiled).items():
         step = layer.step(x, dy)

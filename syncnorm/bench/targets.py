@@ -19,6 +19,7 @@ __all__ = [
     "ALL",
     "ALL_REDUCES",
     "ALONE",
+    "AUTOGRAD",
     "FLOOR",
     "MODULE",
     "RELU",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 FLOOR = "floor"
+AUTOGRAD = "floor in autograd"  # which nothing written in Python goes below
 TORCH = "F.batch_norm"  # unsynchronized
 MODULE = "nn.BatchNorm2d"
 TORCH_SYNC = "torch.nn.SyncBatchNorm"

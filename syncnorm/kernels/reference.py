@@ -3,9 +3,9 @@
 They work on any device, and they are differentiable, so that they also carry the double backward.
 
 Shapes: input, grad_output, residual and results (N, C, *); weight and bias (C,); everything else per channel in
-float64: moments (2C + 1,) = [mean, M2, count], statistics (2C + 1,) = [mean, invstd, count], sums (2, C); mask, or None
-for ones, what expands to (N, 1, *): the weight, not below 0, that a position has in the moments. Where it is 0 the input
-may hold anything. Tensors of the input's size are computed in float32, in float64 if the input is float64.
+float64: moments (2C + 1,) = [mean, M2, count], statistics (2C + 1,) = [mean, invstd, count], sums (2, C); mask, or
+None for ones, what expands to (N, 1, *): the weight, not below 0, that a position has in the moments. Where it is 0 the
+input may hold anything. Tensors of the input's size are computed in float32, in float64 if the input is float64.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def reduce_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of weight and bias, Σ dz * x̂ and Σ dz, and sums = [Σ weight * dz, Σ weight * dz * x̂].
 
-    The gradients, (C,), have the dtype of the weight, or float64 without one. The sums are over all positions, masked ones too.
+    The gradients, (C,), have the dtype of the weight, or float64 without one. All are sums over all positions, masked
+    ones too.
 
     x̂ = (x - mean) * invstd, and dz is the gradient with respect to z. Where mask and grad_output are 0, the input and
     the residual may hold anything: such a position adds nothing, and its dz is 0.
@@ -271,8 +272,9 @@ def _centered(input: Tensor, statistics: Tensor) -> Tensor:
     return (x - _per_channel(high, x)) - _per_channel(low, x)
 
 
-def _mean_and_invstd(statistics: Tensor) -> Tensor:
-    return statistics[:-1].view(2, -1)
+def _mean_and_invstd(statistics: Tensor) -> tuple[Tensor, Tensor]:
+    mean, invstd = statistics[:-1].view(2, -1)
+    return mean, invstd
 
 
 def _scale(statistics: Tensor, weight: Tensor | None) -> Tensor:
