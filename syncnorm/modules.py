@@ -34,6 +34,11 @@ class _Grouped(nn.Module):
         weight, bias = self.weight, self.bias
         return (weight, bias) if hasattr(input, "to_local") else (_local(weight), _local(bias))  # type: ignore[arg-type, return-value]
 
+    def _reset_affine(self) -> None:
+        for parameter, initialize in ((self.weight, nn.init.ones_), (self.bias, nn.init.zeros_)):
+            if parameter is not None:
+                initialize(parameter)  # type: ignore[arg-type]
+
     def _ranks(self) -> str:
         """Return what extra_repr says of the process group."""
         return "" if self.process_group is None else f", process_group={self._group}"
@@ -138,10 +143,7 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
     def reset_parameters(self) -> None:
         """Set the running statistics to mean 0, var 1, weight to 1 and bias to 0."""
         self.reset_running_stats()
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        self._reset_affine()
 
     def extra_repr(self) -> str:
         """Return the arguments that the module was made with."""
@@ -436,10 +438,7 @@ class GroupNorm(_Grouped, nn.GroupNorm):
 
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0."""
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        self._reset_affine()
 
     def extra_repr(self) -> str:
         """Return the arguments that the module was made with."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import kernels
 
-__all__ = ["Moments", "MomentsAboutZero", "or_one"]
+__all__ = ["Moments", "MomentsAboutZero"]
 
 
 @dataclass(slots=True)
@@ -67,12 +67,12 @@ class Moments:
     @property
     def variance(self) -> Tensor:
         """The biased variance M2 / n, (C,); 0 of no values."""
-        return self.m2 / or_one(self.count)
+        return self.m2 / kernels.reference.or_one(self.count)
 
     @property
     def unbiased_variance(self) -> Tensor:
         """The unbiased variance M2 / (n - 1), (C,); 0 of fewer than two values."""
-        return self.m2 / or_one(self.count - 1)
+        return self.m2 / kernels.reference.or_one(self.count - 1)
 
 
 class MomentsAboutZero(Moments):
@@ -94,8 +94,3 @@ class MomentsAboutZero(Moments):
     def unpack(cls, packed: Tensor) -> MomentsAboutZero:
         """Return the moments that `packed`, (C + 1,) float64, stands for."""
         return cls(torch.cat([torch.zeros_like(packed[:-1]), packed]))
-
-
-def or_one(count: Tensor) -> Tensor:
-    """Return a count to divide by: 1 where there is nothing."""
-    return torch.where(count > 0, count, 1)

@@ -53,15 +53,16 @@ def _unfit(vector: Tensor, others: dict[str, Tensor | None], input: Tensor) -> E
     """Return what is wrong with a vector of the channels, which is one of the others or the bias."""
     name = next((name for name, other in others.items() if other is vector), "bias")
     if vector.shape != (input.shape[1],):
-        has = vector.numel()
-        return ValueError(
-            f"expected an input of {has} channels, (N, {has}, *) as {name} has it, got {tuple(input.shape)}"
-        )
+        return _other_channels(vector.numel(), f" as {name} has it", input)
     if not vector.is_floating_point():
         return TypeError(f"expected a floating-point {name}, got {vector.dtype}")
     return RuntimeError(
         f"expected the parameters and buffers on the input's device {input.device}, got {name} on {vector.device}"
     )
+
+
+def _other_channels(expected: int, whence: str, input: Tensor) -> ValueError:
+    return ValueError(f"expected an input of {expected} channels, (N, {expected}, *){whence}, got {tuple(input.shape)}")
 
 
 def mask_over_channels(mask: Tensor | None, input: Tensor) -> Tensor | None:
@@ -172,14 +173,9 @@ def groups_of_channels(
     channels = input.shape[1]
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.dim() == 1 and len(parameter) != channels:
-            has = len(parameter)
-            raise ValueError(
-                f"expected an input of {has} channels, (N, {has}, *) as {name} has it, got {tuple(input.shape)}"
-            )
-    if weight is None and bias is None and num_channels not in (None, channels):
-        raise ValueError(
-            f"expected an input of {num_channels} channels, (N, {num_channels}, *), got {tuple(input.shape)}"
-        )
+            raise _other_channels(len(parameter), f" as {name} has it", input)
+    if weight is None and bias is None and num_channels is not None and num_channels != channels:
+        raise _other_channels(num_channels, "", input)
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"expected a number of groups that divides the {channels} channels, got {num_groups}")
     for name, tensor in (("weight", weight), ("bias", bias)):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .epilogue import NEGATIVE_SLOPE, PLAIN, Epilogue, channels_last
 
-__all__ = ["grad_input", "moments", "normalize", "pack", "reduce_grad", "unpack", "update_running"]
+__all__ = ["grad_input", "moments", "normalize", "or_one", "pack", "reduce_grad", "unpack", "update_running"]
 
 
 def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -36,9 +36,9 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = mask.to(x.dtype)
         count = mask.expand(x.shape[0], 1, *x.shape[2:]).sum(dtype=torch.float64)
         x = x.masked_fill(mask == 0, 0)
-    shift = _weighted(x, mask).sum(axes) / _or_one(count).to(x.dtype)
+    shift = _weighted(x, mask).sum(axes) / or_one(count).to(x.dtype)
     centered = x - _per_channel(shift, x)
-    correction = _weighted(centered, mask).sum(axes).double() / _or_one(count)
+    correction = _weighted(centered, mask).sum(axes).double() / or_one(count)
     m2 = _weighted(centered.square(), mask).sum(axes).double() - count * correction.square()
     return torch.cat([shift.double() + correction, m2.clamp_min(0), count.view(1)])
 
@@ -53,7 +53,7 @@ def pack(moments: Tensor) -> Tensor:
 def unpack(packed: Tensor) -> Tensor:
     """Return the moments, (2C + 1,), that `packed` stands for."""
     total, total_square = packed[:-1].view(2, -1)
-    mean = total / _or_one(packed[-1])
+    mean = total / or_one(packed[-1])
     return torch.cat([mean, torch.addcmul(total_square, total, mean, value=-1).clamp_min(0), packed[-1:]])
 
 
@@ -75,7 +75,7 @@ def update_running(
         factor = 1 / num_batches_tracked.double()
     else:
         factor = torch.full_like(count, momentum)
-    for running, batch in ((running_mean, mean), (running_var, m2 / _or_one(count - 1))):
+    for running, batch in ((running_mean, mean), (running_var, m2 / or_one(count - 1))):
         moved = torch.lerp(running.double(), batch, factor)
         running.copy_(torch.where(seen, moved, running))
 
@@ -97,7 +97,7 @@ def normalize(
     at place i in the memory of y; they are None unless the epilogue keeps signs.
     """
     mean, m2 = moments[:-1].view(2, -1)
-    variance = m2 / _or_one(moments[-1])
+    variance = m2 / or_one(moments[-1])
     invstd = 1 / (variance.sqrt() + eps) if eps_outside else (variance + eps).rsqrt()
     statistics = torch.cat([mean, invstd, moments[-1:]])
     z = _affine(_centered(input, statistics), statistics, weight, bias, epilogue.residual)
@@ -161,7 +161,7 @@ def grad_input(
     if sums is None:
         dx = torch.zeros_like(x_centered)  # whose memory format the sum takes
     else:
-        count = _or_one(statistics[-1])
+        count = or_one(statistics[-1])
         inside = 1 - eps_outside * invstd  # 0 where all values are, at which x is too
         slope = -invstd.square() * sums[1] / (count * torch.where(inside > 0, inside, 1))
         dx = x_centered if mask is None else torch.where(mask == 0, 0, x_centered)  # masked_fill lays it out anew
@@ -286,7 +286,7 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
-def _or_one(count: Tensor) -> Tensor:
+def or_one(count: Tensor) -> Tensor:
     """Return a count to divide by: 1 where there is nothing."""
     return torch.where(count > 0, count, 1)
 
