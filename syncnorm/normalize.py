@@ -158,25 +158,19 @@ class _Normalize(Function):
             input = input.movedim(1, -1).contiguous().movedim(-1, 1) if ctx.channels_last else input.contiguous()
         if grad_output is None:
             grad_output = torch.zeros_like(input)
-        arguments = (grad_output, input, statistics, weight, bias)
+        backward = kernel.Backward(grad_output, input, statistics, weight, bias, mask=mask, epilogue=epilogue)
         through_statistics = needs_input and plan.group is not None
         summed = grad_weight = grad_bias = grad_input = None
         if through_statistics or needs_weight or needs_bias:
-            grad_weight, grad_bias, sums = kernel.reduce_grad(*arguments, mask=mask, epilogue=epilogue)
+            grad_weight, grad_bias, sums = backward.reduce_grad()
             if through_statistics:
                 if grad_statistics is not None:  # of a backward pass through this backward pass
                     sums = sums + _sums_of(grad_statistics, statistics)
                 summed = (_all_reduce if plan.centered else _second_all_reduced)(sums, plan.group)
         grad_residual = grad_output if needs_residual else None
         if needs_input or (needs_residual and kept is not None):
-            grad_input, passed = kernel.grad_input(
-                *arguments,
-                summed,
-                centered=plan.centered,
-                eps_outside=plan.eps if plan.eps_outside else 0.0,
-                mask=mask,
-                epilogue=epilogue,
-            )
+            eps_outside = plan.eps if plan.eps_outside else 0.0
+            grad_input, passed = backward.grad_input(summed, centered=plan.centered, eps_outside=eps_outside)
             grad_residual = grad_residual if passed is None else passed
         return (
             grad_input,

@@ -72,8 +72,8 @@ def check(shape, dtype, layout, masked):
         assert_near(statistics, wanted_statistics, torch.float64)
         backward = Epilogue(activation, r if epilogue.keeps_residual else wanted_signs)
         arguments = (dy, x, statistics, weight, bias)
-        gradients = cpu.reduce_grad(*arguments, mask=mask, epilogue=backward)
-        wanted_gradients = reference.reduce_grad(*arguments, mask=mask, epilogue=backward)
+        gradients = cpu.Backward(*arguments, mask=mask, epilogue=backward).reduce_grad()
+        wanted_gradients = reference.Backward(*arguments, mask=mask, epilogue=backward).reduce_grad()
         for gradient, wanted_gradient, kind in zip(
             gradients, wanted_gradients, (wide, wide, torch.float64), strict=True
         ):
@@ -81,8 +81,8 @@ def check(shape, dtype, layout, masked):
             assert gradient.dtype == kind
         for total in (wanted_gradients[2], None):
             options = {"mask": mask if total is not None else None, "epilogue": backward}
-            dx, dz = cpu.grad_input(*arguments, total, **options)
-            wanted_dx, wanted_dz = reference.grad_input(*arguments, total, **options)
+            dx, dz = cpu.Backward(*arguments, **options).grad_input(total)
+            wanted_dx, wanted_dz = reference.Backward(*arguments, **options).grad_input(total)
             assert_near(dx, wanted_dx, dtype)
             assert (dz is None) == (wanted_dz is None)
             if dz is not None:
@@ -164,7 +164,7 @@ def test_more_values_than_an_int32_counts():
     count = (2**15 + 1) * 2**15
     assert moments.tolist() == pytest.approx([0, 3 / count, 0, 9 - 9 / count, count])
     statistics = torch.tensor([0, 0, 1, 1, count], dtype=torch.float64)
-    *_, sums = cpu.reduce_grad(x, x, statistics, None, None)
+    *_, sums = cpu.Backward(x, x, statistics, None, None).reduce_grad()
     assert sums.tolist() == [[0, 3], [0, 9]]
 
 
@@ -173,7 +173,8 @@ def test_an_infinite_gradient_stops_at_a_relu():
     x = torch.tensor([[1.0], [-1.0]])
     statistics = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
     for epilogue in (Epilogue("relu"), Epilogue("relu", torch.tensor([1], dtype=torch.uint8))):
-        dx, _ = cpu.grad_input(torch.full((2, 1), torch.inf), x, statistics, None, None, None, epilogue=epilogue)
+        dy = torch.full((2, 1), torch.inf)
+        dx, _ = cpu.Backward(dy, x, statistics, None, None, epilogue=epilogue).grad_input(None)
         assert dx.flatten().tolist() == [torch.inf, 0]
 
 
@@ -188,7 +189,8 @@ def test_buffers_and_parameters_of_any_dtype():
     weight, bias = torch.ones(2, dtype=torch.bfloat16), torch.full((2,), 1 / 3)
     y, statistics, _ = cpu.normalize(x, cpu.moments(x), weight, bias, 1e-5)
     torch.testing.assert_close(y, torch.tensor([[-1.0, -1.0], [1.0, 1.0]]) + 1 / 3, rtol=0, atol=1e-5)
-    assert cpu.reduce_grad(x, x, statistics, weight, bias, epilogue=Epilogue("relu"))[0].dtype == torch.bfloat16
+    grads = cpu.Backward(x, x, statistics, weight, bias, epilogue=Epilogue("relu")).reduce_grad()
+    assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.bfloat16, torch.float64]
 
 
 def test_signs_belong_to_the_memory_they_were_taken_from():

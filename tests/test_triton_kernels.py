@@ -115,9 +115,17 @@ def assert_same(actual, expected, tolerance):
 def compare(name, *args, tolerance, **options):
     """Compare a function of the kernels with the reference's; return what that gives."""
     copies = [arg.clone() if options.get("epilogue", Epilogue()).inplace and arg is args[0] else arg for arg in args]
-    expected = getattr(reference, name)(*args, **options)
-    assert_same(getattr(kernels(), name)(*copies, **options), expected, tolerance)
+    expected = call(reference, name, *args, **options)
+    assert_same(call(kernels(), name, *copies, **options), expected, tolerance)
     return expected
+
+
+def call(implementation, name, *args, **options):
+    """Return what a function of the kernels does, or a pass of the backward: of its 5 tensors, then of its own."""
+    if name not in ("reduce_grad", "grad_input"):
+        return getattr(implementation, name)(*args, **options)
+    own = {key: options.pop(key) for key in ("centered", "eps_outside") if key in options}
+    return getattr(implementation.Backward(*args[:5], **options), name)(*args[5:], **own)
 
 
 def check_moments(name, dtype, division):
@@ -232,8 +240,8 @@ def check_other_layouts():
         arguments = (torch.ones_like(x), x, statistics, weight, None)
         sums = compare("reduce_grad", *arguments, epilogue=Epilogue("relu", signs), tolerance=1e-5)[2]
         for actual, dx in zip(
-            kernels().grad_input(*arguments, sums, epilogue=Epilogue("relu", signs)),
-            reference.grad_input(*arguments, sums, epilogue=Epilogue("relu", signs)),
+            call(kernels(), "grad_input", *arguments, sums, epilogue=Epilogue("relu", signs)),
+            call(reference, "grad_input", *arguments, sums, epilogue=Epilogue("relu", signs)),
             strict=True,
         ):
             torch.testing.assert_close(actual, dx, rtol=1e-5, atol=1e-5)
@@ -279,11 +287,11 @@ def check_masked_values_may_be_anything():
     weight, bias = parameters(3)
     dy = random("odd", torch.float32, 1).masked_fill(mask == 0, 0)
     statistics = reference.normalize(x, moments := reference.moments(x, mask), weight, bias, 1e-5)[1]
-    sums = kernels().reduce_grad(dy, hidden, statistics, weight, bias, mask=mask)[2]
-    assert_same(sums, reference.reduce_grad(dy, x, statistics, weight, bias, mask=mask)[2], 3e-6)
+    sums = call(kernels(), "reduce_grad", dy, hidden, statistics, weight, bias, mask=mask)[2]
+    assert_same(sums, call(reference, "reduce_grad", dy, x, statistics, weight, bias, mask=mask)[2], 3e-6)
     arguments = (statistics, weight, bias, sums)
-    dx = kernels().grad_input(dy, hidden, *arguments, mask=mask)[0]
-    assert_same(dx, reference.grad_input(dy, x, *arguments, mask=mask)[0], 3e-6)
+    dx = call(kernels(), "grad_input", dy, hidden, *arguments, mask=mask)[0]
+    assert_same(dx, call(reference, "grad_input", dy, x, *arguments, mask=mask)[0], 3e-6)
     x[0, 1, 0, 0] = torch.nan
     moments = kernels().moments(x)
     assert moments.isnan().tolist() == [False, True, False] * 2 + [False]
@@ -392,8 +400,9 @@ def compile_all():
                     _, statistics, signs = kernels().normalize(x, moments, weight, bias, 1e-5, epilogue=epilogue)
                     kept = Epilogue(activation, epilogue.residual if signs is None else signs, inplace)
                     options = {"mask": mask, "epilogue": kept}
-                    *_, sums = kernels().reduce_grad(x, x, statistics, weight, bias, **options)
-                    kernels().grad_input(x, x, statistics, weight, bias, sums, **options)
+                    backward = kernels().Backward(x, x, statistics, weight, bias, **options)
+                    *_, sums = backward.reduce_grad()
+                    backward.grad_input(sums)
         for momentum in (0.1, None):
             kernels().update_running(weight, bias, torch.zeros((), dtype=torch.int64), moments, momentum)
     return len(names)
@@ -512,7 +521,7 @@ if torch.cuda.is_available():
             y, statistics, _ = triton.normalize(x, moments, None, None, 1e-5)
             assert y[last].item() == pytest.approx(statistics[-2].item(), rel=1e-2)
             del y
-            sums = triton.reduce_grad(x, x, statistics, None, None)[2]
+            sums = triton.Backward(x, x, statistics, None, None).reduce_grad()[2]
             assert sums[0].tolist() == [0] * (channels - 1) + [1]
-            dx = triton.grad_input(x, x, statistics, None, None, None)[0]
+            dx = triton.Backward(x, x, statistics, None, None).grad_input(None)[0]
             assert dx[last].item() == pytest.approx(statistics[-2].item(), rel=1e-2)

@@ -121,13 +121,13 @@ def passes(implementation: Kernels, x: Tensor, dy: Tensor) -> dict[str, Callable
     weight, bias = (torch.full((x.shape[1],), value, device=x.device) for value in (0.5, 1.0))
     moments = kernels.reference.moments(x)
     _, statistics, _ = kernels.reference.normalize(x, moments, weight, bias, 1e-5)
-    backward = (dy, x, statistics, weight, bias)
-    *_, sums = kernels.reference.reduce_grad(*backward)
+    read = (dy, x, statistics, weight, bias)
+    *_, sums = kernels.reference.Backward(*read).reduce_grad()
     return {
         "moments": lambda: (implementation.moments(x),),
         "normalize": lambda: implementation.normalize(x, moments, weight, bias, 1e-5),
-        "reduce_grad": lambda: implementation.reduce_grad(*backward),
-        "grad_input": lambda: implementation.grad_input(*backward, sums),
+        "reduce_grad": lambda: implementation.Backward(*read).reduce_grad(),
+        "grad_input": lambda: implementation.Backward(*read).grad_input(sums),
     }
 
 

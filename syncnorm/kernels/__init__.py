@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from . import reference
 from .epilogue import ACTIVATIONS, PLAIN, Epilogue
 
-__all__ = ["ACTIVATIONS", "PLAIN", "Epilogue", "Kernels", "reference", "select"]
+__all__ = ["ACTIVATIONS", "PLAIN", "Backward", "Epilogue", "Kernels", "reference", "select"]
 
 
 class Kernels(Protocol):
@@ -60,7 +60,7 @@ class Kernels(Protocol):
         """Input and moments -> y, [mean, invstd, count], and the signs of z if the epilogue keeps them."""
         ...
 
-    def reduce_grad(
+    def Backward(  # noqa: N802
         self,
         grad_output: Tensor,
         input: Tensor,
@@ -70,25 +70,22 @@ class Kernels(Protocol):
         *,
         mask: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient, input and statistics -> gradients of weight and bias, and [Σ weight * dz, Σ weight * dz * x̂]."""
+    ) -> Backward:
+        """Gradient, input and [mean, invstd, count] -> the two passes over them, before and after the collective."""
+        ...
+
+
+class Backward(Protocol):
+    """The passes of the backward."""
+
+    def reduce_grad(self) -> tuple[Tensor, Tensor, Tensor]:
+        """-> gradients of weight and bias, and [Σ weight * dz, Σ weight * dz * x̂]."""
         ...
 
     def grad_input(
-        self,
-        grad_output: Tensor,
-        input: Tensor,
-        statistics: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        sums: Tensor | None,
-        *,
-        centered: bool = True,
-        eps_outside: float = 0.0,
-        mask: Tensor | None = None,
-        epilogue: Epilogue = PLAIN,
+        self, sums: Tensor | None, *, centered: bool = True, eps_outside: float = 0.0
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradient, input, statistics and the sums of all shards -> dx, and dz if a residual was there."""
+        """Those sums of all shards -> dx, and dz if a residual was there."""
         ...
 
 

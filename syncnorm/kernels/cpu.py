@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .epilogue import ACTIVATIONS, PLAIN, Epilogue, channels_last, dense
 
-__all__ = ["ISA", "grad_input", "moments", "normalize", "pack", "reduce_grad", "unpack", "update_running"]
+__all__ = ["ISA", "Backward", "moments", "normalize", "pack", "unpack", "update_running"]
 
 LIBRARY = Path(__file__).with_name("libsyncnorm_cpu.so")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -157,77 +157,57 @@ def normalize(
     return y, statistics, signs
 
 
-def reduce_grad(
-    grad_output: Tensor,
-    input: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    mask: Tensor | None = None,
-    epilogue: Epilogue = PLAIN,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.reduce_grad`."""
-    _, parameter, arguments, alive = _backward(grad_output, input, statistics, weight, bias, mask, epilogue)
-    sums = torch.empty(2, len(statistics) // 2, dtype=torch.float64)
-    like = sums[0] if parameter is None else parameter
-    grad_weight, grad_bias = torch.empty_like(like), torch.empty_like(like)
-    _reduce_grad(*arguments, grad_weight.data_ptr(), grad_bias.data_ptr(), sums.data_ptr())
-    del alive
-    if weight is not None and weight.dtype != like.dtype:
-        grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
-    return grad_weight, grad_bias, sums
+class Backward:
+    """See `reference.Backward`."""
 
+    def __init__(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        statistics: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        mask: Tensor | None = None,
+        epilogue: Epilogue = PLAIN,
+    ):
+        x, shape = _dense(input)
+        dy = grad_output
+        if dy.stride() != x.stride() or dy.dtype != x.dtype:
+            dy = torch.empty_like(x).copy_(dy)
+        parameter, bias, parameters = _parameters(weight, bias)
+        activation, kept, inplace = epilogue
+        residual = signs = None
+        if kept is not None and epilogue.keeps_signs:
+            signs = kept
+        elif kept is not None:
+            residual = dense(kept, like=x)
+        weights = _weights(mask, x)
+        self.arguments = (
+            *(*shape, dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), *parameters),
+            *(_ACTIVATIONS[activation], _pointer(residual), _pointer(signs), inplace, _pointer(weights)),
+        )
+        self.x, self.statistics, self.weight, self.parameter, self.kept = x, statistics, weight, parameter, kept
+        self.alive = dy, bias, residual, weights  # as long as the pointers
 
-def grad_input(
-    grad_output: Tensor,
-    input: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sums: Tensor | None,
-    *,
-    centered: bool = True,
-    eps_outside: float = 0.0,
-    mask: Tensor | None = None,
-    epilogue: Epilogue = PLAIN,
-) -> tuple[Tensor, Tensor | None]:
-    """See `reference.grad_input`."""
-    x, _, arguments, alive = _backward(grad_output, input, statistics, weight, bias, mask, epilogue)
-    dx = torch.empty_like(x)
-    dz = None if epilogue.residual is None else torch.empty_like(x)
-    _grad_input(*arguments, _pointer(sums), centered, eps_outside, dx.data_ptr(), _pointer(dz))
-    del alive
-    return dx, dz
+    def reduce_grad(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `reference.Backward.reduce_grad`."""
+        sums = torch.empty(2, len(self.statistics) // 2, dtype=torch.float64)
+        like = sums[0] if self.parameter is None else self.parameter
+        grad_weight, grad_bias = torch.empty_like(like), torch.empty_like(like)
+        _reduce_grad(*self.arguments, grad_weight.data_ptr(), grad_bias.data_ptr(), sums.data_ptr())
+        if self.weight is not None and self.weight.dtype != like.dtype:
+            grad_weight, grad_bias = grad_weight.to(self.weight.dtype), grad_bias.to(self.weight.dtype)
+        return grad_weight, grad_bias, sums
 
-
-def _backward(
-    grad_output: Tensor,
-    input: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    epilogue: Epilogue,
-) -> tuple[Tensor, Tensor | None, tuple[float, ...], object]:
-    """Return the input, dense; the weight; BackwardArguments with both in them; what has to live as long as these."""
-    x, shape = _dense(input)
-    dy = grad_output
-    if dy.stride() != x.stride() or dy.dtype != x.dtype:
-        dy = torch.empty_like(x).copy_(dy)
-    weight, bias, parameters = _parameters(weight, bias)
-    activation, kept, inplace = epilogue
-    residual = signs = None
-    if kept is not None and epilogue.keeps_signs:
-        signs = kept
-    elif kept is not None:
-        residual = dense(kept, like=x)
-    weights = _weights(mask, x)
-    arguments = (
-        *(*shape, dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), *parameters),
-        *(_ACTIVATIONS[activation], _pointer(residual), _pointer(signs), inplace, _pointer(weights)),
-    )
-    return x, weight, arguments, (x, dy, weight, bias, residual, weights)
+    def grad_input(
+        self, sums: Tensor | None, *, centered: bool = True, eps_outside: float = 0.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `reference.Backward.grad_input`."""
+        dx = torch.empty_like(self.x)
+        dz = None if self.kept is None else torch.empty_like(self.x)
+        _grad_input(*self.arguments, _pointer(sums), centered, eps_outside, dx.data_ptr(), _pointer(dz))
+        return dx, dz
 
 
 def _dense(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, bool, int, int]]:

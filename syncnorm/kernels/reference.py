@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .epilogue import NEGATIVE_SLOPE, PLAIN, Epilogue, channels_last
 
-__all__ = ["grad_input", "moments", "normalize", "or_one", "pack", "reduce_grad", "unpack", "update_running"]
+__all__ = ["Backward", "moments", "normalize", "or_one", "pack", "unpack", "update_running"]
 
 
 def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -106,71 +106,70 @@ def normalize(
     return (input.copy_(y) if epilogue.inplace else y), statistics, signs
 
 
-def reduce_grad(
-    grad_output: Tensor,
-    input: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    mask: Tensor | None = None,
-    epilogue: Epilogue = PLAIN,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of weight and bias, Σ dz * x̂ and Σ dz, and sums = [Σ weight * dz, Σ weight * dz * x̂].
+class Backward:
+    """The two passes of the backward, over x - mean and dz, where dz is the gradient with respect to z.
 
-    The gradients, (C,), have the dtype of the weight, or float64 without one. All are sums over all positions, masked
-    ones too.
-
-    x̂ = (x - mean) * invstd, and dz is the gradient with respect to z. Where mask and grad_output are 0, the input and
-    the residual may hold anything: such a position adds nothing, and its dz is 0.
+    Where mask and grad_output are 0, the input and the residual may hold anything: such a position adds nothing, and
+    its dz is 0.
     """
-    axes = _reduced_axes(input)
-    centered, dz = _centered_and_grad(grad_output, input, statistics, weight, bias, mask, epilogue)
-    _, invstd = _mean_and_invstd(statistics)
-    bias_grad, weight_grad = dz.sum(axes).double(), (dz * centered).sum(axes).double() * invstd
-    sums = torch.stack([bias_grad, weight_grad])
-    if weight is None:
-        return weight_grad, bias_grad, sums
-    return weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), sums * weight
 
+    def __init__(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        statistics: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        mask: Tensor | None = None,
+        epilogue: Epilogue = PLAIN,
+    ):
+        self.input, self.statistics, self.weight, self.mask = input, statistics, weight, mask
+        self.dtype_of_dz = None if epilogue.residual is None else grad_output.dtype
+        self.centered, self.dz = _centered_and_grad(grad_output, input, statistics, weight, bias, mask, epilogue)
 
-def grad_input(
-    grad_output: Tensor,
-    input: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sums: Tensor | None,
-    *,
-    centered: bool = True,
-    eps_outside: float = 0.0,
-    mask: Tensor | None = None,
-    epilogue: Epilogue = PLAIN,
-) -> tuple[Tensor, Tensor | None]:
-    """Return dx in the dtype and the memory format of the input, and dz if the epilogue has kept of a residual.
+    def reduce_grad(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of weight and bias, Σ dz * x̂ and Σ dz, and sums = [Σ weight * dz, Σ weight * dz * x̂].
 
-        dx = weight * invstd * dz - w * invstd * (sums[0] + sums[1] * x̂) / n
+        x̂ is (x - mean) * invstd. The gradients, (C,), have the dtype of the weight, or float64 without one. All are
+        sums over all positions, masked ones too.
+        """
+        axes, weight = _reduced_axes(self.input), self.weight
+        _, invstd = _mean_and_invstd(self.statistics)
+        grad_bias = self.dz.sum(axes).double()
+        grad_weight = (self.dz * self.centered).sum(axes).double() * invstd
+        sums = torch.stack([grad_bias, grad_weight])
+        if weight is None:
+            return grad_weight, grad_bias, sums
+        return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), sums * weight
 
-    `sums` are those of all shards together; without them the statistics are constants and
-    dx = weight * invstd * dz. Moments about zero (not `centered`) have no sums[0]; with an epsilon outside of the root
-    sums[1] is divided by 1 - eps * invstd.
-    """
-    x_centered, dz = _centered_and_grad(grad_output, input, statistics, weight, bias, mask, epilogue)
-    _, invstd = _mean_and_invstd(statistics)
-    scale = _scale(statistics, weight)
-    if sums is None:
-        dx = torch.zeros_like(x_centered)  # whose memory format the sum takes
-    else:
-        count = or_one(statistics[-1])
-        inside = 1 - eps_outside * invstd  # 0 where all values are, at which x is too
-        slope = -invstd.square() * sums[1] / (count * torch.where(inside > 0, inside, 1))
-        dx = x_centered if mask is None else torch.where(mask == 0, 0, x_centered)  # masked_fill lays it out anew
-        dx = dx * _per_channel(slope, dx)
-        if centered:
-            dx = dx - _per_channel(invstd * sums[0] / count, dx)
-        dx = _weighted(dx, mask)
-    dx = dx + dz * _per_channel(scale, dx)
-    return dx.to(input.dtype), None if epilogue.residual is None else dz.to(grad_output.dtype)
+    def grad_input(
+        self, sums: Tensor | None, *, centered: bool = True, eps_outside: float = 0.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return dx in the dtype and the memory format of the input, and dz if the epilogue has kept of a residual.
+
+            dx = weight * invstd * dz - w * invstd * (sums[0] + sums[1] * x̂) / n
+
+        `sums` are those of all shards together; without them the statistics are constants and
+        dx = weight * invstd * dz. Moments about zero (not `centered`) have no sums[0]; with an epsilon outside of the
+        root sums[1] is divided by 1 - eps * invstd.
+        """
+        mask = self.mask
+        _, invstd = _mean_and_invstd(self.statistics)
+        if sums is None:
+            dx = torch.zeros_like(self.centered)  # whose memory format the sum takes
+        else:
+            count = or_one(self.statistics[-1])
+            inside = 1 - eps_outside * invstd  # 0 where all values are, at which x is too
+            slope = -invstd.square() * sums[1] / (count * torch.where(inside > 0, inside, 1))
+            dx = self.centered
+            dx = dx if mask is None else torch.where(mask == 0, 0, dx)  # masked_fill lays it out anew
+            dx = dx * _per_channel(slope, dx)
+            if centered:
+                dx = dx - _per_channel(invstd * sums[0] / count, dx)
+            dx = _weighted(dx, mask)
+        dx = dx + self.dz * _per_channel(_scale(self.statistics, self.weight), dx)
+        return dx.to(self.input.dtype), None if self.dtype_of_dz is None else self.dz.to(self.dtype_of_dz)
 
 
 def _centered_and_grad(

@@ -36,7 +36,7 @@ from torch import Tensor
 from .epilogue import NEGATIVE_SLOPE as _NEGATIVE_SLOPE
 from .epilogue import PLAIN, Epilogue, channels_last, dense
 
-__all__ = ["grad_input", "moments", "normalize", "pack", "reduce_grad", "unpack", "update_running"]
+__all__ = ["Backward", "moments", "normalize", "pack", "unpack", "update_running"]
 
 # For an H100: 132 multiprocessors with 65536 registers each. Four programs of 256 threads with up to 64 registers are
 # there at once, each thread with two loads of 16 bytes in flight: 32 KB, where 3.35 TB/s and 0.8 µs of latency ask for
@@ -151,58 +151,62 @@ def normalize(
     return y, statistics, signs
 
 
-def reduce_grad(
-    grad_output: Tensor,
-    input: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    mask: Tensor | None = None,
-    epilogue: Epilogue = PLAIN,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.reduce_grad`. One kernel, or two as in `moments`, and casts if the weight is of half precision."""
-    x = dense(input)
-    weight, bias = _contiguous(weight, bias)
-    plan = _plan(x, REDUCING_PROGRAMS, TILES_IN_ONE_RUN)
-    sums = _float64(x, 2, x.shape[1])
-    like = sums[0] if weight is None or weight.element_size() < 4 else weight
-    results = torch.empty_like(like), torch.empty_like(like), sums
-    arguments = (_like(grad_output, x), x, statistics, weight, bias, _kept(epilogue, x), _positions(mask, x))
-    if plan.runs == 1:
-        _launch(_reduce_grad_kernel, plan, *arguments, None, *results, **_constants(epilogue))
-    else:
-        partial = _float64(x, plan.runs, 2, x.shape[1])
-        _launch(_reduce_grad_kernel, plan, *arguments, partial, None, None, None, **_constants(epilogue))
-        _finish(_merge_sums_kernel, x, partial, weight, *results)
-    if weight is not None and like is not weight:
-        return results[0].to(weight.dtype), results[1].to(weight.dtype), sums
-    return results
+class Backward:
+    """See `reference.Backward`."""
 
+    def __init__(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        statistics: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        mask: Tensor | None = None,
+        epilogue: Epilogue = PLAIN,
+    ):
+        self.x = x = dense(input)
+        self.weight, bias = _contiguous(weight, bias)
+        self.dtype_of_dz = None if epilogue.residual is None else grad_output.dtype
+        kept = epilogue.residual if epilogue.keeps_signs else _like(epilogue.residual, x)
+        self.read = (_like(grad_output, x), x, statistics, self.weight, bias, kept, _positions(mask, x))
+        self.constants = {
+            "ACTIVATION": epilogue.activation,
+            "KEPT_SIGNS": epilogue.keeps_signs,
+            "INPLACE": epilogue.inplace,
+        }
 
-def grad_input(
-    grad_output: Tensor,
-    input: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sums: Tensor | None,
-    *,
-    centered: bool = True,
-    eps_outside: float = 0.0,
-    mask: Tensor | None = None,
-    epilogue: Epilogue = PLAIN,
-) -> tuple[Tensor, Tensor | None]:
-    """Return dx in the dtype and the memory format of the input, and dz if the epilogue kept a residual. One kernel."""
-    x = dense(input)
-    dy = _like(grad_output, x)
-    dx = torch.empty_like(x)
-    dz = None if epilogue.residual is None else torch.empty_like(x, dtype=grad_output.dtype)
-    given = _contiguous(sums)
-    pointers = (dy, x, statistics, *_contiguous(weight, bias), _kept(epilogue, x), _positions(mask, x), *given, dx, dz)
-    plan = _plan(x, MAPPING_PROGRAMS)
-    _launch(_grad_input_kernel, plan, *pointers, _bits(eps_outside), CENTERED=centered, **_constants(epilogue))
-    return dx, dz
+    def reduce_grad(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `reference.Backward.reduce_grad`.
+
+        One kernel, or two as in `moments`, and casts if the weight is of half precision.
+        """
+        x, weight = self.x, self.weight
+        plan = _plan(x, REDUCING_PROGRAMS, TILES_IN_ONE_RUN)
+        sums = _float64(x, 2, x.shape[1])
+        like = sums[0] if weight is None or weight.element_size() < 4 else weight
+        grad_weight, grad_bias = torch.empty_like(like), torch.empty_like(like)
+        results = (grad_weight, grad_bias, sums)
+        if plan.runs == 1:
+            _launch(_reduce_grad_kernel, plan, *self.read, None, *results, **self.constants)
+        else:
+            partial = _float64(x, plan.runs, 2, x.shape[1])
+            _launch(_reduce_grad_kernel, plan, *self.read, partial, None, None, None, **self.constants)
+            _finish(_merge_sums_kernel, x, partial, weight, *results)
+        if weight is not None:
+            grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+        return grad_weight, grad_bias, sums
+
+    def grad_input(
+        self, sums: Tensor | None, *, centered: bool = True, eps_outside: float = 0.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `reference.Backward.grad_input`. One kernel."""
+        dx = torch.empty_like(self.x)
+        dz = None if self.dtype_of_dz is None else torch.empty_like(self.x, dtype=self.dtype_of_dz)
+        pointers = (*self.read, *_contiguous(sums), dx, dz)
+        plan = _plan(self.x, MAPPING_PROGRAMS)
+        _launch(_grad_input_kernel, plan, *pointers, _bits(eps_outside), CENTERED=centered, **self.constants)
+        return dx, dz
 
 
 class _Plan(NamedTuple):
@@ -311,14 +315,6 @@ def _positions(mask: Tensor | None, x: Tensor) -> Tensor | None:
         return None
     mask = mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous()
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-
-
-def _kept(epilogue: Epilogue, x: Tensor) -> Tensor | None:
-    return epilogue.residual if epilogue.keeps_signs else _like(epilogue.residual, x)
-
-
-def _constants(epilogue: Epilogue) -> dict[str, Any]:
-    return {"ACTIVATION": epilogue.activation, "KEPT_SIGNS": epilogue.keeps_signs, "INPLACE": epilogue.inplace}
 
 
 @_pass
