@@ -616,22 +616,33 @@ template <int KIND, class X> inline void term(X x, X dy, X mask, X high, X scale
     }
 }
 
+// The sums wait for memory, not the memory for them: the caches' own prefetching starts too late, at every page anew.
+inline void prefetch(const void *from) { __builtin_prefetch(from); }
+
 // Each entry has sums of its own, which are loaded and stored once for all the rows, `period` apart.
 template <class R, int KIND, int ROWS>
 void accumulate_by_period(const Operands<R> &of, int64_t n, int64_t period, R *sum, R *product) {
     constexpr bool has_dy = KIND >= GRADIENT, has_mask = KIND == WEIGHTED_DEVIATION || KIND == MASKED_GRADIENT;
     constexpr bool has_map = KIND == GRADIENT_THROUGH_RELU;
-    SIMD for (int64_t i = 0; i < n; ++i) {
-        R high = of.high[i], scale = has_map ? of.scale[i] : 0, shift = has_map ? of.shift[i] : 0;
-        R s = sum[i], p = product[i], e, d;
-        for (int row = 0; row < ROWS; ++row) {
-            int64_t j = row * period + i;
-            term<KIND>(of.x[j], has_dy ? of.dy[j] : 0, has_mask ? of.mask[j] : 0, high, scale, shift, e, d);
-            s += e;
-            p += e * d;
+    constexpr int64_t line = LINE / sizeof(R), block = 4 * line;
+    for (int64_t from = 0; from < n; from += block) {
+        if constexpr (ROWS > 1 && !has_dy) {  // with dy it gains nothing: two tensors are more than the second cache holds
+            for (int row = ROWS; row < 2 * ROWS; ++row)
+                for (int64_t j = from; j < from + block; j += line) prefetch(of.x + row * period + j);
         }
-        sum[i] = s;
-        product[i] = p;
+        const int64_t end = smaller(from + block, n);
+        SIMD for (int64_t i = from; i < end; ++i) {
+            R high = of.high[i], scale = has_map ? of.scale[i] : 0, shift = has_map ? of.shift[i] : 0;
+            R s = sum[i], p = product[i], e, d;
+            for (int row = 0; row < ROWS; ++row) {
+                int64_t j = row * period + i;
+                term<KIND>(of.x[j], has_dy ? of.dy[j] : 0, has_mask ? of.mask[j] : 0, high, scale, shift, e, d);
+                s += e;
+                p += e * d;
+            }
+            sum[i] = s;
+            product[i] = p;
+        }
     }
 }
 
@@ -680,9 +691,6 @@ template <class R, int64_t n> inline R across(const void *values) {
     }
 }
 
-// The sums wait for memory, not the memory for them: the caches' own prefetching starts too late, at every page anew.
-inline void prefetch(const void *from) { __builtin_prefetch(static_cast<const char *>(from) + AHEAD); }
-
 // All values have one entry: two vectors of sums at a time, so that an addition need not wait for the last one. The
 // first vector and the last one share values with their neighbours: those in between are aligned.
 template <class R, int KIND> void accumulate_by_plane(const Operands<R> &of, int64_t n, R *sum, R *product) {
@@ -711,14 +719,15 @@ template <class R, int KIND> void accumulate_by_plane(const Operands<R> &of, int
     auto keep = [&](B bits) __attribute__((always_inline)) {
         e = reinterpret_cast<V>(reinterpret_cast<B>(e) & bits), d = reinterpret_cast<V>(reinterpret_cast<B>(d) & bits);
     };
+    constexpr int64_t line = LINE / sizeof(R), ahead = AHEAD / sizeof(R);
     int64_t i = unaligned(of.x);
     take(0);
     keep(~from_place<R>(i));
     sums[0] = e, products[0] = e * d;
     for (; i + 2 * size <= n; i += 2 * size) {
-        for (int64_t j = 0; j < 2 * size; j += LINE / static_cast<int64_t>(sizeof(R))) {
-            prefetch(of.x + i + j);
-            if (has_dy) prefetch(of.dy + i + j);
+        for (int64_t j = 0; j < 2 * size; j += line) {
+            prefetch(of.x + i + j + ahead);
+            if (has_dy) prefetch(of.dy + i + j + ahead);
         }
         take(i);
         sums[0] += e, products[0] += e * d;
