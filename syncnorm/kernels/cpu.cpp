@@ -624,9 +624,11 @@ template <class R, int KIND, int ROWS>
 void accumulate_by_period(const Operands<R> &of, int64_t n, int64_t period, R *sum, R *product) {
     constexpr bool has_dy = KIND >= GRADIENT, has_mask = KIND == WEIGHTED_DEVIATION || KIND == MASKED_GRADIENT;
     constexpr bool has_map = KIND == GRADIENT_THROUGH_RELU;
-    constexpr int64_t line = LINE / sizeof(R), block = 4 * line;
+    constexpr bool ahead = ROWS > 1 && !has_dy;  // with dy it gains nothing
+    constexpr int64_t line = LINE / sizeof(R);
+    const int64_t block = ahead ? 4 * line : n;
     for (int64_t from = 0; from < n; from += block) {
-        if constexpr (ROWS > 1 && !has_dy) {  // with dy it gains nothing: two tensors are more than the second cache holds
+        if constexpr (ahead) {
             for (int row = ROWS; row < 2 * ROWS; ++row)
                 for (int64_t j = from; j < from + block; j += line) prefetch(of.x + row * period + j);
         }
