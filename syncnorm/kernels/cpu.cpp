@@ -45,6 +45,9 @@ constexpr int64_t SEGMENT = 1024;         // values
 constexpr int64_t SMALLEST_PLANE = 16;    // values: smaller planes are walked by period
 constexpr int64_t SMALLEST_PERIOD = 512;  // values: shorter rows are taken several at a time
 constexpr int64_t ROWS_IN_SINGLE = 32;    // periods that are summed in R before they go to double
+constexpr int ROWS = 4;                   // periods that are summed at a time
+constexpr int64_t LINE = 64;              // bytes
+constexpr int64_t AHEAD = 1024;           // bytes: so far ahead of the sums their values are fetched
 constexpr int64_t VALUES_PER_THREAD = 32768;
 constexpr int64_t STREAMED = 4 << 20;     // bytes: a larger result is written past the caches
 constexpr int64_t FIRST_VALUES = 8;       // of a channel, for the first estimate of its mean
@@ -363,40 +366,51 @@ struct Walk {
     }
 
     // Call segment(at, entry, n): n values from place `at` on, the first of which belongs to `entry`.
-    // Backwards, what the last pass has left in the caches is met first.
-    template <class Segment> void forward(int64_t thread, Segment segment) const {
+    template <class Segment> void planes(int64_t thread, Segment segment) const {
         int64_t first = begin(thread), last = begin(thread + 1);
-        if (by_period) {
-            for (int64_t row = first; row < last; ++row) one_period(row, segment);
-        } else if (first < last) {
-            for (int64_t p = first / plane; p <= (last - 1) / plane; ++p) one_plane(p, first, last, segment);
+        if (first < last) planes(first / plane, (last - 1) / plane + 1, first, last, segment);
+    }
+    // Call segment(at, entry, n, rows): the same n values of some periods, `together` of them or 1.
+    template <class Segment> void periods(int64_t thread, int64_t together, Segment segment) const {
+        int64_t last = begin(thread + 1), whole = smaller(last, values / period), rows;
+        for (int64_t row = begin(thread); row < last; row += rows) {
+            rows = row + together <= whole ? together : 1;
+            one_period(row, [&](int64_t at, int64_t entry, int64_t n) { segment(at, entry, n, rows); });
         }
     }
+    // Backwards, what the last pass has left in the caches is met first.
     template <class Segment> void backward(int64_t thread, Segment segment) const {
         int64_t first = begin(thread), last = begin(thread + 1);
         if (by_period) {
-            in_groups_from_last(first, last, period, [&](int64_t row) { one_period(row, segment); });
+            in_groups_from_last(first, last, period, [&](int64_t from, int64_t to) {
+                for (int64_t row = from; row < to; ++row) one_period(row, segment);
+            });
         } else if (first < last) {
             in_groups_from_last(first / plane, (last - 1) / plane + 1, plane,
-                                [&](int64_t p) { one_plane(p, first, last, segment); });
+                                [&](int64_t from, int64_t to) { planes(from, to, first, last, segment); });
         }
     }
 
   private:
     // The last group of units first, but its units in order: together they are a run of memory.
-    template <class Unit> static void in_groups_from_last(int64_t first, int64_t last, int64_t size, Unit unit) {
-        int64_t group = larger(1, SEGMENT / size);
-        for (int64_t end = last; end > first; end -= group)
-            for (int64_t u = larger(end - group, first); u < end; ++u) unit(u);
+    template <class Group> static void in_groups_from_last(int64_t first, int64_t last, int64_t size, Group group) {
+        int64_t units = larger(1, SEGMENT / size);
+        for (int64_t end = last; end > first; end -= units) group(larger(end - units, first), end);
     }
     template <class Segment> void one_period(int64_t row, Segment segment) const {
         int64_t at = row * period, end = smaller(at + period, values);
         for (int64_t entry = 0; at < end; at += SEGMENT, entry += SEGMENT)
             segment(at, entry, smaller(SEGMENT, end - at));
     }
-    template <class Segment> void one_plane(int64_t p, int64_t first, int64_t last, Segment segment) const {
-        int64_t at = larger(p * plane, first), end = smaller((p + 1) * plane, last), channel = p % channels;
-        for (; at < end; at += SEGMENT) segment(at, channel, smaller(SEGMENT, end - at));
+    // What lies between the values `first` and `last` of the planes `from` to `to`.
+    template <class Segment>
+    void planes(int64_t from, int64_t to, int64_t first, int64_t last, Segment segment) const {
+        int64_t channel = from % channels;
+        for (int64_t p = from; p < to; ++p) {
+            int64_t at = larger(p * plane, first), end = smaller((p + 1) * plane, last);
+            for (; at < end; at += SEGMENT) segment(at, channel, smaller(SEGMENT, end - at));
+            if (++channel == channels) channel = 0;  // to divide takes longer than to sum a small plane
+        }
     }
 };
 
@@ -602,15 +616,35 @@ template <int KIND, class X> inline void term(X x, X dy, X mask, X high, X scale
     }
 }
 
-// Each entry has sums of its own.
-template <class R, int KIND> void accumulate_by_period(const Operands<R> &of, int64_t n, R *sum, R *product) {
+// The sums wait for memory, not the memory for them: the caches' own prefetching starts too late, at every page anew.
+inline void prefetch(const void *from) { __builtin_prefetch(from); }
+
+// Each entry has sums of its own, which are loaded and stored once for all the rows, `period` apart.
+template <class R, int KIND, int ROWS>
+void accumulate_by_period(const Operands<R> &of, int64_t n, int64_t period, R *sum, R *product) {
+    constexpr bool has_dy = KIND >= GRADIENT, has_mask = KIND == WEIGHTED_DEVIATION || KIND == MASKED_GRADIENT;
     constexpr bool has_map = KIND == GRADIENT_THROUGH_RELU;
-    SIMD for (int64_t i = 0; i < n; ++i) {
-        R e, d, dy = of.dy ? of.dy[i] : 0, mask = of.mask ? of.mask[i] : 0;
-        R scale = has_map ? of.scale[i] : 0, shift = has_map ? of.shift[i] : 0;
-        term<KIND>(of.x[i], dy, mask, of.high[i], scale, shift, e, d);
-        sum[i] += e;
-        product[i] += e * d;
+    constexpr bool ahead = ROWS > 1 && !has_dy;  // with dy it gains nothing
+    constexpr int64_t line = LINE / sizeof(R);
+    const int64_t block = ahead ? 4 * line : n;
+    for (int64_t from = 0; from < n; from += block) {
+        if constexpr (ahead) {
+            for (int row = ROWS; row < 2 * ROWS; ++row)
+                for (int64_t j = from; j < from + block; j += line) prefetch(of.x + row * period + j);
+        }
+        const int64_t end = smaller(from + block, n);
+        SIMD for (int64_t i = from; i < end; ++i) {
+            R high = of.high[i], scale = has_map ? of.scale[i] : 0, shift = has_map ? of.shift[i] : 0;
+            R s = sum[i], p = product[i], e, d;
+            for (int row = 0; row < ROWS; ++row) {
+                int64_t j = row * period + i;
+                term<KIND>(of.x[j], has_dy ? of.dy[j] : 0, has_mask ? of.mask[j] : 0, high, scale, shift, e, d);
+                s += e;
+                p += e * d;
+            }
+            sum[i] = s;
+            product[i] = p;
+        }
     }
 }
 
@@ -624,32 +658,79 @@ template <class R, int KIND> void accumulate_by_period(const Operands<R> &of, in
 
 template <class R> struct Vector {  // what a register holds, wherever it lies in memory
     typedef R type __attribute__((vector_size(VECTOR), aligned(alignof(R)), may_alias));
+    typedef typename Bits<R>::type bits __attribute__((vector_size(VECTOR), aligned(alignof(R)), may_alias));
     static constexpr int64_t size = VECTOR / sizeof(R);
 };
 
-template <class R> inline R across(const typename Vector<R>::type &vector) {  // the sum of its values
-    R values[Vector<R>::size];
-    memcpy(values, &vector, sizeof(values));
-    for (int64_t half = Vector<R>::size / 2; half; half /= 2)
-        for (int64_t j = 0; j < half; ++j) values[j] += values[j + half];
-    return values[0];
+// How many values lie before `to` can be written by whole registers: at least 1, at most a register of them.
+template <class R> inline int64_t unaligned(const R *to) {
+    return Vector<R>::size - static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) / sizeof(R) % Vector<R>::size);
 }
 
-// All values have one entry: two vectors of sums at a time, so that an addition need not wait for the last one.
+// Bits for each value of a vector: all from the place-th value on, none before.
+template <class R> inline typename Vector<R>::bits from_place(int64_t place) {
+    constexpr int64_t size = Vector<R>::size;
+    static const struct Filled {
+        typename Bits<R>::type bits[2 * size];
+    } filled = [] {
+        Filled f{};
+        for (int64_t j = 0; j < size; ++j) f.bits[size + j] = ~typename Bits<R>::type{};
+        return f;
+    }();
+    return *reinterpret_cast<const typename Vector<R>::bits *>(filled.bits + size - place);
+}
+
+// The sum of n values, half a vector added to the other each time.
+template <class R, int64_t n> inline R across(const void *values) {
+    if constexpr (n == 1) {
+        return *static_cast<const R *>(values);
+    } else {
+        typedef R Half __attribute__((vector_size(n / 2 * sizeof(R))));
+        Half halves[2];
+        memcpy(halves, values, sizeof(halves));
+        Half sum = halves[0] + halves[1];
+        return across<R, n / 2>(&sum);
+    }
+}
+
+// All values have one entry: two vectors of sums at a time, so that an addition need not wait for the last one. The
+// first vector and the last one share values with their neighbours: those in between are aligned.
 template <class R, int KIND> void accumulate_by_plane(const Operands<R> &of, int64_t n, R *sum, R *product) {
     using V = typename Vector<R>::type;
+    using B = typename Vector<R>::bits;
     constexpr int64_t size = Vector<R>::size;
     constexpr bool has_dy = KIND >= GRADIENT, has_mask = KIND == WEIGHTED_DEVIATION || KIND == MASKED_GRADIENT;
     constexpr bool has_map = KIND == GRADIENT_THROUGH_RELU;
     const R high = of.high[0], scale = has_map ? of.scale[0] : 0, shift = has_map ? of.shift[0] : 0;
 #define LOAD(X, from, there, i) (there ? *reinterpret_cast<const X *>(from + (i)) : X{})
+    if (n < size) {
+        R total = 0, total_product = 0, e, d;
+        for (int64_t i = 0; i < n; ++i) {
+            term<KIND, R>(LOAD(R, of.x, true, i), LOAD(R, of.dy, has_dy, i), LOAD(R, of.mask, has_mask, i), high, scale,
+                          shift, e, d);
+            total += e, total_product += e * d;
+        }
+        *sum = total, *product = total_product;
+        return;
+    }
     V sums[2] = {}, products[2] = {}, e, d;
-    int64_t i = 0;
     auto take = [&](int64_t j) __attribute__((always_inline)) {
         term<KIND, V>(LOAD(V, of.x, true, j), LOAD(V, of.dy, has_dy, j), LOAD(V, of.mask, has_mask, j), V{} + high,
                       V{} + scale, V{} + shift, e, d);
     };
+    auto keep = [&](B bits) __attribute__((always_inline)) {
+        e = reinterpret_cast<V>(reinterpret_cast<B>(e) & bits), d = reinterpret_cast<V>(reinterpret_cast<B>(d) & bits);
+    };
+    constexpr int64_t line = LINE / sizeof(R), ahead = AHEAD / sizeof(R);
+    int64_t i = unaligned(of.x);
+    take(0);
+    keep(~from_place<R>(i));
+    sums[0] = e, products[0] = e * d;
     for (; i + 2 * size <= n; i += 2 * size) {
+        for (int64_t j = 0; j < 2 * size; j += line) {
+            prefetch(of.x + i + j + ahead);
+            if (has_dy) prefetch(of.dy + i + j + ahead);
+        }
         take(i);
         sums[0] += e, products[0] += e * d;
         take(i + size);
@@ -660,37 +741,17 @@ template <class R, int KIND> void accumulate_by_plane(const Operands<R> &of, int
         sums[0] += e, products[0] += e * d;
         i += size;
     }
-    R total = 0, total_product = 0;
-    if (i < n && n >= size) {  // the last vector, of which some values were taken already
+    if (i < n) {
         take(n - size);
-        for (int64_t j = 0; j < size; ++j) e[j] = n - size + j < i ? 0 : e[j], d[j] = n - size + j < i ? 0 : d[j];
+        keep(from_place<R>(size - (n - i)));
         sums[1] += e, products[1] += e * d;
-        i = n;
     }
-    for (; i < n; ++i) {
-        R one, deviation;
-        term<KIND, R>(of.x[i], LOAD(R, of.dy, has_dy, i), LOAD(R, of.mask, has_mask, i), high, scale, shift, one, deviation);
-        total += one, total_product += one * deviation;
-    }
-    *sum = total + across<R>(sums[0] + sums[1]), *product = total_product + across<R>(products[0] + products[1]);
+    sums[0] += sums[1], products[0] += products[1];
+    *sum = across<R, size>(&sums[0]), *product = across<R, size>(&products[0]);
 }
 
-template <class R>
-inline void accumulate(int kind, bool by_period, const Operands<R> &of, int64_t n, R *sum, R *product) {
-#define CASE(K) \
-    case K: \
-        return by_period ? accumulate_by_period<R, K>(of, n, sum, product) : accumulate_by_plane<R, K>(of, n, sum, product);
-    switch (kind) {
-        CASE(DEVIATION)
-        CASE(WEIGHTED_DEVIATION)
-        CASE(GRADIENT)
-        CASE(GRADIENT_THROUGH_RELU)
-        CASE(MASKED_GRADIENT)
-    }
-#undef CASE
-}
-
-// Sum over all the memory: `segment(thread, at, entry, n, kind)` gives the operands. (C,) each.
+// Sum over all the memory: `segment(thread, at, entry, n)` gives the operands. (C,) each. If segment.in_place, these are
+// the tensors themselves, so that of one period they lead to the next.
 template <class R> struct Sums {
     const Walk &walk;
     Scratch scratch;
@@ -709,34 +770,12 @@ template <class R> struct Sums {
         row_products = scratch.array<R>(walk.threads * walk.entries());
     }
 
-    template <class Segment> void add_up(int kind, Segment segment) {
+    template <int KIND, class Segment> void add_up(Segment segment) {
         int64_t entries = walk.entries();
         in_parallel(walk.threads, [&](int64_t thread) {
-            double *s = sums + thread * entries, *p = products + thread * entries;
-            R *rs = row_sums + thread * entries, *rp = row_products + thread * entries;
-            memset(s, 0, entries * sizeof(double)), memset(p, 0, entries * sizeof(double));
-            if (!walk.by_period) {
-                walk.forward(thread, [&](int64_t at, int64_t entry, int64_t n) {
-                    R one, other;
-                    accumulate<R>(kind, false, segment(thread, at, entry, n), n, &one, &other);
-                    s[entry] += one, p[entry] += other;
-                });
-                return;
-            }
-            memset(rs, 0, entries * sizeof(R)), memset(rp, 0, entries * sizeof(R));
-            int64_t rows = 0;
-            auto flush = [&] {
-                SIMD for (int64_t e = 0; e < entries; ++e) {
-                    s[e] += rs[e], p[e] += rp[e];
-                    rs[e] = rp[e] = 0;
-                }
-                rows = 0;
-            };
-            walk.forward(thread, [&](int64_t at, int64_t entry, int64_t n) {
-                if (entry == 0 && rows++ == ROWS_IN_SINGLE) flush();
-                accumulate<R>(kind, true, segment(thread, at, entry, n), n, rs + entry, rp + entry);
-            });
-            flush();
+            memset(sums + thread * entries, 0, entries * sizeof(double));
+            memset(products + thread * entries, 0, entries * sizeof(double));
+            walk.by_period ? add_periods<KIND>(thread, segment) : add_planes<KIND>(thread, segment);
         });
         memset(sum, 0, walk.channels * sizeof(double)), memset(product, 0, walk.channels * sizeof(double));
         for (int64_t thread = 0; thread < walk.threads; ++thread) {  // in this order: the same sums each time
@@ -747,6 +786,36 @@ template <class R> struct Sums {
                 for (int64_t e = 0; e < entries; ++e) sum[walk.channel(e)] += s[e], product[walk.channel(e)] += p[e];
             }
         }
+    }
+
+  private:
+    template <int KIND, class Segment> void add_planes(int64_t thread, const Segment &segment) {
+        double *s = sums + thread * walk.entries(), *p = products + thread * walk.entries();
+        walk.planes(thread, [&](int64_t at, int64_t entry, int64_t n) {
+            R one, other;
+            accumulate_by_plane<R, KIND>(segment(thread, at, entry, n), n, &one, &other);
+            s[entry] += one, p[entry] += other;
+        });
+    }
+    template <int KIND, class Segment> void add_periods(int64_t thread, const Segment &segment) {
+        int64_t entries = walk.entries(), added = 0;
+        double *s = sums + thread * entries, *p = products + thread * entries;
+        R *rs = row_sums + thread * entries, *rp = row_products + thread * entries;
+        memset(rs, 0, entries * sizeof(R)), memset(rp, 0, entries * sizeof(R));
+        auto flush = [&] {
+            SIMD for (int64_t e = 0; e < entries; ++e) {
+                s[e] += rs[e], p[e] += rp[e];
+                rs[e] = rp[e] = 0;
+            }
+            added = 0;
+        };
+        walk.periods(thread, segment.in_place ? ROWS : 1, [&](int64_t at, int64_t entry, int64_t n, int64_t rows) {
+            if (entry == 0 && (added += rows) > ROWS_IN_SINGLE) flush(), added = rows;
+            Operands<R> of = segment(thread, at, entry, n);
+            rows == ROWS ? accumulate_by_period<R, KIND, ROWS>(of, n, walk.period, rs + entry, rp + entry)
+                         : accumulate_by_period<R, KIND, 1>(of, n, walk.period, rs + entry, rp + entry);
+        });
+        flush();
     }
 };
 
@@ -791,6 +860,23 @@ template <class T, class R> void estimate(const Walk &walk, const T *x, const R 
         if (seen[c] > 0) mean[c] = in_memory<T>(mean[c] / seen[c]);
 }
 
+template <class T> struct Deviations {  // the operands of a segment
+    using R = typename Arithmetic<T>::type;
+    const T *x;
+    const R *mask, *high;
+    const Walk &walk;
+    R *values, *weight;  // (threads, SEGMENT)
+    bool in_place;
+
+    Operands<R> operator()(int64_t thread, int64_t at, int64_t entry, int64_t n) const {
+        Operands<R> of{};
+        of.x = load(x + at, values + thread * SEGMENT, n);
+        if (mask) of.mask = weights(mask, walk, at, n, weight + thread * SEGMENT);
+        of.high = high + entry;
+        return of;
+    }
+};
+
 template <class T> int moments(const MomentsArguments &a) {
     using R = typename Arithmetic<T>::type;
     const T *x = static_cast<const T *>(a.x);
@@ -812,16 +898,11 @@ template <class T> int moments(const MomentsArguments &a) {
     if (!sums.scratch || !scratch) return 1;
     R *high = scratch.array<R>(walk.entries());
     R *values = scratch.array<R>(walk.threads * SEGMENT), *weight = scratch.array<R>(walk.threads * SEGMENT);
+    Deviations<T> segment{x, mask, high, walk, values, weight, sizeof(T) == sizeof(R) && !mask};
     estimate<T, R>(walk, x, mask, mean, m2);
     for (int attempt = 0; attempt < 2; ++attempt) {
         expand(walk, mean, high);
-        sums.add_up(mask ? WEIGHTED_DEVIATION : DEVIATION, [&](int64_t thread, int64_t at, int64_t entry, int64_t n) {
-            Operands<R> of{};
-            of.x = load(x + at, values + thread * SEGMENT, n);
-            if (mask) of.mask = weights(mask, walk, at, n, weight + thread * SEGMENT);
-            of.high = high + entry;
-            return of;
-        });
+        mask ? sums.template add_up<WEIGHTED_DEVIATION>(segment) : sums.template add_up<DEVIATION>(segment);
         bool good = true;
         for (int64_t c = 0; c < channels; ++c) {
             double off = sums.sum[c] / count, rest = sums.product[c] - sums.sum[c] * off;
@@ -942,6 +1023,7 @@ template <class T> struct Backward {
     R *buffers;  // (threads, 5, SEGMENT)
     bool through_relu;  // the pass itself takes dz from x and dy, so that it need not be there
     bool direct;        // x and dy are all that it takes
+    bool in_place;      // as they lie in memory
     const R *slopes;  // (256, 8) where there are signs
 
     static int64_t bytes(const Walk &walk) { return Scratch::bytes<R>(5 * walk.threads * SEGMENT) + Scratch::bytes<R>(2048); }
@@ -950,7 +1032,8 @@ template <class T> struct Backward {
           residual(static_cast<const T *>(of.epilogue.residual)), mask(static_cast<const R *>(of.mask)),
           epilogue(of.epilogue), walk(w), map(affine), buffers(scratch.array<R>(5 * w.threads * SEGMENT)),
           through_relu(epilogue.activation == RELU && !epilogue.signs && !mask && !wants_dz),
-          direct(through_relu || (epilogue.activation == NONE && !epilogue.inplace)) {
+          direct(through_relu || (epilogue.activation == NONE && !epilogue.inplace)),
+          in_place(direct && !mask && sizeof(T) == sizeof(R)) {
         R *filled = scratch.array<R>(2048);
         if (epilogue.signs) fill_slopes<R>(epilogue.activation == LEAKY_RELU ? R(NEGATIVE_SLOPE) : 0, filled);
         slopes = filled;
@@ -1021,7 +1104,9 @@ template <class T> int reduce_grad(const ReduceGradArguments &a) {
     Affine<R> map(scratch, walk);
     map.fill(scratch, walk, of.statistics, of.parameters);
     Backward<T> segment(of, walk, map, scratch, false);
-    sums.add_up(of.mask ? MASKED_GRADIENT : segment.through_relu ? GRADIENT_THROUGH_RELU : GRADIENT, segment);
+    if (of.mask) sums.template add_up<MASKED_GRADIENT>(segment);
+    else if (segment.through_relu) sums.template add_up<GRADIENT_THROUGH_RELU>(segment);
+    else sums.template add_up<GRADIENT>(segment);
     double *weight = sums.sums;  // no longer needed; (entries,) holds (C,)
     parameter(of.parameters.weight, of.parameters.dtype, channels, 1, weight);
     const double *mean = of.statistics, *invstd = mean + channels;
