@@ -49,8 +49,16 @@ def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
     about = "steps of a ResNet with BatchNorm, synchronized, and fused with its activations; on any number of ranks"
     train = add("train", _bench_train, about)
     train.add_argument("--depth", type=int, default=50, choices=(50, 101, 152), help="of the ResNet (default: 50)")
-    train.add_argument("--batch", type=int, metavar="N", help="images per rank (default: 4, on a GPU 32)")
-    train.add_argument("--size", type=int, metavar="N", help="height and width of an image (default: 64, on a GPU 224)")
+    train.add_argument("--batch", type=_positive, metavar="N", help="images per rank (default: 4, on a GPU 32)")
+    train.add_argument(
+        "--size", type=_positive, metavar="N", help="height and width of an image (default: 64, on a GPU 224)"
+    )
+
+
+def _positive(given: str) -> int:
+    if not given.isdigit() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {given}")
+    return int(given)
 
 
 def _info(_: argparse.Namespace) -> None:
@@ -62,24 +70,28 @@ def _info(_: argparse.Namespace) -> None:
 def _bench_comm(options: argparse.Namespace) -> None:
     from .bench import comm, report  # needs rich
 
-    comm.main(report.Files(options.json, options.markdown), options.quick)
+    comm.main(report.Files(options.json, options.markdown).check(), options.quick)
 
 
 def _bench_kernels(options: argparse.Namespace) -> None:
     from .bench import kernels, report
 
-    kernels.main(report.Files(options.json, options.markdown), options.quick, options.only)
+    kernels.main(report.Files(options.json, options.markdown).check(), options.quick, options.only)
 
 
 def _bench_layer(options: argparse.Namespace) -> None:
     from .bench import layer, report
 
-    files = report.Files(options.json, options.markdown, options.figure)
+    files = report.Files(options.json, options.markdown, options.figure).check()
+    if files.figure is not None:
+        from .bench import figure  # needs matplotlib
+
+        figure.check(files.figure)
     layer.main(files, options.quick, options.only, options.compile)
 
 
 def _bench_train(options: argparse.Namespace) -> None:
     from .bench import report, train
 
-    files = report.Files(options.json, options.markdown)
+    files = report.Files(options.json, options.markdown).check()
     train.main(files, options.quick, options.depth, options.batch, options.size)

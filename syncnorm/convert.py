@@ -44,7 +44,9 @@ def convert_sync_batchnorm(
     functions (F.relu), other activation modules that are called elsewhere too, layers that are called twice or whose
     output a hook sees, and relu(bn(x) + identity), which a forward has to say itself:
     SyncBatchNorm(channels, activation="relu")(x, residual=identity). All this is read from torch.fx traces of the
-    model's forward, in training and eval; its other methods are not looked at.
+    model's forward, in training and eval: its other methods are not looked at, nor the branch that a forward takes for
+    a Tensor alone (isinstance(x, Tensor) is false in a trace). What reads a layer of the result by itself, such as a
+    hook that is set later, sees its output activated.
 
     Args:
         module: the model, or one layer. Convert before DistributedDataParallel wraps it or `fully_shard` shards it.

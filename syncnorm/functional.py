@@ -62,10 +62,10 @@ def sync_batch_norm(
         eps: added to the variance.
         num_batches_tracked: () int64, counts the batches in training; needed for momentum=None.
         process_group: the ranks that share the batch, as in `syncnorm.communicator`.
-        mask: (N, *) or (N, 1, *) or what broadcasts to it, bool or floating point: which positions count, each rank
-            with its own number of them. Statistics are those of the positions where it is true (or 1), on all ranks
-            together. The others are normalized by these too, and their values may be anything; they have no part in
-            the gradient of the statistics. A fraction counts as that much of a position: the n of mean, var and the
+        mask: (N, *) or (N, 1, *), or with 1 for any of these sizes, bool or floating point: which positions count, each
+            rank with its own number of them. Statistics are those of the positions where it is true (or 1), on all
+            ranks together. The others are normalized by these too, and their values may be anything; they have no part
+            in the gradient of the statistics. A fraction counts as that much of a position: the n of mean, var and the
             unbiased var is the sum of the mask. It must not be negative, which is not looked at (on a GPU that would
             wait for the device).
         residual: added before the activation, of the input's shape and dtype.
@@ -101,7 +101,7 @@ def sync_batch_norm(
         assert running_var is not None
         return normalize_by_constants(input, running_mean, running_var, weight, bias, eps, epilogue=epilogue)
     group = communicator(process_group)
-    if process_group is None and isinstance(group, LocalCommunicator):
+    if process_group is None and isinstance(group, LocalCommunicator) and not torch.compiler.is_compiling():
         warn_if_alone_in_a_larger_job()
 
     moments = _combined(Moments.of(input.detach(), mask), group)

@@ -42,9 +42,10 @@ class SparingReLU(nn.ReLU):
 def plan(model: nn.Module, is_norm: Callable[[nn.Module], bool], is_closed: Callable[[nn.Module], bool]) -> Plan:
     """Return which of the norms in `model` are followed by an activation module and nothing else.
 
-    Such a norm is called once, and nothing but the activation reads its output: no other operation, no hook, in
-    training and eval, with optional arguments and without. An activation module that is also called after something
-    else has to be an nn.ReLU. The model is not changed.
+    Such a norm is called once, and nothing but the activation reads its output: no other operation, no hook, no
+    attribute of a module, in training and eval, with optional arguments and without. An activation module that is also
+    called after something else, or held by a module that the trace does not look into, has to be an nn.ReLU. The model
+    is not changed.
 
     Args:
         model: traced is its forward; closed modules and those of torch.nn are not looked into.
@@ -62,6 +63,9 @@ def plan(model: nn.Module, is_norm: Callable[[nn.Module], bool], is_closed: Call
                 after.setdefault(module, set()).add(graph.sole_activation(nodes))
             elif _name(module) is not None:
                 before.setdefault(module, set()).update(graph.argument(node) for node in nodes)
+            for inner in module.modules():
+                if inner is not module and _name(inner) is not None:  # called where the trace does not look
+                    before.setdefault(inner, set()).add(None)
     sole = {norm: next(iter(followers)) for norm, followers in after.items() if len(followers) == 1}
     pairs = [(norm, activation) for norm, activation in sole.items() if activation is not None]
     paired = {norm for norm, _ in pairs}
@@ -163,6 +167,8 @@ def _trace(model: nn.Module, is_closed: Callable[[nn.Module], bool]) -> list[_Gr
                         f"expected a model that torch.fx can trace, for fuse=True, got {type(model).__qualname__}: "
                         f"{type(error).__name__}: {error}"
                     ) from error
+                for module in model.modules():
+                    fx.node.map_aggregate(list(vars(module).values()), tracer._watch)  # what forward has kept
                 graphs.append(_Graph(model, graph, tracer.watched))
     return graphs
 

@@ -89,7 +89,10 @@ def _mpi() -> str:
 
 
 def _kernels(device: str) -> str:
-    implementation = kernels.select(torch.empty(0, device=device))
+    try:
+        implementation = kernels.select(torch.empty(0, device=device))
+    except RuntimeError as error:
+        return f"none: {error}"
     name = getattr(implementation, "__name__", "unknown").rpartition(".")[2]
     if isa := getattr(implementation, "ISA", None):
         return f"{name} ({isa})"

@@ -140,6 +140,7 @@ class _Normalize(Function):
             residual if epilogue.keeps_residual else signs,
             plan.mask,
         )
+        ctx.dtype = _common_dtype(weight, bias)
         if signs is not None:
             ctx.channels_last = channels_last(input)
         ctx.plan = plan._replace(mask=None) if plan.mask is not None else plan
@@ -162,7 +163,7 @@ class _Normalize(Function):
         through_statistics = needs_input and plan.group is not None
         summed = grad_weight = grad_bias = grad_input = None
         if through_statistics or needs_weight or needs_bias:
-            grad_weight, grad_bias, sums = backward.reduce_grad()
+            grad_weight, grad_bias, sums = backward.reduce_grad(ctx.dtype)
             if through_statistics:
                 if grad_statistics is not None:  # of a backward pass through this backward pass
                     sums = sums + _sums_of(grad_statistics, statistics)
@@ -180,6 +181,15 @@ class _Normalize(Function):
             None,
             None,
         )
+
+
+def _common_dtype(weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
+    """Return a dtype that holds the gradients of both; autograd gives each its own."""
+    if weight is None:
+        return torch.float64 if bias is None else bias.dtype
+    if bias is None or bias.dtype == weight.dtype:
+        return weight.dtype
+    return torch.promote_types(weight.dtype, bias.dtype)
 
 
 def _sums_of(grad_statistics: Tensor, statistics: Tensor) -> Tensor:

@@ -39,4 +39,4 @@ def update(
 
 def _recomputing() -> bool:
     """Whether this forward runs inside a backward pass, as activation checkpointing does."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

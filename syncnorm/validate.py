@@ -52,7 +52,9 @@ def batch_norm_arguments(
 def _unfit(vector: Tensor, others: dict[str, Tensor | None], input: Tensor) -> Exception:
     """Return what is wrong with a vector of the channels, which is one of the others or the bias."""
     name = next((name for name, other in others.items() if other is vector), "bias")
-    if vector.shape != (input.shape[1],):
+    if vector.dim() != 1:
+        return ValueError(f"expected a {name} of shape {(input.shape[1],)}, got {tuple(vector.shape)}")
+    if len(vector) != input.shape[1]:
         return _other_channels(vector.numel(), f" as {name} has it", input)
     if not vector.is_floating_point():
         return TypeError(f"expected a floating-point {name}, got {vector.dtype}")
@@ -123,8 +125,12 @@ def epilogue(
 
 def _writable(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     """Raise where torch would after the output has been written over the input, too late for the other ranks."""
-    if any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)):
+    if input.numel() and any(
+        stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)
+    ):
         raise RuntimeError("expected an input of its own memory with inplace=True, got an expanded one")
+    if input.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError("expected a tensor that was not made in inference mode with inplace=True, got one")
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (input, weight, bias)):
         return
     if input._is_view():

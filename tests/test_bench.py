@@ -503,3 +503,28 @@ def test_matplotlib_is_asked_for(tmp_path):
     done = launch("alone", 1, script)
     assert done.returncode == 1
     assert "RuntimeError: python -m syncnorm bench layer --figure draws with matplotlib" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (
+            ["kernels", "--quick", "--only", "2x8x2x2"],
+            "to name a case with memory traffic, got 2x8x2x2",
+        ),
+        (["train", "--quick", "--batch", "0"], "argument --batch: expected a positive integer, got 0"),
+        (["train", "--quick", "--size", "-3"], "argument --size: expected "),
+        (["layer", "--quick", "--json", "/nowhere/x.json"], "expected a file that can be written, got /nowhere/x.json"),
+        (["layer", "--quick", "--figure", "x.xyz"], "got x.xyz"),
+    ],
+)
+def test_what_cannot_be_measured_or_written_is_refused_before(bench, arguments, error):
+    done = bench("alone", 1, *arguments)
+    assert done.returncode != 0
+    assert error in done.stderr.replace("'", "")
+    assert done.stdout == ""
+
+
+def test_quick_cases_go_by_the_names_of_the_whole_ones():
+    (case,) = cases.cases(CPU, quick=True, only="16x256x56x56")
+    assert case.shape == (2, 256, 56, 56)

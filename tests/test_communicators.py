@@ -1,6 +1,7 @@
 """One contract for every communicator; and what `process_group` may be."""
 
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,6 +273,15 @@ def test_anything_else_is_a_type_error():
         syncnorm.communicator(LocalCommunicator)  # the class, not a communicator
     with pytest.raises(TypeError, match="got 'gloo'"):
         syncnorm.SyncBatchNorm(3, process_group="gloo")
+
+
+def test_an_object_of_the_same_class_as_a_communicator_may_be_none():
+    alone = LocalCommunicator()
+    names = ("rank", "size", "all_reduce", "broadcast", "all_gather", "all_gather_object", "barrier")
+    made = SimpleNamespace(**{name: getattr(alone, name) for name in names})
+    assert syncnorm.communicator(made) is made
+    with pytest.raises(TypeError, match=r"got namespace\(\)"):
+        syncnorm.communicator(SimpleNamespace())
 
 
 @pytest.mark.mpi

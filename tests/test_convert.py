@@ -565,6 +565,44 @@ def test_forwards_that_were_replaced():
         convert_sync_batchnorm(model, fuse=True)
 
 
+class Stores(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.act = nn.BatchNorm1d(4), nn.ReLU()
+
+    def forward(self, x):
+        self.features = [self.bn(x)]
+        return self.act(self.features[0])
+
+
+def test_what_a_forward_stores_is_not_fused():
+    model = convert_sync_batchnorm(Stores(), fuse=True)
+    assert not activations(model)
+    model(torch.randn(3, 4))
+    assert model.features[0].min() < 0
+
+
+class Holds(nn.Module):
+    """An activation that a module of torch.nn calls too."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.bn, self.act = nn.BatchNorm1d(4), activation
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, activation=activation, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(self.act(self.bn(x)).transpose(1, 2))
+
+
+@pytest.mark.parametrize(("activation", "taken"), [(nn.ReLU(), {"bn": "relu"}), (nn.SiLU(), {})], ids=["relu", "silu"])
+def test_what_a_closed_module_holds_goes_on_there(activation, taken):
+    model = Holds(activation)
+    fused = convert_sync_batchnorm(copy.deepcopy(model), fuse=True)
+    x = torch.randn(3, 4, 5)
+    torch.testing.assert_close(fused(x), model(x))
+    assert activations(fused) == taken
+
+
 def fused_on_ranks():
     rank = syncnorm.communicator().rank
     torch.manual_seed(0)

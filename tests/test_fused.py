@@ -402,6 +402,28 @@ def test_in_place_where_it_cannot_be(given, message):
     assert_untouched(layer)
 
 
+def test_in_place_on_what_was_made_in_inference_mode():
+    layer = SyncBatchNorm(3, inplace=True, process_group=Unreachable()).requires_grad_(False)
+    with torch.inference_mode():
+        x = torch.randn(4, 3)
+        torch.testing.assert_close(SyncBatchNorm(3, inplace=True)(x.clone()), nn.BatchNorm1d(3)(x))
+    before = x.clone()
+    with pytest.raises(RuntimeError, match="expected a tensor that was not made in inference mode with inplace=True"):
+        layer(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 4), (2, 8, 0, 1), (5, 0, 8)])
+def test_in_place_on_an_empty_shard(shape):
+    """Torch gives some of them strides of 0."""
+    x = torch.randn(shape, requires_grad=True)
+    if shape[-1] == 8:
+        x = x.transpose(1, 2)
+    y = x * 1
+    assert SyncBatchNorm(8, inplace=True)(y) is y
+    y.sum().backward()
+
+
 def test_what_changes_the_output_in_place_is_found_out():
     layer = SyncBatchNorm(3, inplace=True)
     y = layer(torch.randn(4, 3, requires_grad=True) * 1)

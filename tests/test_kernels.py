@@ -72,8 +72,8 @@ def check(shape, dtype, layout, masked):
         assert_near(statistics, wanted_statistics, torch.float64)
         backward = Epilogue(activation, r if epilogue.keeps_residual else wanted_signs)
         arguments = (dy, x, statistics, weight, bias)
-        gradients = cpu.Backward(*arguments, mask=mask, epilogue=backward).reduce_grad()
-        wanted_gradients = reference.Backward(*arguments, mask=mask, epilogue=backward).reduce_grad()
+        gradients = cpu.Backward(*arguments, mask=mask, epilogue=backward).reduce_grad(wide)
+        wanted_gradients = reference.Backward(*arguments, mask=mask, epilogue=backward).reduce_grad(wide)
         for gradient, wanted_gradient, kind in zip(
             gradients, wanted_gradients, (wide, wide, torch.float64), strict=True
         ):
@@ -189,7 +189,7 @@ def test_buffers_and_parameters_of_any_dtype():
     weight, bias = torch.ones(2, dtype=torch.bfloat16), torch.full((2,), 1 / 3)
     y, statistics, _ = cpu.normalize(x, cpu.moments(x), weight, bias, 1e-5)
     torch.testing.assert_close(y, torch.tensor([[-1.0, -1.0], [1.0, 1.0]]) + 1 / 3, rtol=0, atol=1e-5)
-    grads = cpu.Backward(x, x, statistics, weight, bias, epilogue=Epilogue("relu")).reduce_grad()
+    grads = cpu.Backward(x, x, statistics, weight, bias, epilogue=Epilogue("relu")).reduce_grad(torch.bfloat16)
     assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.bfloat16, torch.float64]
 
 
@@ -222,8 +222,10 @@ def package(tmp_path):
     return tmp_path / "syncnorm" / "kernels"
 
 
-def error_of(package, asked):
-    code = "import torch, syncnorm.kernels as k; print(k.select(torch.zeros(2)).__name__)"
+SELECT = "import torch, syncnorm.kernels as k; print(k.select(torch.zeros(2)).__name__)"
+
+
+def error_of(package, asked, code=SELECT):
     environment = {"PYTHONPATH": str(package.parent.parent), "PATH": "/usr/bin:/bin"} | asked
     command = [sys.executable, "-c", code]
     ran = subprocess.run(command, env=environment, cwd=package, capture_output=True, text=True, timeout=60)
@@ -236,6 +238,18 @@ def test_a_missing_library_is_named_where_it_was_asked_for(package):
     message = error_of(package, {"SYNCNORM_KERNELS": "cpu"})
     assert "the cpu kernels were asked for by SYNCNORM_KERNELS, and cannot be imported" in message
     assert "pip install" in message
+
+
+def test_what_is_asked_for_has_to_be_for_the_device(package):
+    code = "import torch, syncnorm; syncnorm.SyncBatchNorm(3, device='meta')(torch.empty(4, 3, device='meta'))"
+    message = error_of(package, {"SYNCNORM_KERNELS": "cpu"}, code)
+    assert message.endswith("the cpu kernels were asked for by SYNCNORM_KERNELS, and have nothing for meta tensors")
+    message = error_of(package, {"SYNCNORM_KERNELS": "triton"})
+    assert message.endswith("the triton kernels were asked for by SYNCNORM_KERNELS, and have nothing for cpu tensors")
+
+
+def test_an_unknown_instruction_set_is_refused(package):
+    assert error_of(package, {"SYNCNORM_ISA": "foo"}).endswith("SYNCNORM_ISA to be one of avx512, avx2, base, got foo")
 
 
 def test_an_outdated_library_is_refused(package):

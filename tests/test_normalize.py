@@ -146,3 +146,33 @@ def test_expanded_and_permuted_inputs():
         torch.randn(5, 4, 3, dtype=torch.float64).permute(1, 2, 0),
     ):
         torch.testing.assert_close(layer(x), layer(x.contiguous()))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
+def test_each_parameter_has_the_digits_of_its_own_gradient(dtypes):
+    """Neither goes through the other's dtype, if that has fewer of them."""
+    for of_weight, of_bias in (dtypes, dtypes[::-1]):
+        x, dy = torch.randn(2, 16, 3, 8, dtype=torch.float64)
+        weight = torch.ones(3, dtype=of_weight, requires_grad=True)
+        bias = torch.zeros(3, dtype=of_bias, requires_grad=True)
+        sync_batch_norm(x, None, None, weight, bias, True).backward(dy)
+        normalized = (x - x.mean((0, 2), keepdim=True)) / (x.var((0, 2), correction=0, keepdim=True) + 1e-5).sqrt()
+        for parameter, grad in ((weight, (dy * normalized).sum((0, 2))), (bias, dy.sum((0, 2)))):
+            assert torch.equal(parameter.grad, grad.to(parameter.dtype)) or parameter.dtype != torch.bfloat16
+            torch.testing.assert_close(parameter.grad, grad.to(parameter.dtype))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile itself
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_compiled_training_step_is_one_graph(momentum):
+    layers = [syncnorm.SyncBatchNorm(3, momentum=momentum, activation="relu") for _ in range(2)]
+    x, dy = torch.randn(2, 4, 3, 5)
+    gradients = []
+    for call in (torch.compile(layers[0], fullgraph=True, backend="aot_eager"), layers[1]):
+        leaf = x.clone().requires_grad_()
+        for _ in range(2):
+            call(leaf).backward(dy)
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+    for compiled, plain in zip(layers[0].state_dict().values(), layers[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(compiled, plain)

@@ -125,6 +125,8 @@ def call(implementation, name, *args, **options):
     if name not in ("reduce_grad", "grad_input"):
         return getattr(implementation, name)(*args, **options)
     own = {key: options.pop(key) for key in ("centered", "eps_outside") if key in options}
+    if name == "reduce_grad" and args[3] is not None:
+        own["dtype"] = args[3].dtype
     return getattr(implementation.Backward(*args[:5], **options), name)(*args[5:], **own)
 
 

@@ -64,7 +64,8 @@ def test_parameters_on_another_device():
             "expected num_batches_tracked with momentum=None",
         ),
         ({"weight": torch.ones(1)}, "expected an input of 1 channels"),
-        ({"bias": torch.ones(3, 1)}, "as bias has it"),
+        ({"bias": torch.ones(4)}, r"expected an input of 4 channels, \(N, 4, \*\) as bias has it, got \(4, 3\)"),
+        ({"bias": torch.ones(3, 1)}, r"expected a bias of shape \(3,\), got \(3, 1\)"),
         ({"eps": 0.0}, "expected a positive eps in training, got 0.0"),
     ],
 )

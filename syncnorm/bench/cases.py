@@ -70,7 +70,7 @@ CASES = [
 
 
 def cases(device: torch.device, quick: bool = False, only: str = "") -> list[Case]:
-    """Return the cases whose name holds all words of `only`; larger ones on a GPU, with few samples if `quick`.
+    """Return the cases whose name holds all words of `only`; larger ones on a GPU, then with few samples if `quick`.
 
     Raises:
         RuntimeError: there is none.
@@ -78,12 +78,10 @@ def cases(device: torch.device, quick: bool = False, only: str = "") -> list[Cas
     listed = CASES
     if device.type == "cuda":
         listed = [_with_batch(case, ON_GPU * case.shape[0]) if case.kind == LARGE else case for case in listed]
-    if quick:
-        listed = [_with_batch(case, QUICK_BATCH) for case in listed]
     named = [case for case in listed if all(word in case.name for word in only.split())]
     if not named:
         raise RuntimeError(f"expected --only to name some of {', '.join(c.name for c in listed)}, got {only!r}")
-    return named
+    return [_with_batch(case, QUICK_BATCH) for case in named] if quick else named
 
 
 def _with_batch(case: Case, size: int) -> Case:

@@ -22,7 +22,7 @@ except ImportError as error:
         "pip install 'syncnorm[bench]'"
     ) from error
 
-__all__ = ["draw"]
+__all__ = ["check", "draw"]
 
 COLOURS = {  # that the colour-blind tell apart (Okabe and Ito)
     AUTOGRAD: "#999999",
@@ -37,6 +37,13 @@ COLOURS = {  # that the colour-blind tell apart (Okabe and Ito)
 SETTINGS: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False}
 
 Panel: TypeAlias = "dict[str, Mapping[str, Any]]"
+
+
+def check(path: Path) -> None:
+    """Raise RuntimeError unless matplotlib can draw a file of that name."""
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix[1:] not in known:
+        raise RuntimeError(f"expected a figure named .{', .'.join(known)}, got {path.name}")
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:

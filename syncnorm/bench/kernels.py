@@ -64,7 +64,9 @@ def main(files: report.Files, quick: bool = False, only: str = "") -> None:
     """Join the job, measure, print and write on rank 0. Collective on all ranks of the job."""
     job = join()
     memory.keep()
-    sections = list(measure(job, cases(job.device, quick, only), quick))
+    sections = list(measure(job, [case for case in cases(job.device, quick, only) if case.kind != TINY], quick))
+    if not sections:
+        raise RuntimeError(f"expected --only to name a case with memory traffic, got {only!r}")
     told = info.job()
     if job.group.rank == 0:
         title = f"passes over the data on {report.ranks(job.group.size)}" + report.WARNING * quick
@@ -80,8 +82,6 @@ def measure(job: Job, listed: Sequence[Case], quick: bool) -> Iterator[list[Row]
     """Time every pass of every implementation; yield the rows of each case. Collective on all ranks of the job."""
     found = available(job.device)
     for case in listed:
-        if case.kind == TINY:
-            continue  # no memory traffic
         generator = torch.Generator().manual_seed(job.group.rank)
         x, dy = case.random(job.device, generator), case.random(job.device, generator)
         effort = BRIEF if quick else LONG if case.kind == LARGE else FULL

@@ -45,6 +45,13 @@ class Files(NamedTuple):
     markdown: Path | None = None
     figure: Path | None = None
 
+    def check(self) -> Files:
+        """Return itself; raise RuntimeError unless all can be written, which takes the time of no measurement."""
+        for path in self:
+            if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+                raise RuntimeError(f"expected a file that can be written, got {path}")
+        return self
+
 
 def header(job: Mapping[str, str]) -> dict[str, str]:
     """Return where and when this runs, by name; `job` is what `syncnorm.info.job` told."""

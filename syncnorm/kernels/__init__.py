@@ -78,8 +78,8 @@ class Kernels(Protocol):
 class Backward(Protocol):
     """The passes of the backward."""
 
-    def reduce_grad(self) -> tuple[Tensor, Tensor, Tensor]:
-        """-> gradients of weight and bias, and [Σ weight * dz, Σ weight * dz * x̂]."""
+    def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+        """-> gradients of weight and bias, in dtype, and [Σ weight * dz, Σ weight * dz * x̂]."""
         ...
 
     def grad_input(
@@ -96,7 +96,8 @@ def select(tensor: Tensor) -> Kernels:
     operations, and so do tensors for which nothing faster is installed.
 
     Raises:
-        RuntimeError: what SYNCNORM_KERNELS asks for is none of the implementations, or cannot be imported.
+        RuntimeError: what SYNCNORM_KERNELS asks for is none of the implementations, cannot be imported, or is not for
+            tensors on that device.
     """
     if type(tensor) not in (Tensor, Parameter) or torch.compiler.is_compiling():
         return reference
@@ -114,6 +115,10 @@ def _implementation(device: str, dtype: torch.dtype) -> Kernels:
     name = asked or _OF_DEVICE.get(device, "reference")
     if name not in _INSTALL:
         raise RuntimeError(f"expected SYNCNORM_KERNELS to be one of {', '.join(_INSTALL)}, got {name}")
+    if name not in ("reference", _OF_DEVICE.get(device)) and not (name == "triton" and _interpreted()):
+        raise RuntimeError(
+            f"the {name} kernels were asked for by SYNCNORM_KERNELS, and have nothing for {device} tensors"
+        )
     if name == "reference" or dtype not in _OF_DTYPE or (device == "cuda" and torch.version.hip is not None):
         return reference
     try:
@@ -125,3 +130,8 @@ def _implementation(device: str, dtype: torch.dtype) -> Kernels:
             f"the {name} kernels were asked for by SYNCNORM_KERNELS, and cannot be imported ({error}): "
             f"pip install {_INSTALL[name]}"
         ) from error
+
+
+def _interpreted() -> bool:
+    """Return whether Triton is told to interpret its kernels, which it does on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -114,7 +114,8 @@ struct BackwardArguments {  // what both passes of the backward read
 
 struct ReduceGradArguments {
     BackwardArguments of;
-    void *grad_weight, *grad_bias;  // (C,), of the type of the weight, or double
+    int64_t dtype;  // of the next two
+    void *grad_weight, *grad_bias;  // (C,)
     double *sums;  // (2, C)
 };
 
@@ -1090,11 +1091,11 @@ template <class T> struct Backward {
 template <class T> int reduce_grad(const ReduceGradArguments &a) {
     using R = typename Arithmetic<T>::type;
     const BackwardArguments &of = a.of;
-    int64_t channels = of.shape.c, dtype = of.parameters.weight ? of.parameters.dtype : FLOAT64;
+    int64_t channels = of.shape.c;
     if (of.shape.values() == 0) {
         memset(a.sums, 0, 2 * channels * sizeof(double));
-        to_parameter(a.sums, dtype, channels, a.grad_weight);
-        to_parameter(a.sums, dtype, channels, a.grad_bias);
+        to_parameter(a.sums, a.dtype, channels, a.grad_weight);
+        to_parameter(a.sums, a.dtype, channels, a.grad_bias);
         return 0;
     }
     Walk walk(of.shape, false);
@@ -1117,8 +1118,8 @@ template <class T> int reduce_grad(const ReduceGradArguments &a) {
         a.sums[c] = sum[c] * weight[c];
         a.sums[channels + c] = product[c] * weight[c];
     }
-    to_parameter(product, dtype, channels, a.grad_weight);
-    to_parameter(sum, dtype, channels, a.grad_bias);
+    to_parameter(product, a.dtype, channels, a.grad_weight);
+    to_parameter(sum, a.dtype, channels, a.grad_bias);
     return 0;
 }
 

@@ -43,6 +43,8 @@ def _load() -> ctypes.CDLL:
 _library = _load()
 _library.syncnorm_isa.restype = ctypes.c_char_p
 ISA: str = os.environ.get("SYNCNORM_ISA") or _library.syncnorm_isa().decode()
+if ISA not in ("avx512", "avx2", "base"):
+    raise RuntimeError(f"expected SYNCNORM_ISA to be one of avx512, avx2, base, got {ISA}")
 
 # Arguments travel as one struct, packed as cpu.cpp declares it: one ctypes call of 16 arguments costs more than both.
 _SHAPE, _PARAMETERS, _EPILOGUE = "6q", "PPq", "qPPq"
@@ -63,7 +65,7 @@ def _function(name: str, layout: str) -> Callable[..., None]:
 
 _moments = _function("moments", _SHAPE + "PPP")
 _normalize = _function("normalize", _SHAPE + "PPP" + _PARAMETERS + "dq" + _EPILOGUE + "P")
-_reduce_grad = _function("reduce_grad", _BACKWARD + "PPP")
+_reduce_grad = _function("reduce_grad", _BACKWARD + "qPPP")
 _grad_input = _function("grad_input", _BACKWARD + "PqdPP")
 _update_running = _function("update_running", "PPqPPqqd")
 _pack = _function("pack", "PPq")
@@ -175,7 +177,7 @@ class Backward:
         dy = grad_output
         if dy.stride() != x.stride() or dy.dtype != x.dtype:
             dy = torch.empty_like(x).copy_(dy)
-        parameter, bias, parameters = _parameters(weight, bias)
+        weight, bias, parameters = _parameters(weight, bias)
         activation, kept, inplace = epilogue
         residual = signs = None
         if kept is not None and epilogue.keeps_signs:
@@ -187,17 +189,15 @@ class Backward:
             *(*shape, dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), *parameters),
             *(_ACTIVATIONS[activation], _pointer(residual), _pointer(signs), inplace, _pointer(weights)),
         )
-        self.x, self.statistics, self.weight, self.parameter, self.kept = x, statistics, weight, parameter, kept
-        self.alive = dy, bias, residual, weights  # as long as the pointers
+        self.x, self.channels, self.kept = x, shape[1], kept
+        self.alive = dy, statistics, weight, bias, residual, weights  # as long as the pointers
 
-    def reduce_grad(self) -> tuple[Tensor, Tensor, Tensor]:
+    def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
         """See `reference.Backward.reduce_grad`."""
-        sums = torch.empty(2, len(self.statistics) // 2, dtype=torch.float64)
-        like = sums[0] if self.parameter is None else self.parameter
-        grad_weight, grad_bias = torch.empty_like(like), torch.empty_like(like)
-        _reduce_grad(*self.arguments, grad_weight.data_ptr(), grad_bias.data_ptr(), sums.data_ptr())
-        if self.weight is not None and self.weight.dtype != like.dtype:
-            grad_weight, grad_bias = grad_weight.to(self.weight.dtype), grad_bias.to(self.weight.dtype)
+        sums = torch.empty(2, self.channels, dtype=torch.float64)
+        grad_weight, grad_bias = torch.empty(self.channels, dtype=dtype), torch.empty(self.channels, dtype=dtype)
+        pointers = (grad_weight.data_ptr(), grad_bias.data_ptr(), sums.data_ptr())
+        _reduce_grad(*self.arguments, DTYPES[dtype], *pointers)
         return grad_weight, grad_bias, sums
 
     def grad_input(

@@ -128,20 +128,18 @@ class Backward:
         self.dtype_of_dz = None if epilogue.residual is None else grad_output.dtype
         self.centered, self.dz = _centered_and_grad(grad_output, input, statistics, weight, bias, mask, epilogue)
 
-    def reduce_grad(self) -> tuple[Tensor, Tensor, Tensor]:
+    def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of weight and bias, Σ dz * x̂ and Σ dz, and sums = [Σ weight * dz, Σ weight * dz * x̂].
 
-        x̂ is (x - mean) * invstd. The gradients, (C,), have the dtype of the weight, or float64 without one. All are
-        sums over all positions, masked ones too.
+        x̂ is (x - mean) * invstd. The gradients are (C,), in dtype. All are sums over all positions, masked ones too.
         """
-        axes, weight = _reduced_axes(self.input), self.weight
+        axes = _reduced_axes(self.input)
         _, invstd = _mean_and_invstd(self.statistics)
         grad_bias = self.dz.sum(axes).double()
         grad_weight = (self.dz * self.centered).sum(axes).double() * invstd
         sums = torch.stack([grad_bias, grad_weight])
-        if weight is None:
-            return grad_weight, grad_bias, sums
-        return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), sums * weight
+        sums = sums if self.weight is None else sums * self.weight
+        return grad_weight.to(dtype), grad_bias.to(dtype), sums
 
     def grad_input(
         self, sums: Tensor | None, *, centered: bool = True, eps_outside: float = 0.0

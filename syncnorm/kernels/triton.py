@@ -13,7 +13,7 @@ arguments, each a pointer into contiguous memory:
     moments          (2C + 1,) = [mean, M2, count]; partial moments (W, 2C + 1)
     packed           (2C + 1,) = [n·mean, M2 + n·mean², n]
     statistics       (2C + 1,) = [mean, invstd, count]
-    grad_weight      (C,) = Σ dz * x̂ in float64, or as the weight in float32; grad_bias = Σ dz
+    grad_weight      (C,) = Σ dz * x̂ in float64 or float32; grad_bias = Σ dz
     sums             (2, C) = [Σ weight * dz, Σ weight * dz * x̂]; partial sums (W, 2, C) = [Σ dz, Σ dz * x̂]
 
 A pass walks over tiles of BC channels by BP positions. A program has one block of channels and a run of `per` tiles
@@ -176,26 +176,21 @@ class Backward:
             "INPLACE": epilogue.inplace,
         }
 
-    def reduce_grad(self) -> tuple[Tensor, Tensor, Tensor]:
-        """See `reference.Backward.reduce_grad`.
-
-        One kernel, or two as in `moments`, and casts if the weight is of half precision.
-        """
-        x, weight = self.x, self.weight
+    def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+        """See `reference.Backward.reduce_grad`. One kernel, or two as in `moments`, and casts to half precision."""
+        x = self.x
         plan = _plan(x, REDUCING_PROGRAMS, TILES_IN_ONE_RUN)
         sums = _float64(x, 2, x.shape[1])
-        like = sums[0] if weight is None or weight.element_size() < 4 else weight
-        grad_weight, grad_bias = torch.empty_like(like), torch.empty_like(like)
+        wide = dtype if dtype == torch.float32 else torch.float64
+        grad_weight, grad_bias = torch.empty_like(sums[0], dtype=wide), torch.empty_like(sums[0], dtype=wide)
         results = (grad_weight, grad_bias, sums)
         if plan.runs == 1:
             _launch(_reduce_grad_kernel, plan, *self.read, None, *results, **self.constants)
         else:
             partial = _float64(x, plan.runs, 2, x.shape[1])
             _launch(_reduce_grad_kernel, plan, *self.read, partial, None, None, None, **self.constants)
-            _finish(_merge_sums_kernel, x, partial, weight, *results)
-        if weight is not None:
-            grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
-        return grad_weight, grad_bias, sums
+            _finish(_merge_sums_kernel, x, partial, self.weight, *results)
+        return grad_weight.to(dtype), grad_bias.to(dtype), sums
 
     def grad_input(
         self, sums: Tensor | None, *, centered: bool = True, eps_outside: float = 0.0
