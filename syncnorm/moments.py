@@ -36,12 +36,15 @@ class Moments:
         return cls(kernels.select(input).moments(input, mask))
 
     def pack(self) -> Tensor:
-        """Return [n·mean, M2 + n·mean², n], (2C + 1,) float64: the sum over the ranks packs the whole batch."""
+        """Return [n·mean, M2 + n·mean², n], (2C + 1,) float64: the sum over the ranks packs the whole batch.
+
+        It takes the memory of the moments, which are no more: a layer sends and receives by one buffer.
+        """
         return kernels.select(self.values).pack(self.values)
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Moments:
-        """Return the moments that `packed`, (2C + 1,) float64, stands for."""
+        """Return the moments that `packed`, (2C + 1,) float64, stands for, in its memory."""
         return cls(kernels.select(packed).unpack(packed))
 
     @classmethod

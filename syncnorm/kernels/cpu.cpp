@@ -138,8 +138,7 @@ struct UpdateArguments {
 };
 
 struct PackArguments {
-    const double *from;
-    double *to;
+    double *values;  // (2C + 1,)
     int64_t c;
 };
 
@@ -1223,26 +1222,23 @@ EXPORT(update_running)(const UpdateArguments *arguments) {  // float32 or float6
 
 EXPORT(pack)(const PackArguments *arguments) {
     int64_t c = arguments->c;
-    const double *from = arguments->from;
-    double *to = arguments->to, count = from[2 * c];
+    double *values = arguments->values, count = values[2 * c];
     SIMD for (int64_t i = 0; i < c; ++i) {
-        to[i] = count * from[i];
-        to[c + i] = from[c + i] + to[i] * from[i];
+        double mean = values[i], total = count * mean;
+        values[i] = total;
+        values[c + i] += total * mean;
     }
-    to[2 * c] = count;
     return 0;
 }
 
 EXPORT(unpack)(const PackArguments *arguments) {
     int64_t c = arguments->c;
-    const double *from = arguments->from;
-    double *to = arguments->to, count = from[2 * c] > 0 ? from[2 * c] : 1;
+    double *values = arguments->values, count = values[2 * c] > 0 ? values[2 * c] : 1;
     SIMD for (int64_t i = 0; i < c; ++i) {
-        double mean = from[i] / count, m2 = from[c + i] - from[i] * mean;
-        to[i] = mean;
-        to[c + i] = m2 > 0 ? m2 : m2 != m2 ? m2 : 0;
+        double mean = values[i] / count, m2 = values[c + i] - values[i] * mean;
+        values[i] = mean;
+        values[c + i] = m2 > 0 ? m2 : m2 != m2 ? m2 : 0;
     }
-    to[2 * c] = from[2 * c];
     return 0;
 }
 

@@ -68,8 +68,8 @@ _normalize = _function("normalize", _SHAPE + "PPP" + _PARAMETERS + "dq" + _EPILO
 _reduce_grad = _function("reduce_grad", _BACKWARD + "qPPP")
 _grad_input = _function("grad_input", _BACKWARD + "PqdPP")
 _update_running = _function("update_running", "PPqPPqqd")
-_pack = _function("pack", "PPq")
-_unpack = _function("unpack", "PPq")
+_pack = _function("pack", "Pq")
+_unpack = _function("unpack", "Pq")
 
 
 def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -83,16 +83,14 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def pack(moments: Tensor) -> Tensor:
     """See `reference.pack`."""
-    result = torch.empty_like(moments)
-    _pack(moments.data_ptr(), result.data_ptr(), len(moments) // 2)
-    return result
+    _pack(moments.data_ptr(), len(moments) // 2)
+    return moments
 
 
 def unpack(packed: Tensor) -> Tensor:
     """See `reference.unpack`."""
-    result = torch.empty_like(packed)
-    _unpack(packed.data_ptr(), result.data_ptr(), len(packed) // 2)
-    return result
+    _unpack(packed.data_ptr(), len(packed) // 2)
+    return packed
 
 
 def update_running(

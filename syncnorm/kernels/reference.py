@@ -44,17 +44,18 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def pack(moments: Tensor) -> Tensor:
-    """Return [n·mean, M2 + n·mean², n], (2C + 1,), whose sum over shards packs the moments of them all."""
+    """Replace moments by [n·mean, M2 + n·mean², n], (2C + 1,), whose sum over shards packs the moments of them all."""
     mean, m2 = moments[:-1].view(2, -1)
     total = moments[-1] * mean
-    return torch.cat([total, torch.addcmul(m2, total, mean), moments[-1:]])
+    return moments.copy_(torch.cat([total, torch.addcmul(m2, total, mean), moments[-1:]]))
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """Return the moments, (2C + 1,), that `packed` stands for."""
+    """Replace `packed` by the moments, (2C + 1,), that it stands for."""
     total, total_square = packed[:-1].view(2, -1)
     mean = total / or_one(packed[-1])
-    return torch.cat([mean, torch.addcmul(total_square, total, mean, value=-1).clamp_min(0), packed[-1:]])
+    m2 = torch.addcmul(total_square, total, mean, value=-1).clamp_min(0)
+    return packed.copy_(torch.cat([mean, m2, packed[-1:]]))
 
 
 @torch.no_grad()

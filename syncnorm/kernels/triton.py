@@ -76,17 +76,13 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def pack(moments: Tensor) -> Tensor:
-    """Return [n·mean, M2 + n·mean², n], (2C + 1,)."""
-    packed = torch.empty_like(moments)
-    _per_channel(_pack_kernel, moments, packed)
-    return packed
+    """Replace moments by [n·mean, M2 + n·mean², n], (2C + 1,)."""
+    return _in_place(_pack_kernel, moments)
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """Return the moments, (2C + 1,), that `packed` stands for."""
-    moments = torch.empty_like(packed)
-    _per_channel(_unpack_kernel, packed, moments)
-    return moments
+    """Replace `packed` by the moments, (2C + 1,), that it stands for."""
+    return _in_place(_unpack_kernel, packed)
 
 
 def update_running(
@@ -272,10 +268,11 @@ def _finish(kernel: Any, x: Tensor, partial: Tensor, *arguments: Tensor | None) 
         kernel[(max(1, triton.cdiv(C, channels)),)](partial, *arguments, C, len(partial), runs, channels, **OPTIONS)
 
 
-def _per_channel(kernel: Any, vector: Tensor, result: Tensor) -> None:
-    C = len(vector) // 2
-    with torch.cuda.device_of(vector):
-        kernel[(max(1, triton.cdiv(C, CHANNEL_BLOCK)),)](vector, result, C, CHANNEL_BLOCK, **OPTIONS)
+def _in_place(kernel: Any, values: Tensor) -> Tensor:
+    C = len(values) // 2
+    with torch.cuda.device_of(values):
+        kernel[(max(1, triton.cdiv(C, CHANNEL_BLOCK)),)](values, C, CHANNEL_BLOCK, **OPTIONS)
+    return values
 
 
 def _to_bits(positive: Tensor) -> Tensor:
@@ -375,20 +372,21 @@ def _merge_moments_kernel(partial, moments, C, runs, RUNS: tl.constexpr, CHANNEL
 
 
 @_pass
-def _pack_kernel(moments, packed, C, BLOCK: tl.constexpr):
-    """Of moments: packed."""
+def _pack_kernel(values, C, BLOCK: tl.constexpr):
+    """Of moments: packed, in place."""
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mean, m2, count = _load_moments(moments, channels, C)
-    _store_moments(packed, count * mean, m2 + count * mean * mean, count, channels, C, tl.program_id(0))
+    mean, m2, count = _load_moments(values, channels, C)
+    _store_pair(values, count * mean, m2 + count * mean * mean, channels, C)
 
 
 @_pass
-def _unpack_kernel(packed, moments, C, BLOCK: tl.constexpr):
-    """Of packed moments: the moments."""
+def _unpack_kernel(values, C, BLOCK: tl.constexpr):
+    """Of packed moments: the moments, in place."""
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total, total_square, count = _load_moments(packed, channels, C)
+    total, total_square, count = _load_moments(values, channels, C)
     mean = total / _or_one(count)
-    _store_moments(moments, mean, total_square - total * mean, count, channels, C, tl.program_id(0))
+    m2 = total_square - total * mean
+    _store_pair(values, mean, tl.where(m2 < 0, 0.0, m2), channels, C)
 
 
 @triton.jit(do_not_specialize=["C", "mean_stride", "var_stride", "momentum_bits"])
