@@ -18,16 +18,24 @@ from ..communicators import communicator
 __all__ = ["PASSES", "all_reduce", "layer", "layer_in_autograd"]
 
 
-def layer(input: Tensor) -> Callable[[], object]:
-    """Return what moves as much memory as forward and backward of a layer: 2 clones and 2 copies of the input."""
+def layer(input: Tensor, all_reduces: Sequence[Callable[[], object]] = ()) -> Callable[[], object]:
+    """Return what moves as much memory as forward and backward of a layer: 2 clones and 2 copies of the input.
+
+    Args:
+        input: (N, C, *).
+        all_reduces: those of forward and backward, each to be called where a layer does: between two passes.
+    """
     input = input.detach()
     there = torch.empty_like(input)
+    forward, backward = all_reduces or (lambda: None, lambda: None)
 
     def run() -> tuple[Tensor, Tensor]:
-        fresh = input.clone(), input.clone()  # y lives until backward has dx
         there.copy_(input)
+        forward()
+        y = input.clone()
         there.copy_(input)
-        return fresh
+        backward()
+        return y, input.clone()  # y lives until backward has dx
 
     return run
 

@@ -24,6 +24,7 @@ from .targets import (
     ADD_RELU,
     ALL,
     ALL_REDUCES,
+    ALL_REDUCES_BETWEEN,
     ALONE,
     AUTOGRAD,
     FLOOR,
@@ -167,7 +168,9 @@ def _measured(job: Job, case: Case, setting: str, quick: bool, with_compiled: bo
         check(f"{name} on {case.name}", step()[:2], wanted[kind])
         steps[name] = step
     if group.size > 1:
-        steps[ALL_REDUCES] = _all_reduces(case.shape[1], device)
+        all_reduces = _all_reduces(case.shape[1], device)
+        steps[ALL_REDUCES] = lambda: [all_reduce() for all_reduce in all_reduces]
+        steps[ALL_REDUCES_BETWEEN] = floor.layer(x, all_reduces)
     effort = BRIEF if quick else LONG if case.kind == LARGE else FULL
     timings = interleave(steps, group, effort, clock_of(device), together=True)
     return Result(case, setting, timings, list(verdicts(case, timings, device)))
@@ -284,16 +287,10 @@ def _of_module(module: nn.Module, synchronized: bool = False, relu: bool = False
     return Layer(module, list(module.parameters()), synchronized, relu)
 
 
-def _all_reduces(features: int, device: torch.device) -> Callable[[], object]:
+def _all_reduces(features: int, device: torch.device) -> list[Callable[[], object]]:
     """Return two bare all-reduces, of what forward and backward of a layer send."""
-    zeros = [torch.zeros(elements, dtype=torch.float64, device=device) for elements in (2 * features + 1, 2 * features)]
-    forward, backward = map(floor.all_reduce, zeros)
-
-    def run() -> None:
-        forward()
-        backward()
-
-    return run
+    sizes = 2 * features + 1, 2 * features
+    return [floor.all_reduce(torch.zeros(size, dtype=torch.float64, device=device)) for size in sizes]
 
 
 def expected(layer: Layer, x: Tensor, dy: Tensor, group: Communicator) -> tuple[Tensor, Tensor]:
