@@ -43,6 +43,8 @@ static int omp_get_num_threads() { return 1; }
 namespace {
 
 constexpr int64_t SEGMENT = 1024;         // values
+constexpr int64_t WRITTEN = 256;          // values: a segment of a pass that writes, which is to read meanwhile
+constexpr int64_t GROUP = 8192;           // values: the memory is walked backwards by runs of as many
 constexpr int64_t SMALLEST_PLANE = 16;    // values: smaller planes are walked by period
 constexpr int64_t SMALLEST_PERIOD = 512;  // values: shorter rows are taken several at a time
 constexpr int64_t ROWS_IN_SINGLE = 32;    // periods that are summed in R before they go to double
@@ -63,7 +65,7 @@ struct fp16 { uint16_t bits; };
 template <class T> struct Arithmetic { using type = float; };
 template <> struct Arithmetic<double> { using type = double; };
 template <class T> struct InRegisters { using type = T; };
-template <> struct InRegisters<fp16> { using type = float; };  // its instructions take eight values: no compiler finds them
+template <> struct InRegisters<fp16> { using type = float; };  // no compiler vectorizes a loop with its conversions
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -308,6 +310,7 @@ inline bool streams_to(const void *memory, int64_t bytes) {
 }
 
 // Where the segments of a result are computed, and how they get to their place: at once, or, past the caches, together.
+// These go as soon as they end with a line, since a line that is streamed in two parts is read and written twice.
 template <class T, class M> class Result {
   public:
     Result(void *memory, bool streams, M *buffer)  // buffer: 2 SEGMENT
@@ -327,13 +330,17 @@ template <class T, class M> class Result {
         return buffer_ + filled_;
     }
     void put(int64_t at, int64_t n) {
-        if (streams_) filled_ += n;
+        if (streams_) {
+            filled_ += n;
+            if (filled_ >= WRITTEN && ends_line(memory_ + at + n)) flush();
+        }
         if constexpr (!same)
             if (!streams_) convert(buffer_, memory_ + at, n);
     }
 
   private:
     static constexpr bool same = sizeof(T) == sizeof(M);
+    static bool ends_line(const T *end) { return reinterpret_cast<uintptr_t>(end) % LINE == 0; }
     void flush() {
         if (!filled_) return;
         const void *from = buffer_;
@@ -379,47 +386,47 @@ struct Walk {
     // Call segment(at, entry, n): n values from place `at` on, the first of which belongs to `entry`.
     template <class Segment> void planes(int64_t thread, Segment segment) const {
         int64_t first = begin(thread), last = begin(thread + 1);
-        if (first < last) planes(first / plane, (last - 1) / plane + 1, first, last, segment);
+        if (first < last) planes(first / plane, (last - 1) / plane + 1, first, last, SEGMENT, segment);
     }
     // Call segment(at, entry, n, rows): the same n values of some periods, `together` of them or 1.
     template <class Segment> void periods(int64_t thread, int64_t together, Segment segment) const {
         int64_t last = begin(thread + 1), whole = smaller(last, values / period), rows;
         for (int64_t row = begin(thread); row < last; row += rows) {
             rows = row + together <= whole ? together : 1;
-            one_period(row, [&](int64_t at, int64_t entry, int64_t n) { segment(at, entry, n, rows); });
+            one_period(row, SEGMENT, [&](int64_t at, int64_t entry, int64_t n) { segment(at, entry, n, rows); });
         }
     }
-    // Backwards, what the last pass has left in the caches is met first.
+    // Backwards, what the last pass has left in the caches is met first; for passes that write.
     template <class Segment> void backward(int64_t thread, Segment segment) const {
         int64_t first = begin(thread), last = begin(thread + 1);
         if (by_period) {
             in_groups_from_last(first, last, period, [&](int64_t from, int64_t to) {
-                for (int64_t row = from; row < to; ++row) one_period(row, segment);
+                for (int64_t row = from; row < to; ++row) one_period(row, WRITTEN, segment);
             });
         } else if (first < last) {
             in_groups_from_last(first / plane, (last - 1) / plane + 1, plane,
-                                [&](int64_t from, int64_t to) { planes(from, to, first, last, segment); });
+                                [&](int64_t from, int64_t to) { planes(from, to, first, last, WRITTEN, segment); });
         }
     }
 
   private:
     // The last group of units first, but its units in order: together they are a run of memory.
     template <class Group> static void in_groups_from_last(int64_t first, int64_t last, int64_t size, Group group) {
-        int64_t units = larger(1, SEGMENT / size);
+        int64_t units = larger(1, GROUP / size);
         for (int64_t end = last; end > first; end -= units) group(larger(end - units, first), end);
     }
-    template <class Segment> void one_period(int64_t row, Segment segment) const {
+    template <class Segment> void one_period(int64_t row, int64_t longest, Segment segment) const {
         int64_t at = row * period, end = smaller(at + period, values);
-        for (int64_t entry = 0; at < end; at += SEGMENT, entry += SEGMENT)
-            segment(at, entry, smaller(SEGMENT, end - at));
+        for (int64_t entry = 0; at < end; at += longest, entry += longest)
+            segment(at, entry, smaller(longest, end - at));
     }
     // What lies between the values `first` and `last` of the planes `from` to `to`.
     template <class Segment>
-    void planes(int64_t from, int64_t to, int64_t first, int64_t last, Segment segment) const {
+    void planes(int64_t from, int64_t to, int64_t first, int64_t last, int64_t longest, Segment segment) const {
         int64_t channel = from % channels;
         for (int64_t p = from; p < to; ++p) {
             int64_t at = larger(p * plane, first), end = smaller((p + 1) * plane, last);
-            for (; at < end; at += SEGMENT) segment(at, channel, smaller(SEGMENT, end - at));
+            for (; at < end; at += longest) segment(at, channel, smaller(longest, end - at));
             if (++channel == channels) channel = 0;  // to divide takes longer than to sum a small plane
         }
     }
@@ -637,13 +644,16 @@ template <class M, int KIND, int ROWS, class R = typename Arithmetic<M>::type>
 void accumulate_by_period(const Operands<M> &of, int64_t n, int64_t period, R *sum, R *product) {
     constexpr bool has_dy = KIND >= GRADIENT, has_mask = KIND == WEIGHTED_DEVIATION || KIND == MASKED_GRADIENT;
     constexpr bool has_map = KIND == GRADIENT_THROUGH_RELU;
-    constexpr bool ahead = ROWS > 1 && !has_dy;  // with dy it gains nothing
+    constexpr bool ahead = ROWS > 1 && (!has_dy || sizeof(M) < sizeof(R));  // else it gains nothing
     constexpr int64_t line = LINE / sizeof(M);
     const int64_t block = ahead ? 4 * line : n;
     for (int64_t from = 0; from < n; from += block) {
         if constexpr (ahead) {
             for (int row = ROWS; row < 2 * ROWS; ++row)
-                for (int64_t j = from; j < from + block; j += line) prefetch(of.x + row * period + j);
+                for (int64_t j = from; j < from + block; j += line) {
+                    prefetch(of.x + row * period + j);
+                    if (has_dy) prefetch(of.dy + row * period + j);
+                }
         }
         const int64_t end = smaller(from + block, n);
         SIMD for (int64_t i = from; i < end; ++i) {
@@ -682,10 +692,20 @@ template <class R> inline typename Vector<R>::type read_vector(const R *from) {
 }
 
 inline Vector<float>::type read_vector(const bf16 *from) {
-    typedef uint16_t Halves __attribute__((vector_size(VECTOR / 2), aligned(2), may_alias));
-    typedef uint32_t Bits __attribute__((vector_size(VECTOR)));
-    Bits bits = __builtin_convertvector(*reinterpret_cast<const Halves *>(from), Bits) << 16;
-    return reinterpret_cast<Vector<float>::type>(bits);
+#if defined(__AVX512F__)
+    __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#elif defined(__AVX2__)
+    __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+#elif defined(__x86_64__)
+    __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(from));
+    return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), halves));
+#else
+    Vector<float>::type values;
+    for (int64_t j = 0; j < Vector<float>::size; ++j) values[j] = single(from[j]);
+    return values;
+#endif
 }
 
 // How many values lie before `from` is aligned to as many as a register holds: at least 1, at most a register of them.
@@ -1058,8 +1078,8 @@ inline bool through_relu(const BackwardArguments &of, bool wants_dz) {
     return of.epilogue.activation == RELU && !of.epilogue.signs && !of.mask && !wants_dz;
 }
 
-// Whether x and dy are all that it takes.
-inline bool direct(const BackwardArguments &of, bool wants_dz) {
+// Whether x and dy, beside a mask, are all that it takes.
+inline bool takes_x_and_dy(const BackwardArguments &of, bool wants_dz) {
     return through_relu(of, wants_dz) || (of.epilogue.activation == NONE && !of.epilogue.inplace);
 }
 
@@ -1072,8 +1092,8 @@ template <class T, class M> struct Backward {
     const Walk &walk;
     Affine<R> &map;
     R *buffers;  // (threads, 5, SEGMENT)
-    bool direct;
-    bool in_place;  // all operands as they lie in memory
+    bool direct;    // x and dy are all that the pass takes
+    bool in_place;  // as they lie in memory
     const R *slopes;  // (256, 8) where there are signs
 
     static int64_t bytes(const Walk &walk) { return Scratch::bytes<R>(5 * walk.threads * SEGMENT) + Scratch::bytes<R>(2048); }
@@ -1081,7 +1101,7 @@ template <class T, class M> struct Backward {
         : dy(static_cast<const T *>(of.dy)), x(static_cast<const T *>(of.x)),
           residual(static_cast<const T *>(of.epilogue.residual)), mask(static_cast<const R *>(of.mask)),
           epilogue(of.epilogue), walk(w), map(affine), buffers(scratch.array<R>(5 * w.threads * SEGMENT)),
-          direct(::direct(of, wants_dz)), in_place(direct && !mask && sizeof(T) == sizeof(M)) {
+          direct(takes_x_and_dy(of, wants_dz)), in_place(direct && !mask && sizeof(T) == sizeof(M)) {
         R *filled = scratch.array<R>(2048);
         if (epilogue.signs) fill_slopes<R>(epilogue.activation == LEAKY_RELU ? R(NEGATIVE_SLOPE) : 0, filled);
         slopes = filled;
@@ -1173,7 +1193,7 @@ template <class T, class M> int reduce_grad(const ReduceGradArguments &a) {
 }
 
 template <class T> int reduce_grad(const ReduceGradArguments &a) {
-    if (direct(a.of, false)) return reduce_grad<T, typename InRegisters<T>::type>(a);
+    if (takes_x_and_dy(a.of, false)) return reduce_grad<T, typename InRegisters<T>::type>(a);
     return reduce_grad<T, typename Arithmetic<T>::type>(a);
 }
 
@@ -1244,7 +1264,7 @@ template <class T, class M> int grad_input(const GradInputArguments &a) {
 }
 
 template <class T> int grad_input(const GradInputArguments &a) {
-    if (direct(a.of, a.dz)) return grad_input<T, typename InRegisters<T>::type>(a);
+    if (takes_x_and_dy(a.of, a.dz)) return grad_input<T, typename InRegisters<T>::type>(a);
     return grad_input<T, typename Arithmetic<T>::type>(a);
 }
 
