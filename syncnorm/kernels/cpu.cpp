@@ -10,9 +10,10 @@
 //     by period   [N, *, C], or [N, C, S] with a small S: the channels of one row repeat all along the memory, so a row,
 //                 or several short ones, are a period of values of which each has a channel of its own
 //
-// Either way the memory falls into segments of up to SEGMENT values, small enough for the first cache: half-precision
-// values are converted there, and what is written past the caches is gathered there. T is the type in memory, R the
-// type of the arithmetic: float, or double for double. Per channel everything comes and goes as double.
+// Either way the memory falls into segments of up to SEGMENT values, small enough for the first cache: what is written
+// past the caches is gathered there. T is the type in memory, R the type of the arithmetic: float, or double for double.
+// M is that of the segments which a pass reads and writes: T, whose values it converts in registers, or R, to and from
+// which they are converted in buffers. Per channel everything comes and goes as double.
 
 #include <math.h>
 #include <stdint.h>
@@ -42,6 +43,8 @@ static int omp_get_num_threads() { return 1; }
 namespace {
 
 constexpr int64_t SEGMENT = 1024;         // values
+constexpr int64_t WRITTEN = 256;          // values: a segment of a pass that writes, which is to read meanwhile
+constexpr int64_t GROUP = 8192;           // values: the memory is walked backwards by runs of as many
 constexpr int64_t SMALLEST_PLANE = 16;    // values: smaller planes are walked by period
 constexpr int64_t SMALLEST_PERIOD = 512;  // values: shorter rows are taken several at a time
 constexpr int64_t ROWS_IN_SINGLE = 32;    // periods that are summed in R before they go to double
@@ -61,6 +64,8 @@ struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 template <class T> struct Arithmetic { using type = float; };
 template <> struct Arithmetic<double> { using type = double; };
+template <class T> struct InRegisters { using type = T; };
+template <> struct InRegisters<fp16> { using type = float; };  // no compiler vectorizes a loop with its conversions
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -210,9 +215,16 @@ inline fp16 to_fp16(float value) {
 }
 #endif
 
-// load(from, buffer, n): n values in the type of the arithmetic, in the buffer if they are not so already.
-inline const float *load(const float *from, float *, int64_t) { return from; }
-inline const double *load(const double *from, double *, int64_t) { return from; }
+// A value of a segment in the type of the arithmetic, and back: in registers, where the loop around is vectorized.
+inline float read(float from) { return from; }
+inline double read(double from) { return from; }
+inline float read(bf16 from) { return single(from); }
+inline void write(float value, float *to) { *to = value; }
+inline void write(double value, double *to) { *to = value; }
+inline void write(float value, bf16 *to) { *to = to_bf16(value); }
+
+// load(from, buffer, n): n values in the type of the buffer, in the buffer if they are not so already.
+template <class M> const M *load(const M *from, M *, int64_t) { return from; }
 
 inline const float *load(const bf16 *from, float *buffer, int64_t n) {
     SIMD for (int64_t i = 0; i < n; ++i) buffer[i] = single(from[i]);
@@ -297,14 +309,15 @@ inline bool streams_to(const void *memory, int64_t bytes) {
 }
 
 // Where the segments of a result are computed, and how they get to their place: at once, or, past the caches, together.
-template <class T, class R> class Result {
+// These go as soon as they end with a line, since a line that is streamed in two parts is read and written twice.
+template <class T, class M> class Result {
   public:
-    Result(void *memory, bool streams, R *buffer)  // buffer: 2 SEGMENT
+    Result(void *memory, bool streams, M *buffer)  // buffer: 2 SEGMENT
         : memory_(static_cast<T *>(memory)), streams_(streams), buffer_(buffer),
           converted_(reinterpret_cast<T *>(buffer + SEGMENT)) {}
     ~Result() { flush(); }
 
-    R *place(int64_t at, int64_t n) {
+    M *place(int64_t at, int64_t n) {
         if (!streams_) {
             if constexpr (same) return memory_ + at;
             return buffer_;
@@ -316,13 +329,17 @@ template <class T, class R> class Result {
         return buffer_ + filled_;
     }
     void put(int64_t at, int64_t n) {
-        if (streams_) filled_ += n;
+        if (streams_) {
+            filled_ += n;
+            if (filled_ >= WRITTEN && ends_line(memory_ + at + n)) flush();
+        }
         if constexpr (!same)
             if (!streams_) convert(buffer_, memory_ + at, n);
     }
 
   private:
-    static constexpr bool same = sizeof(T) == sizeof(R);
+    static constexpr bool same = sizeof(T) == sizeof(M);
+    static bool ends_line(const T *end) { return reinterpret_cast<uintptr_t>(end) % LINE == 0; }
     void flush() {
         if (!filled_) return;
         const void *from = buffer_;
@@ -335,7 +352,7 @@ template <class T, class R> class Result {
     }
     T *memory_;
     bool streams_;
-    R *buffer_;
+    M *buffer_;
     T *converted_;
     int64_t at_ = 0, filled_ = 0;
 };
@@ -368,47 +385,47 @@ struct Walk {
     // Call segment(at, entry, n): n values from place `at` on, the first of which belongs to `entry`.
     template <class Segment> void planes(int64_t thread, Segment segment) const {
         int64_t first = begin(thread), last = begin(thread + 1);
-        if (first < last) planes(first / plane, (last - 1) / plane + 1, first, last, segment);
+        if (first < last) planes(first / plane, (last - 1) / plane + 1, first, last, SEGMENT, segment);
     }
     // Call segment(at, entry, n, rows): the same n values of some periods, `together` of them or 1.
     template <class Segment> void periods(int64_t thread, int64_t together, Segment segment) const {
         int64_t last = begin(thread + 1), whole = smaller(last, values / period), rows;
         for (int64_t row = begin(thread); row < last; row += rows) {
             rows = row + together <= whole ? together : 1;
-            one_period(row, [&](int64_t at, int64_t entry, int64_t n) { segment(at, entry, n, rows); });
+            one_period(row, SEGMENT, [&](int64_t at, int64_t entry, int64_t n) { segment(at, entry, n, rows); });
         }
     }
-    // Backwards, what the last pass has left in the caches is met first.
+    // Backwards, what the last pass has left in the caches is met first; for passes that write.
     template <class Segment> void backward(int64_t thread, Segment segment) const {
         int64_t first = begin(thread), last = begin(thread + 1);
         if (by_period) {
             in_groups_from_last(first, last, period, [&](int64_t from, int64_t to) {
-                for (int64_t row = from; row < to; ++row) one_period(row, segment);
+                for (int64_t row = from; row < to; ++row) one_period(row, WRITTEN, segment);
             });
         } else if (first < last) {
             in_groups_from_last(first / plane, (last - 1) / plane + 1, plane,
-                                [&](int64_t from, int64_t to) { planes(from, to, first, last, segment); });
+                                [&](int64_t from, int64_t to) { planes(from, to, first, last, WRITTEN, segment); });
         }
     }
 
   private:
     // The last group of units first, but its units in order: together they are a run of memory.
     template <class Group> static void in_groups_from_last(int64_t first, int64_t last, int64_t size, Group group) {
-        int64_t units = larger(1, SEGMENT / size);
+        int64_t units = larger(1, GROUP / size);
         for (int64_t end = last; end > first; end -= units) group(larger(end - units, first), end);
     }
-    template <class Segment> void one_period(int64_t row, Segment segment) const {
+    template <class Segment> void one_period(int64_t row, int64_t longest, Segment segment) const {
         int64_t at = row * period, end = smaller(at + period, values);
-        for (int64_t entry = 0; at < end; at += SEGMENT, entry += SEGMENT)
-            segment(at, entry, smaller(SEGMENT, end - at));
+        for (int64_t entry = 0; at < end; at += longest, entry += longest)
+            segment(at, entry, smaller(longest, end - at));
     }
     // What lies between the values `first` and `last` of the planes `from` to `to`.
     template <class Segment>
-    void planes(int64_t from, int64_t to, int64_t first, int64_t last, Segment segment) const {
+    void planes(int64_t from, int64_t to, int64_t first, int64_t last, int64_t longest, Segment segment) const {
         int64_t channel = from % channels;
         for (int64_t p = from; p < to; ++p) {
             int64_t at = larger(p * plane, first), end = smaller((p + 1) * plane, last);
-            for (; at < end; at += SEGMENT) segment(at, channel, smaller(SEGMENT, end - at));
+            for (; at < end; at += longest) segment(at, channel, smaller(longest, end - at));
             if (++channel == channels) channel = 0;  // to divide takes longer than to sum a small plane
         }
     }
@@ -596,8 +613,10 @@ template <class R> inline R derivative(int64_t activation, R z) {
 // Sums over a segment, of e and of e * d, where d = x - shift. What e is:
 enum Kind { DEVIATION, WEIGHTED_DEVIATION, GRADIENT, GRADIENT_THROUGH_RELU, MASKED_GRADIENT };
 
-template <class R> struct Operands {
-    const R *x, *dy, *mask;            // SEGMENT
+template <class M> struct Operands {
+    using R = typename Arithmetic<M>::type;
+    const M *x, *dy;                   // SEGMENT
+    const R *mask;                     // SEGMENT
     const R *high, *scale, *shift;     // by entry
 };
 
@@ -620,17 +639,20 @@ template <int KIND, class X> inline void term(X x, X dy, X mask, X high, X scale
 inline void prefetch(const void *from) { __builtin_prefetch(from); }
 
 // Each entry has sums of its own, which are loaded and stored once for all the rows, `period` apart.
-template <class R, int KIND, int ROWS>
-void accumulate_by_period(const Operands<R> &of, int64_t n, int64_t period, R *sum, R *product) {
+template <class M, int KIND, int ROWS, class R = typename Arithmetic<M>::type>
+void accumulate_by_period(const Operands<M> &of, int64_t n, int64_t period, R *sum, R *product) {
     constexpr bool has_dy = KIND >= GRADIENT, has_mask = KIND == WEIGHTED_DEVIATION || KIND == MASKED_GRADIENT;
     constexpr bool has_map = KIND == GRADIENT_THROUGH_RELU;
-    constexpr bool ahead = ROWS > 1 && !has_dy;  // with dy it gains nothing
-    constexpr int64_t line = LINE / sizeof(R);
+    constexpr bool ahead = ROWS > 1 && (!has_dy || sizeof(M) < sizeof(R));  // else it gains nothing
+    constexpr int64_t line = LINE / sizeof(M);
     const int64_t block = ahead ? 4 * line : n;
     for (int64_t from = 0; from < n; from += block) {
         if constexpr (ahead) {
             for (int row = ROWS; row < 2 * ROWS; ++row)
-                for (int64_t j = from; j < from + block; j += line) prefetch(of.x + row * period + j);
+                for (int64_t j = from; j < from + block; j += line) {
+                    prefetch(of.x + row * period + j);
+                    if (has_dy) prefetch(of.dy + row * period + j);
+                }
         }
         const int64_t end = smaller(from + block, n);
         SIMD for (int64_t i = from; i < end; ++i) {
@@ -638,7 +660,8 @@ void accumulate_by_period(const Operands<R> &of, int64_t n, int64_t period, R *s
             R s = sum[i], p = product[i], e, d;
             for (int row = 0; row < ROWS; ++row) {
                 int64_t j = row * period + i;
-                term<KIND>(of.x[j], has_dy ? of.dy[j] : 0, has_mask ? of.mask[j] : 0, high, scale, shift, e, d);
+                term<KIND, R>(read(of.x[j]), has_dy ? read(of.dy[j]) : 0, has_mask ? of.mask[j] : 0, high, scale, shift,
+                              e, d);
                 s += e;
                 p += e * d;
             }
@@ -662,9 +685,32 @@ template <class R> struct Vector {  // what a register holds, wherever it lies i
     static constexpr int64_t size = VECTOR / sizeof(R);
 };
 
-// How many values lie before `to` can be written by whole registers: at least 1, at most a register of them.
-template <class R> inline int64_t unaligned(const R *to) {
-    return Vector<R>::size - static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) / sizeof(R) % Vector<R>::size);
+// A register of values, from memory.
+template <class R> inline typename Vector<R>::type read_vector(const R *from) {
+    return *reinterpret_cast<const typename Vector<R>::type *>(from);
+}
+
+inline Vector<float>::type read_vector(const bf16 *from) {
+#if defined(__AVX512F__)
+    __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#elif defined(__AVX2__)
+    __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+#elif defined(__x86_64__)
+    __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(from));
+    return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), halves));
+#else
+    Vector<float>::type values;
+    for (int64_t j = 0; j < Vector<float>::size; ++j) values[j] = single(from[j]);
+    return values;
+#endif
+}
+
+// How many values lie before `from` is aligned to as many as a register holds: at least 1, at most a register of them.
+template <class M> inline int64_t unaligned(const M *from) {
+    constexpr int64_t size = Vector<typename Arithmetic<M>::type>::size;
+    return size - static_cast<int64_t>(reinterpret_cast<uintptr_t>(from) / sizeof(M) % size);
 }
 
 // Bits for each value of a vector: all from the place-th value on, none before.
@@ -695,19 +741,18 @@ template <class R, int64_t n> inline R across(const void *values) {
 
 // All values have one entry: two vectors of sums at a time, so that an addition need not wait for the last one. The
 // first vector and the last one share values with their neighbours: those in between are aligned.
-template <class R, int KIND> void accumulate_by_plane(const Operands<R> &of, int64_t n, R *sum, R *product) {
+template <class M, int KIND, class R = typename Arithmetic<M>::type>
+void accumulate_by_plane(const Operands<M> &of, int64_t n, R *sum, R *product) {
     using V = typename Vector<R>::type;
     using B = typename Vector<R>::bits;
     constexpr int64_t size = Vector<R>::size;
     constexpr bool has_dy = KIND >= GRADIENT, has_mask = KIND == WEIGHTED_DEVIATION || KIND == MASKED_GRADIENT;
     constexpr bool has_map = KIND == GRADIENT_THROUGH_RELU;
     const R high = of.high[0], scale = has_map ? of.scale[0] : 0, shift = has_map ? of.shift[0] : 0;
-#define LOAD(X, from, there, i) (there ? *reinterpret_cast<const X *>(from + (i)) : X{})
     if (n < size) {
         R total = 0, total_product = 0, e, d;
         for (int64_t i = 0; i < n; ++i) {
-            term<KIND, R>(LOAD(R, of.x, true, i), LOAD(R, of.dy, has_dy, i), LOAD(R, of.mask, has_mask, i), high, scale,
-                          shift, e, d);
+            term<KIND, R>(read(of.x[i]), has_dy ? read(of.dy[i]) : 0, has_mask ? of.mask[i] : 0, high, scale, shift, e, d);
             total += e, total_product += e * d;
         }
         *sum = total, *product = total_product;
@@ -715,13 +760,15 @@ template <class R, int KIND> void accumulate_by_plane(const Operands<R> &of, int
     }
     V sums[2] = {}, products[2] = {}, e, d;
     auto take = [&](int64_t j) __attribute__((always_inline)) {
-        term<KIND, V>(LOAD(V, of.x, true, j), LOAD(V, of.dy, has_dy, j), LOAD(V, of.mask, has_mask, j), V{} + high,
-                      V{} + scale, V{} + shift, e, d);
+        V x = read_vector(of.x + j), dy = {}, mask = {};
+        if constexpr (has_dy) dy = read_vector(of.dy + j);
+        if constexpr (has_mask) mask = read_vector(of.mask + j);
+        term<KIND, V>(x, dy, mask, V{} + high, V{} + scale, V{} + shift, e, d);
     };
     auto keep = [&](B bits) __attribute__((always_inline)) {
         e = reinterpret_cast<V>(reinterpret_cast<B>(e) & bits), d = reinterpret_cast<V>(reinterpret_cast<B>(d) & bits);
     };
-    constexpr int64_t line = LINE / sizeof(R), ahead = AHEAD / sizeof(R);
+    constexpr int64_t line = LINE / sizeof(M), ahead = AHEAD / sizeof(M);
     int64_t i = unaligned(of.x);
     take(0);
     keep(~from_place<R>(i));
@@ -752,7 +799,8 @@ template <class R, int KIND> void accumulate_by_plane(const Operands<R> &of, int
 
 // Sum over all the memory: `segment(thread, at, entry, n)` gives the operands. (C,) each. If segment.in_place, these are
 // the tensors themselves, so that of one period they lead to the next.
-template <class R> struct Sums {
+template <class M> struct Sums {
+    using R = typename Arithmetic<M>::type;
     const Walk &walk;
     Scratch scratch;
     double *sum, *product;                // (C,)
@@ -793,7 +841,7 @@ template <class R> struct Sums {
         double *s = sums + thread * walk.entries(), *p = products + thread * walk.entries();
         walk.planes(thread, [&](int64_t at, int64_t entry, int64_t n) {
             R one, other;
-            accumulate_by_plane<R, KIND>(segment(thread, at, entry, n), n, &one, &other);
+            accumulate_by_plane<M, KIND>(segment(thread, at, entry, n), n, &one, &other);
             s[entry] += one, p[entry] += other;
         });
     }
@@ -811,9 +859,9 @@ template <class R> struct Sums {
         };
         walk.periods(thread, segment.in_place ? ROWS_AT_A_TIME : 1, [&](int64_t at, int64_t entry, int64_t n, int64_t rows) {
             if (entry == 0 && (added += rows) > ROWS_IN_SINGLE) flush(), added = rows;
-            Operands<R> of = segment(thread, at, entry, n);
-            rows > 1 ? accumulate_by_period<R, KIND, ROWS_AT_A_TIME>(of, n, walk.period, rs + entry, rp + entry)
-                     : accumulate_by_period<R, KIND, 1>(of, n, walk.period, rs + entry, rp + entry);
+            Operands<M> of = segment(thread, at, entry, n);
+            rows > 1 ? accumulate_by_period<M, KIND, ROWS_AT_A_TIME>(of, n, walk.period, rs + entry, rp + entry)
+                     : accumulate_by_period<M, KIND, 1>(of, n, walk.period, rs + entry, rp + entry);
         });
         flush();
     }
@@ -862,14 +910,16 @@ template <class T, class R> void estimate(const Walk &walk, const T *x, const R 
 
 template <class T> struct Deviations {  // the operands of a segment
     using R = typename Arithmetic<T>::type;
+    using M = typename InRegisters<T>::type;
     const T *x;
     const R *mask, *high;
     const Walk &walk;
-    R *values, *weight;  // (threads, SEGMENT)
+    M *values;  // (threads, SEGMENT)
+    R *weight;  // (threads, SEGMENT)
     bool in_place;
 
-    Operands<R> operator()(int64_t thread, int64_t at, int64_t entry, int64_t n) const {
-        Operands<R> of{};
+    Operands<M> operator()(int64_t thread, int64_t at, int64_t entry, int64_t n) const {
+        Operands<M> of{};
         of.x = load(x + at, values + thread * SEGMENT, n);
         if (mask) of.mask = weights(mask, walk, at, n, weight + thread * SEGMENT);
         of.high = high + entry;
@@ -879,6 +929,7 @@ template <class T> struct Deviations {  // the operands of a segment
 
 template <class T> int moments(const MomentsArguments &a) {
     using R = typename Arithmetic<T>::type;
+    using M = typename InRegisters<T>::type;
     const T *x = static_cast<const T *>(a.x);
     const R *mask = static_cast<const R *>(a.mask);
     int64_t channels = a.shape.c, positions = a.shape.n * a.shape.s;
@@ -893,12 +944,13 @@ template <class T> int moments(const MomentsArguments &a) {
         return 0;
     }
     Walk walk(a.shape, false);
-    Sums<R> sums(walk);
+    Sums<M> sums(walk);
     Scratch scratch(Scratch::bytes<R>(walk.entries()) + 2 * walk.threads * Scratch::bytes<R>(SEGMENT));
     if (!sums.scratch || !scratch) return 1;
     R *high = scratch.array<R>(walk.entries());
-    R *values = scratch.array<R>(walk.threads * SEGMENT), *weight = scratch.array<R>(walk.threads * SEGMENT);
-    Deviations<T> segment{x, mask, high, walk, values, weight, sizeof(T) == sizeof(R) && !mask};
+    M *values = scratch.array<M>(walk.threads * SEGMENT);
+    R *weight = scratch.array<R>(walk.threads * SEGMENT);
+    Deviations<T> segment{x, mask, high, walk, values, weight, sizeof(T) == sizeof(M) && !mask};
     estimate<T, R>(walk, x, mask, mean, m2);
     for (int attempt = 0; attempt < 2; ++attempt) {
         expand(walk, mean, high);
@@ -946,35 +998,37 @@ template <class R> struct Affine {
     }
 };
 
-template <class R, int64_t ACTIVATION, bool BY_PERIOD, bool RESIDUAL>
-void affine(const R *x, const R *residual, R *y, int64_t n, const Affine<R> &of, int64_t entry) {
+template <class M, int64_t ACTIVATION, bool BY_PERIOD, bool RESIDUAL, class R = typename Arithmetic<M>::type>
+void affine(const M *x, const M *residual, M *y, int64_t n, const Affine<R> &of, int64_t entry) {
     const R *high = of.high + entry, *scale = of.scale + entry, *shift = of.shift + entry;
     SIMD for (int64_t i = 0; i < n; ++i) {
         int64_t e = BY_PERIOD ? i : 0;
-        R z = (x[i] - high[e]) * scale[e] + shift[e];
-        if constexpr (RESIDUAL) z += residual[i];
-        y[i] = activate<R, ACTIVATION>(z);
+        R z = (read(x[i]) - high[e]) * scale[e] + shift[e];
+        if constexpr (RESIDUAL) z += read(residual[i]);
+        write(activate<R, ACTIVATION>(z), y + i);
     }
 }
 
-template <class R> using AffineSegment = void (*)(const R *, const R *, R *, int64_t, const Affine<R> &, int64_t);
+template <class M>
+using AffineSegment =
+    void (*)(const M *, const M *, M *, int64_t, const Affine<typename Arithmetic<M>::type> &, int64_t);
 
-template <class R, int64_t ACTIVATION> AffineSegment<R> affine_with(bool by_period, bool residual) {
-    if (by_period) return residual ? affine<R, ACTIVATION, true, true> : affine<R, ACTIVATION, true, false>;
-    return residual ? affine<R, ACTIVATION, false, true> : affine<R, ACTIVATION, false, false>;
+template <class M, int64_t ACTIVATION> AffineSegment<M> affine_with(bool by_period, bool residual) {
+    if (by_period) return residual ? affine<M, ACTIVATION, true, true> : affine<M, ACTIVATION, true, false>;
+    return residual ? affine<M, ACTIVATION, false, true> : affine<M, ACTIVATION, false, false>;
 }
 
-template <class R> AffineSegment<R> affine_segment(int64_t activation, bool by_period, bool residual) {
+template <class M> AffineSegment<M> affine_segment(int64_t activation, bool by_period, bool residual) {
     switch (activation) {
-        case RELU: return affine_with<R, RELU>(by_period, residual);
-        case LEAKY_RELU: return affine_with<R, LEAKY_RELU>(by_period, residual);
-        case SILU: return affine_with<R, SILU>(by_period, residual);
-        case GELU_TANH: return affine_with<R, GELU_TANH>(by_period, residual);
-        default: return affine_with<R, NONE>(by_period, residual);
+        case RELU: return affine_with<M, RELU>(by_period, residual);
+        case LEAKY_RELU: return affine_with<M, LEAKY_RELU>(by_period, residual);
+        case SILU: return affine_with<M, SILU>(by_period, residual);
+        case GELU_TANH: return affine_with<M, GELU_TANH>(by_period, residual);
+        default: return affine_with<M, NONE>(by_period, residual);
     }
 }
 
-template <class T> int normalize(const NormalizeArguments &a) {
+template <class T, class M> int normalize(const NormalizeArguments &a) {
     using R = typename Arithmetic<T>::type;
     int64_t channels = a.shape.c;
     double count = a.moments[2 * channels] > 0 ? a.moments[2 * channels] : 1;
@@ -989,31 +1043,47 @@ template <class T> int normalize(const NormalizeArguments &a) {
     const T *x = static_cast<const T *>(a.x), *residual = static_cast<const T *>(a.epilogue.residual);
     uint8_t *signs = a.epilogue.signs;
     Walk walk(a.shape, signs);
-    Scratch scratch(Affine<R>::bytes(walk) + 4 * walk.threads * Scratch::bytes<R>(SEGMENT));
+    Scratch scratch(Affine<R>::bytes(walk) + 4 * walk.threads * Scratch::bytes<M>(SEGMENT));
     if (!scratch) return 1;
     Affine<R> map(scratch, walk);
     map.fill(scratch, walk, a.statistics, a.parameters);
-    R *buffers = scratch.array<R>(4 * walk.threads * SEGMENT);
+    M *buffers = scratch.array<M>(4 * walk.threads * SEGMENT);
     if (signs) memset(signs, 0, (a.shape.values() + 7) / 8);
-    AffineSegment<R> affine = affine_segment<R>(a.epilogue.activation, walk.by_period, residual);
+    AffineSegment<M> affine = affine_segment<M>(a.epilogue.activation, walk.by_period, residual);
     bool streams = a.y != a.x && streams_to(a.y, walk.values * static_cast<int64_t>(sizeof(T)));
     in_parallel(walk.threads, [&](int64_t thread) {
         Fence fence;
-        R *buffer = buffers + 4 * thread * SEGMENT;
-        Result<T, R> y(a.y, streams, buffer);
+        M *buffer = buffers + 4 * thread * SEGMENT;
+        Result<T, M> y(a.y, streams, buffer);
         walk.backward(thread, [&](int64_t at, int64_t entry, int64_t n) {
-            const R *added = residual ? load(residual + at, buffer + 2 * SEGMENT, n) : nullptr;
-            R *segment = y.place(at, n);
+            const M *added = residual ? load(residual + at, buffer + 2 * SEGMENT, n) : nullptr;
+            M *segment = y.place(at, n);
             affine(load(x + at, buffer + 3 * SEGMENT, n), added, segment, n, map, entry);
-            if (signs) write_signs(segment, signs, at, n);  // y has the sign of z
+            if constexpr (sizeof(M) == sizeof(R))
+                if (signs) write_signs(segment, signs, at, n);  // y has the sign of z
             y.put(at, n);
         });
     });
     return 0;
 }
 
+template <class T> int normalize(const NormalizeArguments &a) {
+    if (a.epilogue.signs) return normalize<T, typename Arithmetic<T>::type>(a);  // of z before it is rounded
+    return normalize<T, typename InRegisters<T>::type>(a);
+}
+
+// Whether a pass takes dz from x and dy itself, so that it need not be there.
+inline bool through_relu(const BackwardArguments &of, bool wants_dz) {
+    return of.epilogue.activation == RELU && !of.epilogue.signs && !of.mask && !wants_dz;
+}
+
+// Whether x and dy, beside a mask, are all that it takes.
+inline bool takes_x_and_dy(const BackwardArguments &of, bool wants_dz) {
+    return through_relu(of, wants_dz) || (of.epilogue.activation == NONE && !of.epilogue.inplace);
+}
+
 // Of a segment: dz, the gradient of z, from dy, and x - mean where x is to be had from y.
-template <class T> struct Backward {
+template <class T, class M> struct Backward {
     using R = typename Arithmetic<T>::type;
     const T *dy, *x, *residual;
     const R *mask;
@@ -1021,9 +1091,8 @@ template <class T> struct Backward {
     const Walk &walk;
     Affine<R> &map;
     R *buffers;  // (threads, 5, SEGMENT)
-    bool through_relu;  // the pass itself takes dz from x and dy, so that it need not be there
-    bool direct;        // x and dy are all that it takes
-    bool in_place;      // as they lie in memory
+    bool direct;    // x and dy are all that the pass takes
+    bool in_place;  // as they lie in memory
     const R *slopes;  // (256, 8) where there are signs
 
     static int64_t bytes(const Walk &walk) { return Scratch::bytes<R>(5 * walk.threads * SEGMENT) + Scratch::bytes<R>(2048); }
@@ -1031,20 +1100,20 @@ template <class T> struct Backward {
         : dy(static_cast<const T *>(of.dy)), x(static_cast<const T *>(of.x)),
           residual(static_cast<const T *>(of.epilogue.residual)), mask(static_cast<const R *>(of.mask)),
           epilogue(of.epilogue), walk(w), map(affine), buffers(scratch.array<R>(5 * w.threads * SEGMENT)),
-          through_relu(epilogue.activation == RELU && !epilogue.signs && !mask && !wants_dz),
-          direct(through_relu || (epilogue.activation == NONE && !epilogue.inplace)),
-          in_place(direct && !mask && sizeof(T) == sizeof(R)) {
+          direct(takes_x_and_dy(of, wants_dz)), in_place(direct && !mask && sizeof(T) == sizeof(M)) {
         R *filled = scratch.array<R>(2048);
         if (epilogue.signs) fill_slopes<R>(epilogue.activation == LEAKY_RELU ? R(NEGATIVE_SLOPE) : 0, filled);
         slopes = filled;
     }
 
-    Operands<R> operator()(int64_t thread, int64_t at, int64_t entry, int64_t n) const {
+    Operands<M> operator()(int64_t thread, int64_t at, int64_t entry, int64_t n) const {
         R *buffer = buffers + 5 * thread * SEGMENT;
-        Operands<R> of{load(x + at, buffer, n), load(dy + at, buffer + SEGMENT, n), nullptr,
+        M *values = reinterpret_cast<M *>(buffer);
+        Operands<M> of{load(x + at, values, n), load(dy + at, values + SEGMENT, n), nullptr,
                        map.high + entry, map.scale + entry, map.shift + entry};
         if (mask) of.mask = weights(mask, walk, at, n, buffer + 2 * SEGMENT);
-        if (!direct) through_epilogue(of, buffer + 3 * SEGMENT, buffer + 4 * SEGMENT, at, n);
+        if constexpr (sizeof(M) == sizeof(R))
+            if (!direct) through_epilogue(of, buffer + 3 * SEGMENT, buffer + 4 * SEGMENT, at, n);
         return of;
     }
 
@@ -1087,7 +1156,7 @@ template <class T> struct Backward {
     }
 };
 
-template <class T> int reduce_grad(const ReduceGradArguments &a) {
+template <class T, class M> int reduce_grad(const ReduceGradArguments &a) {
     using R = typename Arithmetic<T>::type;
     const BackwardArguments &of = a.of;
     int64_t channels = of.shape.c;
@@ -1098,14 +1167,14 @@ template <class T> int reduce_grad(const ReduceGradArguments &a) {
         return 0;
     }
     Walk walk(of.shape, false);
-    Sums<R> sums(walk);
-    Scratch scratch(Affine<R>::bytes(walk) + Backward<T>::bytes(walk));
+    Sums<M> sums(walk);
+    Scratch scratch(Affine<R>::bytes(walk) + Backward<T, M>::bytes(walk));
     if (!sums.scratch || !scratch) return 1;
     Affine<R> map(scratch, walk);
     map.fill(scratch, walk, of.statistics, of.parameters);
-    Backward<T> segment(of, walk, map, scratch, false);
+    Backward<T, M> segment(of, walk, map, scratch, false);
     if (of.mask) sums.template add_up<MASKED_GRADIENT>(segment);
-    else if (segment.through_relu) sums.template add_up<GRADIENT_THROUGH_RELU>(segment);
+    else if (through_relu(of, false)) sums.template add_up<GRADIENT_THROUGH_RELU>(segment);
     else sums.template add_up<GRADIENT>(segment);
     double *weight = sums.sums;  // no longer needed; (entries,) holds (C,)
     parameter(of.parameters.weight, of.parameters.dtype, channels, 1, weight);
@@ -1122,34 +1191,40 @@ template <class T> int reduce_grad(const ReduceGradArguments &a) {
     return 0;
 }
 
+template <class T> int reduce_grad(const ReduceGradArguments &a) {
+    if (takes_x_and_dy(a.of, false)) return reduce_grad<T, typename InRegisters<T>::type>(a);
+    return reduce_grad<T, typename Arithmetic<T>::type>(a);
+}
+
 // dx = scale * dz + slope * (x - high) + offset
-template <class R, bool BY_PERIOD, bool THROUGH_RELU, bool MASKED>
-void grad_segment(const Operands<R> &of, const Affine<R> &map, int64_t entry, R *dx, int64_t n) {
+template <class M, bool BY_PERIOD, bool THROUGH_RELU, bool MASKED, class R = typename Arithmetic<M>::type>
+void grad_segment(const Operands<M> &of, const Affine<R> &map, int64_t entry, M *dx, int64_t n) {
     const R *slope = map.slope + entry, *offset = map.offset + entry;
     SIMD for (int64_t i = 0; i < n; ++i) {
         int64_t e = BY_PERIOD ? i : 0;
-        R d = of.x[i] - of.high[e], dz = of.dy[i];
+        R d = read(of.x[i]) - of.high[e], dz = read(of.dy[i]);
         if constexpr (THROUGH_RELU) dz = d * of.scale[e] + of.shift[e] > 0 ? dz : 0;
         R through = slope[e] * d + offset[e];
         if constexpr (MASKED) through = of.mask[i] == 0 ? 0 : of.mask[i] * through;
-        dx[i] = of.scale[e] * dz + through;
+        write(of.scale[e] * dz + through, dx + i);
     }
 }
 
-template <class R> using GradSegment = void (*)(const Operands<R> &, const Affine<R> &, int64_t, R *, int64_t);
+template <class M>
+using GradSegment = void (*)(const Operands<M> &, const Affine<typename Arithmetic<M>::type> &, int64_t, M *, int64_t);
 
-template <class R, bool BY_PERIOD> GradSegment<R> grad_by(bool through_relu, bool masked) {
-    if (masked) return grad_segment<R, BY_PERIOD, false, true>;
-    return through_relu ? grad_segment<R, BY_PERIOD, true, false> : grad_segment<R, BY_PERIOD, false, false>;
+template <class M, bool BY_PERIOD> GradSegment<M> grad_by(bool through_relu, bool masked) {
+    if (masked) return grad_segment<M, BY_PERIOD, false, true>;
+    return through_relu ? grad_segment<M, BY_PERIOD, true, false> : grad_segment<M, BY_PERIOD, false, false>;
 }
 
-template <class T> int grad_input(const GradInputArguments &a) {
+template <class T, class M> int grad_input(const GradInputArguments &a) {
     using R = typename Arithmetic<T>::type;
     const BackwardArguments &of = a.of;
     if (of.shape.values() == 0) return 0;
     int64_t channels = of.shape.c;
     Walk walk(of.shape, false);
-    Scratch scratch(Affine<R>::bytes(walk) + Backward<T>::bytes(walk) + Scratch::bytes<R>(4 * walk.threads * SEGMENT));
+    Scratch scratch(Affine<R>::bytes(walk) + Backward<T, M>::bytes(walk) + Scratch::bytes<M>(4 * walk.threads * SEGMENT));
     if (!scratch) return 1;
     Affine<R> map(scratch, walk);
     map.fill(scratch, walk, of.statistics, of.parameters);
@@ -1164,27 +1239,32 @@ template <class T> int grad_input(const GradInputArguments &a) {
     }
     expand(walk, slope, map.slope);
     expand(walk, offset, map.offset);
-    Backward<T> segment(of, walk, map, scratch, a.dz);
-    R *buffers = scratch.array<R>(4 * walk.threads * SEGMENT);
-    bool relu = segment.through_relu;
-    GradSegment<R> grad = walk.by_period ? grad_by<R, true>(relu, of.mask) : grad_by<R, false>(relu, of.mask);
+    Backward<T, M> segment(of, walk, map, scratch, a.dz);
+    M *buffers = scratch.array<M>(4 * walk.threads * SEGMENT);
+    bool relu = through_relu(of, a.dz);
+    GradSegment<M> grad = walk.by_period ? grad_by<M, true>(relu, of.mask) : grad_by<M, false>(relu, of.mask);
     bool streams = streams_to(a.dx, walk.values * static_cast<int64_t>(sizeof(T)));
     in_parallel(walk.threads, [&](int64_t thread) {
         Fence fence;
-        R *buffer = buffers + 4 * thread * SEGMENT;
-        Result<T, R> dx(a.dx, streams, buffer), dz(a.dz, streams, buffer + 2 * SEGMENT);
+        M *buffer = buffers + 4 * thread * SEGMENT;
+        Result<T, M> dx(a.dx, streams, buffer), dz(a.dz, streams, buffer + 2 * SEGMENT);
         walk.backward(thread, [&](int64_t at, int64_t entry, int64_t n) {
-            Operands<R> operands = segment(thread, at, entry, n);
+            Operands<M> operands = segment(thread, at, entry, n);
             grad(operands, map, entry, dx.place(at, n), n);
             dx.put(at, n);
             if (a.dz) {
-                R *to = dz.place(at, n);
+                M *to = dz.place(at, n);
                 SIMD for (int64_t i = 0; i < n; ++i) to[i] = operands.dy[i];
                 dz.put(at, n);
             }
         });
     });
     return 0;
+}
+
+template <class T> int grad_input(const GradInputArguments &a) {
+    if (takes_x_and_dy(a.of, a.dz)) return grad_input<T, typename InRegisters<T>::type>(a);
+    return grad_input<T, typename Arithmetic<T>::type>(a);
 }
 
 template <class P> void update_running(const UpdateArguments &a) {
