@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import info
 from .communicators import communicator
+from .launchers import launched
+
+if TYPE_CHECKING:
+    from .bench import report
 
 __all__ = ["main"]
 
@@ -68,30 +72,34 @@ def _info(_: argparse.Namespace) -> None:
 
 
 def _bench_comm(options: argparse.Namespace) -> None:
-    from .bench import comm, report  # needs rich
+    from .bench import comm  # needs rich, as all of them
 
-    comm.main(report.Files(options.json, options.markdown).check(), options.quick)
+    comm.main(_files(options), options.quick)
 
 
 def _bench_kernels(options: argparse.Namespace) -> None:
-    from .bench import kernels, report
+    from .bench import kernels
 
-    kernels.main(report.Files(options.json, options.markdown).check(), options.quick, options.only)
+    kernels.main(_files(options), options.quick, options.only)
 
 
 def _bench_layer(options: argparse.Namespace) -> None:
-    from .bench import layer, report
+    from .bench import layer
 
-    files = report.Files(options.json, options.markdown, options.figure).check()
-    if files.figure is not None:
-        from .bench import figure  # needs matplotlib
-
-        figure.check(files.figure)
-    layer.main(files, options.quick, options.only, options.compile)
+    layer.main(_files(options), options.quick, options.only, options.compile)
 
 
 def _bench_train(options: argparse.Namespace) -> None:
-    from .bench import report, train
+    from .bench import train
 
-    files = report.Files(options.json, options.markdown).check()
-    train.main(files, options.quick, options.depth, options.batch, options.size)
+    train.main(_files(options), options.quick, options.depth, options.batch, options.size)
+
+
+def _files(options: argparse.Namespace) -> report.Files:
+    """Return what to write. Rank 0, which does, raises RuntimeError if it cannot, before anything is measured."""
+    from .bench import report
+
+    files = report.Files(options.json, options.markdown, getattr(options, "figure", None))
+    if launched().rank == 0:
+        files.check()
+    return files

@@ -45,12 +45,15 @@ class Files(NamedTuple):
     markdown: Path | None = None
     figure: Path | None = None
 
-    def check(self) -> Files:
-        """Return itself; raise RuntimeError unless all can be written, which takes the time of no measurement."""
+    def check(self) -> None:
+        """Raise RuntimeError unless all can be written."""
         for path in self:
             if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
                 raise RuntimeError(f"expected a file that can be written, got {path}")
-        return self
+        if self.figure is not None:
+            from . import figure  # needs matplotlib
+
+            figure.check(self.figure)
 
 
 def header(job: Mapping[str, str]) -> dict[str, str]:
