@@ -476,7 +476,7 @@ class ProcessGroupReference:
         not counted.
         """
         group = self.resolve()
-        if group is None or group.size == 1 or whole in self._compared:
+        if group is None or group.size == 1 or functional.without_values(input) or whole in self._compared:
             return group
         everyones = getattr(group, "communicator", group).all_gather_object(tuple(whole))
         if len(set(everyones)) > 1:

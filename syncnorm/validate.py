@@ -12,6 +12,7 @@ from .kernels import ACTIVATIONS, PLAIN, Epilogue
 __all__ = [
     "batch_norm_arguments",
     "channel_axis",
+    "dense",
     "epilogue",
     "groups_of_channels",
     "known_activation",
@@ -32,11 +33,13 @@ def batch_norm_arguments(
     num_batches_tracked: Tensor | None,
 ) -> None:
     """Raise ValueError, TypeError or RuntimeError if the arguments do not fit together."""
-    channel_axis(input)
+    vectors = running_mean, running_var, weight, bias
+    shape, device = (_channels(input, vectors),), input.device
     if training and eps <= 0:
         raise ValueError(f"expected a positive eps in training, got {eps}")
-    shape, device = (input.shape[1],), input.device
-    for vector in (running_mean, running_var, weight, bias):
+    if eps < 0:
+        raise ValueError(f"expected an eps of at least 0, got {eps}")
+    for vector in vectors:
         if vector is not None and not (
             vector.shape == shape and vector.is_floating_point() and vector.device == device
         ):
@@ -47,6 +50,17 @@ def batch_norm_arguments(
         raise ValueError("expected running_mean and running_var outside training, got None")
     if training and momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError("expected num_batches_tracked with momentum=None (cumulative average), got None")
+
+
+def _channels(input: Tensor, vectors: tuple[Tensor | None, ...]) -> int:
+    """Return C; of an input of shape (0,) it is 0, as torch has it, unless a vector of the channels says otherwise."""
+    _floating_point(input)
+    dense("input", input)
+    if input.dim() > 1:
+        return input.shape[1]
+    if input.dim() == 1 and len(input) == 0 and all(vector is None or vector.shape == (0,) for vector in vectors):
+        return 0
+    raise _without_channel_axis(input)
 
 
 def _unfit(vector: Tensor, others: dict[str, Tensor | None], input: Tensor) -> Exception:
@@ -73,6 +87,7 @@ def mask_over_channels(mask: Tensor | None, input: Tensor) -> Tensor | None:
         return None
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise TypeError(f"expected a mask of bool or floating point, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    dense("mask", mask)
     if mask.device != input.device:
         raise RuntimeError(f"expected the mask on the input's device {input.device}, got it on {mask.device}")
     whole = (len(input), 1, *input.shape[2:])
@@ -112,6 +127,7 @@ def epilogue(
     elif residual is not None:
         if not isinstance(residual, Tensor):
             raise TypeError(f"expected a tensor as residual, got {type(residual).__name__}")
+        dense("residual", residual)
         if residual.shape != input.shape:
             raise ValueError(
                 f"expected a residual of the input's shape {tuple(input.shape)}, got {tuple(residual.shape)}"
@@ -152,6 +168,7 @@ def trailing_axes(
     With `split` the axes are split over a process group, which takes a rank's part and no DTensor.
     """
     _floating_point(input)
+    dense("input", input, jagged=not split)  # torch's own norms take a nested one of that layout
     _part_of_this_rank(input, split)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
@@ -198,8 +215,13 @@ def _parameter(name: str, tensor: Tensor | None, shape: tuple[int, ...], input: 
 def channel_axis(input: Tensor) -> None:
     """Raise unless the input is floating point and has a channel axis."""
     _floating_point(input)
+    dense("input", input)
     if input.dim() < 2:
-        raise ValueError(f"expected an input of at least 2 axes (N, C, *), got shape {tuple(input.shape)}")
+        raise _without_channel_axis(input)
+
+
+def _without_channel_axis(input: Tensor) -> ValueError:
+    return ValueError(f"expected an input of at least 2 axes (N, C, *), got shape {tuple(input.shape)}")
 
 
 def _part_of_this_rank(input: Tensor, split: bool) -> None:
@@ -209,6 +231,19 @@ def _part_of_this_rank(input: Tensor, split: bool) -> None:
             f"{tuple(input.shape)}: give its to_local(), or leave out use_local_output=False where a ColwiseParallel "
             "makes it"
         )
+
+
+def dense(name: str, tensor: Tensor, *, jagged: bool = False) -> None:
+    """Raise if the tensor is nested (but in the jagged layout, with `jagged`), sparse, or packed in another way."""
+    layout = tensor.layout
+    if tensor.is_nested:
+        if not (jagged and layout == torch.jagged):
+            raise TypeError(
+                f"expected a dense {name}, got a nested tensor of layout {layout}: "
+                "pad it with torch.nested.to_padded_tensor"
+            )
+    elif layout != torch.strided:
+        raise TypeError(f"expected a dense {name}, got a tensor of layout {layout}: call its to_dense()")
 
 
 def _floating_point(input: Tensor) -> None:

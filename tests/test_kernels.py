@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_package import run_python
+from torch.testing._internal.two_tensor import TwoTensor
 
 import syncnorm
 from syncnorm import kernels
@@ -258,3 +259,30 @@ def test_an_outdated_library_is_refused(package):
     message = error_of(package, {})
     assert message.startswith("RuntimeError: expected")
     assert "pip install --editable ." in message
+
+
+def layer_step(x, weight, bias, inplace, training):
+    """Return y, gradients and running statistics; the tensors may be of any class."""
+    running_mean, running_var = torch.zeros(3), torch.ones(3)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    arguments = (leaves[0] * 1 if inplace else leaves[0], running_mean, running_var, *leaves[1:], training)
+    y = syncnorm.functional.sync_batch_norm(*arguments, inplace=inplace)
+    y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
+    return [y.detach(), *(leaf.grad for leaf in leaves), running_mean, running_var]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("wrapped", ["input", "weight", "bias"])
+def test_what_has_no_memory_of_its_own_is_read_by_its_own_operations(wrapped, inplace, training):
+    """A tensor that wraps two others: neither a crash nor a weight that is taken for none."""
+    x = random((4, 3, 5), torch.float32, "contiguous", 0)
+    tensors = {"input": x, "weight": torch.tensor([0.5, 1.5, -2.0]), "bias": torch.tensor([1.0, -1.0, 0.5])}
+    expected = layer_step(*tensors.values(), inplace, training)
+    tensors[wrapped] = TwoTensor(tensors[wrapped], tensors[wrapped].clone())
+    if wrapped != "input" and inplace:
+        tensors["input"] = TwoTensor(x, x.clone())  # which can take the result
+    actual = layer_step(*tensors.values(), inplace, training)
+    assert isinstance(actual[0], TwoTensor)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.a if isinstance(a, TwoTensor) else a, e, rtol=1e-5, atol=1e-5)

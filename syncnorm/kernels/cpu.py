@@ -216,7 +216,8 @@ def _dense(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, bool, int, int]
         tensor, last = tensor.contiguous(), False
     shape, values = tensor.shape, tensor.numel()
     n, c = shape[0], shape[1]
-    return tensor, (n, c, values // (n * c) if values else 0, last, DTYPES[tensor.dtype], torch.get_num_threads())
+    s = values // (n * c) if values else shape[2:].numel()
+    return tensor, (n, c, s, last, DTYPES[tensor.dtype], torch.get_num_threads())
 
 
 def _parameters(

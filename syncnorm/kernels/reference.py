@@ -30,7 +30,7 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     axes = _reduced_axes(input)
     x = input.to(_compute_dtype(input))
     if mask is None:
-        values = x.numel() // max(x.shape[1], 1)
+        values = x.shape[0] * x.shape[2:].numel()
         count = torch.full((), values, dtype=torch.float64, device=x.device)
     else:
         mask = mask.to(x.dtype)

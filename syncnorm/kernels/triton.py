@@ -239,7 +239,7 @@ def _plan(x: Tensor, programs: int, in_one_run: int = 0) -> _Plan:
 def _sizes(x: Tensor) -> tuple[int, int, int, bool]:
     """Return N, C, S and whether the channels are innermost, in which case N is 1 and S all positions."""
     N, C = x.shape[:2]
-    S = x.numel() // max(N * C, 1)
+    S = x.shape[2:].numel()
     if C == 1:
         return 1, 1, N * S, False
     return (1, C, N * S, True) if S == 1 or channels_last(x) else (N, C, S, False)
