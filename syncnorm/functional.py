@@ -77,7 +77,10 @@ def sync_batch_norm(
             residual).
         inplace: write the output over the input, for activation None or "leaky_relu" and no residual. Backward keeps
             the output alone and computes the input from it: where the weight is small beside the bias, and in half
-            precision, with fewer digits; in a channel whose weight is 0 the weight's gradient is 0.
+            precision, with fewer digits. The normalized input is estimated as (z - bias) * weight / (weight² + σ²),
+            where σ = finfo(input.dtype).eps * |bias| / sqrt(12) is what rounding has added to z. So a weight well above
+            σ has its gradient to rounding. The gradient of a weight below σ tends to 0 with the weight, since the
+            output no longer holds the input. The error of a gradient is never larger than its own scale.
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of 2C
     in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none.
