@@ -154,7 +154,8 @@ def layer_norm(
 
     Raises:
         ValueError: the last axes are not normalized_shape, or this rank is not in the group.
-        TypeError: the input is not floating point, or is a DTensor beside a process group.
+        TypeError: the input is not floating point, or is sparse or mkldnn; beside a process group also: nested or a
+            DTensor.
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
@@ -199,7 +200,8 @@ def rms_norm(
 
     Raises:
         ValueError: the last axes are not normalized_shape, or this rank is not in the group.
-        TypeError: the input is not floating point, or is a DTensor beside a process group.
+        TypeError: the input is not floating point, or is sparse or mkldnn; beside a process group also: nested or a
+            DTensor.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
@@ -249,7 +251,7 @@ def group_norm(
 
     Raises:
         ValueError: the groups do not divide the channels, shapes do not fit, or this rank is not in the group.
-        TypeError: the input is not floating point, or is a DTensor beside a process group.
+        TypeError: the input is not floating point, is nested, sparse or mkldnn, or is a DTensor beside a process group.
 
     Source: Wu and He, Group Normalization, 2018.
     """

@@ -34,6 +34,7 @@ from .communicators import Communicator
 from .kernels import PLAIN, Epilogue
 from .kernels.epilogue import channels_last
 from .moments import Moments
+from .validate import memory_of
 
 __all__ = ["made_by_relu", "normalize", "normalize_by_constants"]
 
@@ -94,7 +95,9 @@ def _apply(
 ) -> Tensor:
     residual = epilogue.residual
     plan = _Plan(eps, group, mask, moments.centered, eps_outside, _with(epilogue, None))
-    return _Normalize.apply(input, weight, bias, residual, moments.values, plan)[0]  # type: ignore[no-any-return, no-untyped-call]
+    written = memory_of(input) if epilogue.inplace else input
+    output = _Normalize.apply(written, weight, bias, residual, moments.values, plan)[0]  # type: ignore[no-untyped-call]
+    return output if written is input else input
 
 
 def _with(epilogue: Epilogue, residual: Tensor | None) -> Epilogue:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from .kernels import ACTIVATIONS, PLAIN, Epilogue
 
@@ -17,6 +17,7 @@ __all__ = [
     "groups_of_channels",
     "known_activation",
     "mask_over_channels",
+    "memory_of",
     "trailing_axes",
 ]
 
@@ -149,10 +150,24 @@ def _writable(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None
         raise RuntimeError("expected a tensor that was not made in inference mode with inplace=True, got one")
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (input, weight, bias)):
         return
-    if input._is_view():
-        raise RuntimeError("expected an input that is no view with inplace=True, which autograd cannot follow, got one")
     if input.requires_grad and input.is_leaf:
         raise RuntimeError("a leaf Variable that requires grad has been used in an in-place operation.")
+    if memory_of(input)._is_view():
+        raise RuntimeError("expected an input that is no view with inplace=True, which autograd cannot follow, got one")
+
+
+def memory_of(input: Tensor) -> Tensor:
+    """Return the plain tensor that an instance of a subclass is all of, else the tensor itself.
+
+    Torch's operations on a subclass that does not say otherwise return an alias of the plain result, which autograd
+    takes for a view. What is written to the plain tensor is written to both.
+    """
+    base = input._base
+    if type(input) is Tensor or base is None or type(base) is not Tensor:
+        return input
+    geometry = [(t.shape, t.stride(), t.storage_offset(), t.dtype) for t in (input, base)]
+    followed = _C._autograd._get_creation_meta(input) == _C._autograd.CreationMeta.DEFAULT  # else autograd may raise
+    return base if geometry[0] == geometry[1] and followed else input
 
 
 def trailing_axes(

@@ -487,6 +487,68 @@ def test_in_place_where_it_cannot_be(given, message):
     assert_untouched(layer)
 
 
+class Subclass(torch.Tensor):
+    """A tensor of another name, as users make them."""
+
+
+def of_the_subclass():
+    return torch.randn(4, 3, 5).as_subclass(Subclass)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda leaf: leaf * 1,
+        lambda leaf: (leaf.as_subclass(torch.Tensor) * 1).as_subclass(Subclass),
+        lambda leaf: torch.nn.functional.pad(leaf, (1, 1)),
+        lambda leaf: leaf.detach().clone(),
+        lambda leaf: torch.Tensor._make_subclass(Subclass, torch.clone(leaf.detach())),
+    ],
+)
+def test_in_place_on_a_subclass(make, activation, training):
+    """What torch's operations on it return is the alias of a plain tensor, and no view of the user's making."""
+    leaf, results = of_the_subclass().requires_grad_(), []
+    for inplace in (False, True):
+        x = make(leaf)
+        assert type(x) is Subclass
+        layer = SyncBatchNorm(3, activation=activation, inplace=inplace).train(training)
+        y = layer(x)
+        assert (y is x) == inplace
+        (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        results.append([y.detach(), *(p.grad for p in layer.parameters()), *layer.buffers()])
+        results[-1] += [] if leaf.grad is None else [leaf.grad]
+        leaf.grad = None
+    assert len(results[0]) == len(results[1])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+
+
+def in_no_grad(x):
+    with torch.no_grad():
+        return x * 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x, "a leaf Variable that requires grad has been used in an in-place operation"),
+        (lambda x: (x * 1)[:3], "expected an input that is no view with inplace=True"),
+        (lambda x: (x * 1).view(4, 3, 5)[:, :, :3], "expected an input that is no view with inplace=True"),
+        (in_no_grad, "expected an input that is no view with inplace=True"),  # with a gradient for the weight
+    ],
+)
+def test_in_place_on_a_subclass_where_it_cannot_be(make, message):
+    x = make(of_the_subclass().requires_grad_())
+    before = x.detach().clone()
+    layer = SyncBatchNorm(3, inplace=True, process_group=Unreachable())
+    with pytest.raises(RuntimeError, match=message):
+        layer(x)
+    assert torch.equal(x, before)
+    assert_untouched(layer)
+
+
 def test_in_place_on_what_was_made_in_inference_mode():
     layer = SyncBatchNorm(3, inplace=True, process_group=Unreachable()).requires_grad_(False)
     with torch.inference_mode():

@@ -104,7 +104,9 @@ def normalize(
     z = _affine(_centered(input, statistics), statistics, weight, bias, epilogue.residual)
     signs = _to_bits(z > 0, input) if epilogue.keeps_signs else None
     y = _ACTIVATE[epilogue.activation](z).to(input.dtype)
-    return (input.copy_(y) if epilogue.inplace else y), statistics, signs
+    if epilogue.inplace:
+        input.copy_(y)  # which may give another tensor back, where y is of a subclass
+    return (input if epilogue.inplace else y), statistics, signs
 
 
 class Backward:
