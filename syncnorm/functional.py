@@ -289,9 +289,9 @@ def _sharing(input: Tensor, process_group: ProcessGroupLike) -> Communicator:
 
 def _one_value(input: Tensor, mask: Tensor | None, moments: Moments, group: Communicator) -> bool:
     """Return whether the whole batch has one value per channel; ask the device only where that can be so."""
-    if without_values(input):
-        return mask is None and len(input) * input.shape[2:].numel() == 1
     few = input.numel() <= input.shape[1] if mask is None else mask.is_cpu
+    if few and without_values(input):
+        return mask is None and len(input) * input.shape[2:].numel() == 1
     return few and bool(moments.count == 1)
 
 

@@ -250,15 +250,12 @@ def _part_of_this_rank(input: Tensor, split: bool) -> None:
 
 def dense(name: str, tensor: Tensor, *, jagged: bool = False) -> None:
     """Raise if the tensor is nested (but in the jagged layout, with `jagged`), sparse, or packed in another way."""
-    layout = tensor.layout
-    if tensor.is_nested:
-        if not (jagged and layout == torch.jagged):
-            raise TypeError(
-                f"expected a dense {name}, got a nested tensor of layout {layout}: "
-                "pad it with torch.nested.to_padded_tensor"
-            )
-    elif layout != torch.strided:
-        raise TypeError(f"expected a dense {name}, got a tensor of layout {layout}: call its to_dense()")
+    layout, nested = tensor.layout, tensor.is_nested
+    if (layout is torch.strided and not nested) or (jagged and nested and layout is torch.jagged):
+        return
+    kind = "nested tensor" if nested else "tensor"
+    way_out = "pad it with torch.nested.to_padded_tensor" if nested else "call its to_dense()"
+    raise TypeError(f"expected a dense {name}, got a {kind} of layout {layout}: {way_out}")
 
 
 def _floating_point(input: Tensor) -> None:

@@ -194,7 +194,8 @@ class Backward:
     def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
         """See `reference.Backward.reduce_grad`."""
         sums = torch.empty(2, self.channels, dtype=torch.float64, device="cpu")
-        grad_weight, grad_bias = (torch.empty(self.channels, dtype=dtype, device="cpu") for _ in range(2))
+        grad_weight = torch.empty(self.channels, dtype=dtype, device="cpu")
+        grad_bias = torch.empty_like(grad_weight)
         pointers = (grad_weight.data_ptr(), grad_bias.data_ptr(), sums.data_ptr())
         _reduce_grad(*self.arguments, DTYPES[dtype], *pointers)
         return grad_weight, grad_bias, sums
