@@ -116,7 +116,7 @@ class History:
         if len(set(everyones)) > 1:
             raise ValueError(
                 f"expected the same sizes {everyones[0]} on all ranks beside the axes that are split, got "
-                f"{sizes} of {tuple(input.shape)} on rank {group.rank}; on all ranks: {everyones}"
+                f"{tuple(sizes)} of {tuple(input.shape)} on rank {group.rank}; on all ranks: {everyones}"
             )
         self.sizes.add(sizes)
 

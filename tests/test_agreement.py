@@ -126,7 +126,7 @@ OUTSIDE = r"call 1 of \w+ no\. \d+, called outside a model: C = 6, float32, inpu
         (another_order_on_a_group_of_its_own, OUTSIDE, OUTSIDE),
         (another_order_in_a_model, r"1\.first of Sequential .*: C = 6", r"1\.second of Sequential .*: C = 6"),
         (another_order_of_equal_models, "0 of Sequential", "0 of Sequential"),
-        (a_layer_left_out, r"call 1 of SyncBatchNorm no\. 1, .*", r"call 1 of SyncBatchNorm no\. 2, .*"),
+        (a_layer_left_out, OUTSIDE, OUTSIDE),
         (other_channels, "0 of Sequential .*: C = 6, float32", "0 of Sequential .*: C = 5, float32"),
         (another_dtype, "C = 6, float32", "C = 6, float64"),
         (another_norm, "SyncBatchNorm no. .*: C = 6", r"LayerNorm no. .*: sizes \(4, 6\)"),
@@ -155,8 +155,8 @@ def test_an_exception_that_one_rank_caught(run):
     (text, goes_on), other = run(error_of, 2, an_exception_that_was_caught)
     assert other == (text, goes_on)
     assert goes_on
-    assert "rank 0: call 1 of SyncBatchNorm no. 2, called" in text
-    assert "rank 1: call 2 of SyncBatchNorm no. 1, called" in text
+    assert re.search(r"rank 0: call 1 of SyncBatchNorm no\. \d+, called", text)
+    assert re.search(r"rank 1: call 2 of SyncBatchNorm no\. \d+, called", text)
 
 
 class Nested(nn.Module):
