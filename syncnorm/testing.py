@@ -185,7 +185,7 @@ def mpirun_environment() -> dict[str, str]:
     """Return this process's environment for an mpirun: as root, with more ranks than cores, inside another mpirun."""
     of_another_job = (
         *("OMPI_", "PMIX_", "PRTE_", "PMI_", "MPI_LOCAL", "HYDI_", "HYDRA_"),
-        *("TORCHELASTIC_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *RENDEZVOUS),
+        *("SYNCNORM_JOB_ID", "TORCHELASTIC_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *RENDEZVOUS),
     )
     return {k: v for k, v in os.environ.items() if not k.startswith(of_another_job)} | MPIRUN_ENVIRONMENT
 
