@@ -7,6 +7,7 @@ torchrun would have set them, so that what is written for torchrun finds them to
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from . import forks
 from .launchers import RENDEZVOUS, launched, refuse_to_be_alone
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ __all__ = ["connect", "meet", "serves_the_store", "tell_alone", "tell_by_slurm",
 
 PATIENCE = timedelta(minutes=5)  # for ranks to start; the timeout of collectives counts from then on
 SIOCGIFADDR = 0x8915  # Linux's request for the address of an interface
-_served: list[Any] = []  # the store that the other ranks connect to, on the rank that opened it
+_served: list[Any] = forks.keep([])  # the store that the other ranks connect to, on the rank that opened it
+_meetings = itertools.count(1)  # the same on all ranks: of each group that was destroyed, keys are left in the store
 
 
 def tell_over_mpi(world: MPI.Comm) -> None:
@@ -103,7 +106,9 @@ def meet(note: dict[str, Any]) -> tuple[Store, list[dict[str, Any]]]:
     store: Store = dist.TCPStore(  # type: ignore[attr-defined]
         *where, size, serves, PATIENCE, wait_for_workers=False, multi_tenant=True
     )
-    words = _ours(store)
+    if serves:
+        _served.append(store)  # for as long as this process lives, whatever becomes of the group
+    words = dist.PrefixStore(f"meeting/{next(_meetings)}", _ours(store))  # type: ignore[attr-defined]
     words.set(f"note of {rank}", json.dumps(note))
     notes = [f"note of {other}" for other in range(size)]
     try:
