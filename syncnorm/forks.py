@@ -6,10 +6,12 @@ it exits waits for ever for threads that it does not have. One that finalizes MP
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -53,9 +55,34 @@ def _leave_mpi_alone(mpi: Any) -> None:
         ours.MpiCommunicator.unusable = REFUSAL
     try:
         state = ctypes.c_int32.in_dll(ctypes.CDLL(mpi.__file__), "ompi_mpi_state")
-    except (OSError, ValueError):  # another MPI
-        return
-    state.value = FINALIZED
+    except (OSError, ValueError):  # another MPI, which keeps it to itself
+        _exit_before_mpi4py()
+    else:
+        state.value = FINALIZED
+
+
+def _exit_before_mpi4py() -> None:
+    """Make the last of Python's own exit functions end the process: mpi4py finalizes MPI after them.
+
+    Python does not tell them the status that `raise SystemExit(status)` asks for; it becomes 0.
+    """
+    statuses = [0]
+    exit = sys.exit
+
+    def noted(status: Any = None) -> NoReturn:
+        statuses.append(status if isinstance(status, int) else int(status is not None))
+        exit(status)
+
+    def end() -> None:
+        atexit.unregister(end)
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit((1 if hasattr(sys, "last_value") else statuses[-1]) & 255)
+
+    sys.exit = noted
+    atexit.register(end)
 
 
 os.register_at_fork(after_in_child=_in_child)

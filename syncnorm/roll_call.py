@@ -62,6 +62,14 @@ def is_attended() -> bool:
     return _attendance is not None
 
 
+def _forget() -> None:
+    global _attendance
+    _attendance = None
+
+
+os.register_at_fork(after_in_child=_forget)  # a forked child is no rank
+
+
 def leave() -> None:
     """Answer no more."""
     global _attendance
