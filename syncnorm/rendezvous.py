@@ -11,6 +11,7 @@ written only once.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from . import forks
 from . import store as job_store
 from .errors import printable
 from .launchers import RENDEZVOUS, launched, refuse_to_be_alone
@@ -44,7 +46,8 @@ FOREIGN = 10.0  # seconds for which another program at the store's port may be t
 OPERATION = timedelta(minutes=5)  # for one operation of the store, once the ranks have met
 SIOCGIFADDR = 0x8915  # Linux's request for the address of an interface
 JOB = "syncnorm/job"  # the key of the job's id in a store that is the job's own
-_served: list[Any] = []  # the store that the other ranks connect to, on the rank that opened it
+_served: list[Any] = forks.keep([])  # the store that the other ranks connect to, on the rank that opened it
+_meetings = itertools.count(1)  # the same on all ranks: of each group that was destroyed, keys are left in the store
 _token = secrets.token_hex(8)  # of this process: process ids repeat in containers
 _has_met = False  # whether this process has met the others, or knows that there are none
 
@@ -192,6 +195,11 @@ def _ours(store: Store) -> Store:
     return dist.PrefixStore(f"syncnorm/{job_id()}/{attempt}", store)  # type: ignore[attr-defined]
 
 
+def _meeting(store: Store, number: int) -> Store:
+    """Return the part of the store for one meeting: a job that destroys its process group may meet again."""
+    return dist.PrefixStore(f"meeting/{number}", _ours(store))  # type: ignore[attr-defined]
+
+
 def _address() -> tuple[str, int]:
     """Return the host and the port at which the ranks meet."""
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -269,7 +277,7 @@ def _user_of(host: str, port: int) -> str:
     if (job := store.get(JOB).decode(errors="replace")) != job_id():
         return f"job {printable(job)}"
     try:
-        return f"rank 0 of this job, {_process(_read(_ours(store).get('note of 0'), 0, f'{host}:{port}'))}"
+        return f"rank 0 of this job, {_process(_read(_meeting(store, 1).get('note of 0'), 0, f'{host}:{port}'))}"
     except dist.DistStoreError:
         return "another process of this job"
 
@@ -302,7 +310,7 @@ def _enter(store: Store, note: dict[str, Any], waiting: _Waiting) -> Store:
     rank, size, where = waiting.rank, waiting.size, waiting.where
     if serves_the_store():  # where a launcher does, several jobs may share it
         _compare_jobs(store, where)
-    words = _ours(store)
+    words = _meeting(store, next(_meetings))
     if (first := _write_once(words, "size", str(size))) != str(size):
         raise RuntimeError(
             f"expected all ranks at {where} to have one WORLD_SIZE, got {size} on rank {rank} and {printable(first)} "
