@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import is_lazy
 
 from . import functional, validate
+from .agreement import History
 from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
 
 ORIGIN = "_converted_from"  # attribute of a converted layer: its class and torch process group before
@@ -160,12 +161,28 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
             self.momentum,
             self.__dict__["eps"],
             num_batches_tracked=self.num_batches_tracked if tracks else None,
-            process_group=self._group.resolve() if self.training else _ALONE,
+            process_group=self._group_of_the_batch(input, residual, mask) if self.training else _ALONE,
             mask=mask,
             residual=residual,
             activation=self.activation,
             inplace=self.inplace,
         )
+
+    def _group_of_the_batch(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> ProcessGroupLike:
+        """Return the ranks that share the batch; at the first calls these compare which layer they are in."""
+        given = self._group.resolve()
+        if torch.compiler.is_compiling():
+            return given
+        group = communicator() if given is None else given
+        if not self._group.history.is_complete(group):
+            validate.batch_norm_arguments(  # before the ranks compare anything
+                *(input, self.running_mean, self.running_var, self.weight, self.bias),
+                *(True, self.momentum, self.eps, self.num_batches_tracked),
+            )
+            validate.mask_over_channels(mask, input)
+            validate.epilogue(input, self.weight, self.bias, residual, self.activation, self.inplace)
+            self._group.history.check_call(self, input, group)
+        return given if isinstance(group, LocalCommunicator) else group
 
     def reset_parameters(self) -> None:
         """Set the running statistics to mean 0, var 1, weight to 1 and bias to 0."""
@@ -370,7 +387,7 @@ class LayerNorm(_Grouped, nn.LayerNorm):
         shape, split = self.normalized_shape, self.process_group is not None
         weight, bias = self._parameters_beside(input)
         validate.trailing_axes(input, shape, weight, bias, split=split)  # before the ranks compare anything
-        group = self._group.resolve_for(input, input.shape[: -len(shape)])
+        group = self._group.resolve_for(self, input, input.shape[: -len(shape)])
         return functional.layer_norm(input, shape, weight, bias, self.eps, process_group=group)
 
     def extra_repr(self) -> str:
@@ -442,7 +459,7 @@ class RMSNorm(_Grouped, nn.RMSNorm):
         shape, split = self.normalized_shape, self.process_group is not None
         weight, bias = self._parameters_beside(x)
         validate.trailing_axes(x, shape, weight, bias, split=split)  # before the ranks compare anything
-        group = self._group.resolve_for(x, x.shape[: -len(shape)])
+        group = self._group.resolve_for(self, x, x.shape[: -len(shape)])
         outside = self.eps_outside
         return functional.rms_norm(x, shape, weight, bias, self.eps, eps_outside=outside, process_group=group)
 
@@ -517,7 +534,7 @@ class GroupNorm(_Grouped, nn.GroupNorm):
         groups, split = self.num_groups, self.process_group is not None
         weight, bias = self._parameters_beside(input)
         validate.groups_of_channels(input, groups, weight, bias, self.num_channels, split=split)
-        group = self._group.resolve_for(input, (len(input), groups))
+        group = self._group.resolve_for(self, input, (len(input), groups))
         return functional.group_norm(input, groups, weight, bias, self.eps, process_group=group)
 
     def reset_parameters(self) -> None:
@@ -538,12 +555,17 @@ def _local(parameter: Tensor | None) -> Tensor | None:
 
 
 class ProcessGroupReference:
-    """A module's process group: shared by deep copies and left out of pickles, which another job may load."""
+    """A module's process group: shared by deep copies and left out of pickles, which another job may load.
+
+    Attributes:
+        given: what was given as the process group.
+        history: what its ranks have compared of the module.
+    """
 
     def __init__(self, given: ProcessGroupLike):
         self.given = given
+        self.history = History()
         self._resolved: Communicator | None = None
-        self._compared: set[tuple[int, ...]] = set()
         with contextlib.suppress(ValueError):  # a rank outside the group may build the model, but not train it
             self.resolve()
 
@@ -553,22 +575,11 @@ class ProcessGroupReference:
             self._resolved = communicator(self.given)
         return self._resolved
 
-    def resolve_for(self, input: Tensor, whole: tuple[int, ...]) -> Communicator | None:
-        """Return the communicator of a group that splits some axes of the input, having compared the `whole` ones.
-
-        The ranks compare what they have not compared before, all at once; it is no part of what a step costs, and is
-        not counted.
-        """
+    def resolve_for(self, layer: nn.Module, input: Tensor, sizes: tuple[int, ...]) -> Communicator | None:
+        """Return the communicator of a group that splits some axes of the input, having compared the other `sizes`."""
         group = self.resolve()
-        if group is None or group.size == 1 or whole in self._compared:
-            return group
-        everyones = getattr(group, "communicator", group).all_gather_object(tuple(whole))
-        if len(set(everyones)) > 1:
-            raise ValueError(
-                f"expected the same sizes {everyones[0]} on all ranks beside the axes that are split, got "
-                f"{tuple(whole)} of {tuple(input.shape)} on rank {group.rank}; on all ranks: {everyones}"
-            )
-        self._compared.add(tuple(whole))
+        if group is not None:
+            self.history.check_sizes(layer, input, sizes, group)
         return group
 
     def __str__(self) -> str:
@@ -577,7 +588,7 @@ class ProcessGroupReference:
         return f"{size} rank{'s' * (size != 1)}" if size else "other ranks"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProcessGroupReference:
-        return self
+        return ProcessGroupReference(self.given)
 
     def __reduce__(self) -> tuple[type[ProcessGroupReference], tuple[None]]:
         return ProcessGroupReference, (None,)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _rank
-from .communicators import ProcessGroupLike, communicator
+from .communicators import Communicator, ProcessGroupLike, communicator, uncounted
 from .launchers import RENDEZVOUS
 
 __all__ = ["Call", "CountingCommunicator", "RankError", "run_ranks"]
@@ -229,6 +229,11 @@ class CountingCommunicator:
     def __init__(self, process_group: ProcessGroupLike = None):
         self.communicator = communicator(process_group)
         self.calls: list[Call] = []
+
+    @property
+    def uncounted(self) -> Communicator:
+        """The communicator below, for what a layer sends once and not at each step."""
+        return uncounted(self.communicator)
 
     @property
     def rank(self) -> int:

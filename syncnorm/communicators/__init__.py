@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 
@@ -18,12 +19,21 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Communicator", "LocalCommunicator", "ProcessGroupLike", "communicator", "has_default", "set_default"]
+__all__ = [
+    "Communicator",
+    "LocalCommunicator",
+    "ProcessGroupLike",
+    "communicator",
+    "has_default",
+    "set_default",
+    "uncounted",
+]
 
 ProcessGroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | MPI.Comm | Communicator | None"
 
 _default: Communicator | None = None  # what syncnorm.init() made, other than torch.distributed's default group
 _ALONE = LocalCommunicator()
+_made: WeakValueDictionary[int, Any] = WeakValueDictionary()  # one communicator for each group, by id or MPI handle
 _own: set[type] = set()  # classes of this package that were met, of which nobody has to look at the members, for 15 µs
 
 
@@ -36,6 +46,12 @@ def set_default(made: Communicator | None) -> None:
 def has_default() -> bool:
     """Return whether `set_default` was called with a communicator."""
     return _default is not None
+
+
+def uncounted(group: Communicator) -> Communicator:
+    """Return the group for what is no part of a step: where calls are counted, the communicator that is not counted."""
+    below: Communicator = getattr(group, "uncounted", group)
+    return below
 
 
 def communicator(process_group: ProcessGroupLike = None) -> Communicator:
@@ -75,7 +91,10 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
             )
         from .mpi import MpiCommunicator
 
-        return MpiCommunicator(process_group)
+        made = _made.get(process_group.handle)
+        if made is None or made.comm != process_group:  # a handle is used again after Free
+            _made[process_group.handle] = made = MpiCommunicator(process_group)
+        return made
     if isinstance(process_group, Communicator) and not isinstance(process_group, type):
         if type(process_group).__module__.startswith(__name__):
             _own.add(type(process_group))
@@ -100,7 +119,12 @@ def _of_process_group(group: dist.ProcessGroup) -> Communicator:
     if mpi_backend is not None and isinstance(group, mpi_backend.MpiProcessGroup):
         direct: Communicator = group.communicator
         return _default if _default is not None and group is dist.group.WORLD else direct
-    return _of_default_group() if group is dist.group.WORLD else ProcessGroupCommunicator(group)
+    if group is dist.group.WORLD:
+        return _of_default_group()
+    made = _made.get(id(group))
+    if made is None:
+        _made[id(group)] = made = ProcessGroupCommunicator(group)  # which keeps the group, so no other has its id
+    return made
 
 
 def _device_mesh_type() -> type:
