@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch.nn.parameter import is_lazy
 from . import functional, validate
 from .agreement import History
 from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
+
+ORIGIN = "_converted_from"  # attribute of a converted layer: its class and torch process group before
 
 __all__ = ["GroupNorm", "LayerNorm", "LazySyncBatchNorm", "RMSNorm", "SyncBatchNorm"]
 
@@ -84,7 +88,8 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
     Raises:
         ValueError: the activation is unknown or cannot be in place; the input has not C channels, or the residual
             another shape; this rank is not in the group; the whole batch has one value per channel.
-        TypeError: the input is not floating point, or the residual of another dtype.
+        TypeError: the input is not floating point, or the residual of another dtype; `eps` is read from a layer with an
+            activation.
         RuntimeError: a parameter or the residual is on another device than the input; the input cannot be written over.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015.
@@ -115,6 +120,26 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         self.activation, self.inplace = activation, inplace
         self.process_group = process_group
 
+    @property
+    def eps(self) -> float:
+        """What is added to the variance. Raises TypeError for a layer with an activation.
+
+        Code reads `eps` to fold a BatchNorm into the layer before it, or to put another norm in its place. Either would
+        drop the activation. `vars(layer)["eps"]` is the value of any layer.
+        """
+        if self.activation is not None:
+            raise TypeError(
+                f"expected a norm without an activation where eps is read, got activation={self.activation!r}: code "
+                "that folds or replaces this layer would drop the activation. Call "
+                "syncnorm.revert_sync_batchnorm(model) first, or construct the layer without an activation. "
+                "vars(layer)['eps'] is the value"
+            )
+        return vars(self)["eps"]  # type: ignore[no-any-return]
+
+    @eps.setter
+    def eps(self, eps: float) -> None:
+        vars(self)["eps"] = eps
+
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalize `input`, (N, C, *), and in training move the running statistics.
 
@@ -122,6 +147,8 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         must not be negative, count by that. See `syncnorm.functional.sync_batch_norm`.
         `residual`, of the input's shape and dtype, is added before the activation.
         """
+        if isinstance(input, Tensor):
+            self._check_input_dim(input)
         tracks = self.track_running_stats or not self.training
         running_mean = self.running_mean if tracks else None
         return functional.sync_batch_norm(
@@ -132,7 +159,7 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
             self.bias,
             self.training or running_mean is None,
             self.momentum,
-            self.eps,
+            self.__dict__["eps"],
             num_batches_tracked=self.num_batches_tracked if tracks else None,
             process_group=self._group_of_the_batch(input, residual, mask) if self.training else _ALONE,
             mask=mask,
@@ -165,11 +192,25 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
     def extra_repr(self) -> str:
         """Return the arguments that the module was made with."""
         return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"{self.num_features}, eps={self.__dict__['eps']}, momentum={self.momentum}, affine={self.affine}, "
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
             + (f", activation={self.activation}" if self.activation else "")
             + (", inplace=True" if self.inplace else "")
         )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Take any number of axes from two on; the class of a converted layer has its own check."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a pickle or a copy, and the class of a converted layer, which the pickle does not name."""
+        kind = type(self)
+        if ORIGIN in state and kind in (SyncBatchNorm, LazySyncBatchNorm):
+            kind = class_after_conversion(state[ORIGIN][0], is_lazy=kind is LazySyncBatchNorm)
+        if kind is type(self):
+            super().__setstate__(state)  # type: ignore[no-untyped-call]
+        else:
+            self.__class__ = kind
+            self.__setstate__(state)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load as torch does; if that raises, leave the layer's tensors as they were."""
@@ -249,6 +290,49 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
             if tensor is not None and is_lazy(tensor):
                 tensor.materialize((self.num_features,))
         self.reset_parameters()
+
+
+def class_after_conversion(original: type[Any], *, is_lazy: bool) -> type[SyncBatchNorm]:
+    """Return the class of a converted layer that was an `original`; a lazy one is another once it has met its input."""
+    has_met_input = issubclass(original, _LazyNormBase) and not is_lazy
+    kind: Any = original.cls_to_become if has_met_input else original
+    return _synchronized(kind)
+
+
+@functools.cache
+def _synchronized(original: type[Any]) -> type[SyncBatchNorm]:
+    """Return a subclass of both `original` and SyncBatchNorm.
+
+    Methods are looked up in `original`, then in SyncBatchNorm, then in torch's _BatchNorm. So SyncBatchNorm.forward
+    replaces torch's, and all that `original` defines itself stays: its check of the input, its methods and attributes.
+    For torch.nn.SyncBatchNorm it is SyncBatchNorm alone, since DistributedDataParallel refuses torch's on CPUs.
+    """
+    lazy = issubclass(original, _LazyNormBase)
+    base: type[Any] = LazySyncBatchNorm if lazy else SyncBatchNorm
+    if issubclass(original, nn.SyncBatchNorm) or issubclass(base, original):
+        return base
+
+    def __new__(cls: type[Any], *_: Any, **__: Any) -> Any:  # noqa: N807
+        self = super(kind, cls).__new__(cls)
+        vars(self)[ORIGIN] = original, ProcessGroupReference(None)
+        return self
+
+    def __reduce_ex__(self: SyncBatchNorm, protocol: Any) -> Any:  # noqa: N807
+        constructor, arguments, *state = super(kind, self).__reduce_ex__(protocol)
+        if type(self) is kind:  # and no subclass, such as that of a parametrized layer
+            constructor, arguments = base, () if lazy else (0,)  # __setstate__ gives it this class again
+        return constructor, arguments, *state
+
+    def fill(namespace: dict[str, Any]) -> None:
+        namespace["__module__"] = base.__module__
+        namespace["__qualname__"] = f"{base.__qualname__}[{original.__qualname__}]"
+        namespace["__doc__"] = base.__doc__
+        namespace["__new__"], namespace["__reduce_ex__"] = __new__, __reduce_ex__
+        if lazy:
+            namespace["cls_to_become"] = _synchronized(original.cls_to_become)
+
+    kind: type[Any] = types.new_class(base.__name__, (original, base), exec_body=fill)
+    return kind
 
 
 class LayerNorm(_Grouped, nn.LayerNorm):
