@@ -177,7 +177,7 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         if not self._group.history.is_complete(group):
             validate.batch_norm_arguments(  # before the ranks compare anything
                 *(input, self.running_mean, self.running_var, self.weight, self.bias),
-                *(True, self.momentum, self.__dict__["eps"], self.num_batches_tracked),
+                *(True, self.momentum, vars(self)["eps"], self.num_batches_tracked),
             )
             validate.mask_over_channels(mask, input)
             validate.epilogue(input, self.weight, self.bias, residual, self.activation, self.inplace)
