@@ -174,7 +174,7 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         if torch.compiler.is_compiling():
             return given
         group = communicator() if given is None else given
-        if not self._group.history.is_complete(group):
+        if not (self._group.history.is_complete(group) or functional.without_values(input)):
             validate.batch_norm_arguments(  # before the ranks compare anything
                 *(input, self.running_mean, self.running_var, self.weight, self.bias),
                 *(True, self.momentum, vars(self)["eps"], self.num_batches_tracked),
@@ -578,7 +578,7 @@ class ProcessGroupReference:
     def resolve_for(self, layer: nn.Module, input: Tensor, sizes: tuple[int, ...]) -> Communicator | None:
         """Return the communicator of a group that splits some axes of the input, having compared the other `sizes`."""
         group = self.resolve()
-        if group is not None:
+        if group is not None and not functional.without_values(input):
             self.history.check_sizes(layer, input, sizes, group)
         return group
 

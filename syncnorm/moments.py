@@ -33,7 +33,7 @@ class Moments:
     @classmethod
     def of(cls, input: Tensor, mask: Tensor | None = None) -> Moments:
         """Return the moments of (N, C, *) over all axes but the channels', weighted by the mask."""
-        return cls(kernels.select(input).moments(input, mask))
+        return cls(kernels.select(input, mask).moments(input, mask))
 
     def pack(self) -> Tensor:
         """Return [n·mean, M2 + n·mean², n], (2C + 1,) float64: the sum over the ranks packs the whole batch.

@@ -34,6 +34,7 @@ from .communicators import Communicator
 from .kernels import PLAIN, Epilogue
 from .kernels.epilogue import channels_last
 from .moments import Moments
+from .validate import memory_of
 
 __all__ = ["made_by_relu", "normalize", "normalize_by_constants"]
 
@@ -94,7 +95,9 @@ def _apply(
 ) -> Tensor:
     residual = epilogue.residual
     plan = _Plan(eps, group, mask, moments.centered, eps_outside, _with(epilogue, None))
-    return _Normalize.apply(input, weight, bias, residual, moments.values, plan)[0]  # type: ignore[no-any-return, no-untyped-call]
+    written = memory_of(input) if epilogue.inplace else input
+    output = _Normalize.apply(written, weight, bias, residual, moments.values, plan)[0]  # type: ignore[no-untyped-call]
+    return output if written is input else input
 
 
 def _with(epilogue: Epilogue, residual: Tensor | None) -> Epilogue:
@@ -124,7 +127,7 @@ class _Normalize(Function):
         plan: _Plan,
     ) -> tuple[Tensor, Tensor]:
         epilogue, constant = _with(plan.epilogue, residual), plan.group is None
-        output, statistics, signs = kernels.select(input).normalize(
+        output, statistics, signs = kernels.select(input, moments, weight, bias, residual).normalize(
             input, moments, weight, bias, plan.eps, eps_outside=plan.eps_outside, epilogue=epilogue
         )
         if epilogue.inplace:
@@ -152,7 +155,8 @@ class _Normalize(Function):
         input, statistics, weight, bias, kept, mask = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         plan = ctx.plan
-        kernel = kernels.reference if torch.is_grad_enabled() else kernels.select(input)
+        tensors = input, grad_output, statistics, weight, bias, kept, mask
+        kernel = kernels.reference if torch.is_grad_enabled() else kernels.select(*tensors)
         epilogue = _with(plan.epilogue, kept)
         if epilogue.keeps_signs and bool(channels_last(input)) != bool(ctx.channels_last):
             # The signs are in the order of its memory, and a hook such as `save_on_cpu` has laid it out anew.

@@ -32,7 +32,7 @@ def update(
     """
     if running_mean is None or running_var is None or _recomputing():
         return
-    kernels.select(running_mean).update_running(
+    kernels.select(running_mean, running_var, num_batches_tracked, moments.values).update_running(
         running_mean, running_var, num_batches_tracked, moments.values, momentum
     )
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .epilogue import NEGATIVE_SLOPE, PLAIN, Epilogue, channels_last
+from .epilogue import LEAST_NOISE, NEGATIVE_SLOPE, PLAIN, Epilogue, channels_last, rounding
 
 __all__ = ["Backward", "moments", "normalize", "or_one", "pack", "unpack", "update_running"]
 
@@ -30,7 +30,7 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     axes = _reduced_axes(input)
     x = input.to(_compute_dtype(input))
     if mask is None:
-        values = x.numel() // max(x.shape[1], 1)
+        values = x.shape[0] * x.shape[2:].numel()
         count = torch.full((), values, dtype=torch.float64, device=x.device)
     else:
         mask = mask.to(x.dtype)
@@ -104,7 +104,9 @@ def normalize(
     z = _affine(_centered(input, statistics), statistics, weight, bias, epilogue.residual)
     signs = _to_bits(z > 0, input) if epilogue.keeps_signs else None
     y = _ACTIVATE[epilogue.activation](z).to(input.dtype)
-    return (input.copy_(y) if epilogue.inplace else y), statistics, signs
+    if epilogue.inplace:
+        input.copy_(y)  # which may give another tensor back, where y is of a subclass
+    return (input if epilogue.inplace else y), statistics, signs
 
 
 class Backward:
@@ -193,10 +195,7 @@ def _centered_and_grad(
         if activation == "leaky_relu":
             z, dy = torch.where(y > 0, y, y / NEGATIVE_SLOPE), torch.where(y > 0, dy, dy * NEGATIVE_SLOPE)
         z = z if bias is None else z - _per_channel(bias, z)
-        scale = _scale(statistics, weight)
-        # x cannot be had where the weight is 0, nor has it a gradient
-        inverse = torch.where(scale == 0, 0, 1 / torch.where(scale == 0, 1, scale))
-        return filled(z * _per_channel(inverse, z)), dy
+        return filled(z * _per_channel(_inverse(statistics, weight, bias, input.dtype, activation), z)), dy
     centered = filled(_centered(input, statistics))
     if activation is None:
         return centered, dy
@@ -278,6 +277,22 @@ def _mean_and_invstd(statistics: Tensor) -> tuple[Tensor, Tensor]:
 def _scale(statistics: Tensor, weight: Tensor | None) -> Tensor:
     _, invstd = _mean_and_invstd(statistics)
     return invstd if weight is None else invstd * weight
+
+
+def _inverse(
+    statistics: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, activation: str | None
+) -> Tensor:
+    """Return what z - bias is multiplied by to give x - mean, where z was rounded to the dtype of y.
+
+    That is 1 / scale as long as the weight is larger than what rounding adds to z. Below, the quotient would be that
+    noise over the weight, without bound. With x̂ of variance 1 and noise of variance σ², near z = bias, the estimate of
+    least mean square error is x̂ = (z - bias) * weight / (weight² + σ²): its error is never larger than x̂ itself, and
+    where the weight is 0 it is 0.
+    """
+    _, invstd = _mean_and_invstd(statistics)
+    scale, (relative, least) = _scale(statistics, weight), rounding(dtype, activation)
+    noise = invstd * least if bias is None else invstd * (relative * bias.detach().abs() + least)
+    return scale / (scale.square() + noise.clamp_min(LEAST_NOISE).square())
 
 
 def _compute_dtype(input: Tensor) -> torch.dtype:
