@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from . import running, validate
+from . import running, transforms, validate
+from .all_reduce import all_reduce
 from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
 from .launchers import warn_if_alone_in_a_larger_job
 from .moments import Moments, MomentsAboutZero
@@ -104,9 +105,9 @@ def sync_batch_norm(
     if process_group is None and isinstance(group, LocalCommunicator) and not torch.compiler.is_compiling():
         warn_if_alone_in_a_larger_job()
 
-    moments = _combined(Moments.of(input.detach(), mask), group)
+    moments = _combined(Moments.of(input, mask), group)
     few = input.numel() <= input.shape[1] if mask is None else mask.is_cpu
-    if few and moments.count == 1:  # asks the device only where it can be so
+    if few and (transforms.plain(moments.count) == 1).any():  # asks the device only where it can be so
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
             + (" and a mask" if mask is not None else "")
@@ -263,8 +264,7 @@ def _sharing(process_group: ProcessGroupLike) -> Communicator:
 
 def _rows(input: Tensor, axes: int) -> Tensor:
     """Return the input as (1, R, values): R positions as channels, the last axes as what they are normalized over."""
-    positions, values = input.shape[: input.dim() - axes], input.shape[input.dim() - axes :]
-    return input.reshape(1, positions.numel(), values.numel())
+    return input.unsqueeze(0).flatten(-axes).flatten(0, -2).unsqueeze(0)  # no sizes, which a tracer would keep
 
 
 def _normalize_rows(
@@ -272,13 +272,17 @@ def _normalize_rows(
 ) -> Tensor:
     """Return rows, (1, R, values), normalized by the moments of each over all ranks; in float32 or better."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    moments = _combined(kind.of(rows.detach()), group)
+    moments = _combined(kind.of(rows), group)
     return normalize(rows, moments, None, None, eps, group, eps_outside=eps_outside)
 
 
 def _combined(moments: Moments, group: Communicator) -> Moments:
     """Return the moments of all ranks: one all-reduce."""
-    return moments if group.size == 1 else type(moments).unpack(group.all_reduce(moments.pack()))
+    if group.size == 1:
+        return moments
+    packed = moments.pack()
+    summed = all_reduce(packed, group) if moments.followed else group.all_reduce(packed)
+    return type(moments).unpack(summed, moments.followed)
 
 
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .kernels import ACTIVATIONS, PLAIN, Epilogue
 
@@ -213,6 +213,10 @@ def _part_of_this_rank(input: Tensor, split: bool) -> None:
 
 def _floating_point(input: Tensor) -> None:
     if not isinstance(input, Tensor):
-        raise TypeError(f"expected a tensor as input, got {type(input).__name__}")
+        advice = isinstance(input, fx.Proxy) and (
+            " of torch.fx, which cannot trace into a norm: trace the model that holds the layer, give the function to "
+            "torch.fx.wrap, or call syncnorm.revert_sync_batchnorm(model) first"
+        )
+        raise TypeError(f"expected a tensor as input, got {type(input).__name__}{advice or ''}")
     if not input.is_floating_point():
         raise TypeError(f"expected a floating-point input, got {input.dtype}")
