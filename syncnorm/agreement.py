@@ -63,7 +63,7 @@ class _Place(NamedTuple):
     def __str__(self) -> str:
         layer = f"{self.layer} no. {self.number}"
         name = f"{self.path} of {self.model} ({layer})" if self.path else f"{layer}, called outside a model"
-        sizes = f"sizes {tuple(self.sizes)}" if self.is_split else f"C = {sum(self.sizes)}"
+        sizes = f"sizes {tuple(self.sizes)}" if self.is_split else f"C = {self.sizes[0]}"
         return f"call {self.call} of {name}: {sizes}, {self.dtype}, input {tuple(self.shape)}"
 
 
@@ -98,7 +98,7 @@ class History:
         if group.size == 1:
             self.calls = COMPARED_CALLS
         elif not (input.is_cuda and torch.cuda.is_current_stream_capturing()):  # where nothing can be read
-            self._compare(layer, input, list(input.shape[1:2]), group, is_split=False)
+            self._compare(layer, input, [input.shape[1] if input.dim() > 1 else 0], group, is_split=False)
             self.calls += 1
 
     def check_sizes(self, layer: nn.Module, input: Tensor, sizes: tuple[int, ...], group: Communicator) -> None:

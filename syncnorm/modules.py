@@ -6,10 +6,10 @@ import contextlib
 import functools
 import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import is_lazy
 
@@ -33,6 +33,30 @@ class _Grouped(nn.Module):
     @process_group.setter
     def process_group(self, process_group: ProcessGroupLike) -> None:
         self._group = ProcessGroupReference(process_group)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Raise TypeError for torch.jit.script, which asks a module by this name for what it can compile."""
+        raise TypeError(
+            f"expected torch.nn's own norms in torch.jit.script, got syncnorm's {type(self).__name__}: call "
+            "syncnorm.revert_sync_batchnorm(model) first, load the state_dict into a model with norms of torch.nn, or "
+            "call model.eval() and torch.jit.trace"
+        )
+
+    def _is_whole(self, input: fx.Proxy) -> bool:
+        """Return whether a torch.fx trace can hold the call of this layer as one node, which nothing is done twice by.
+
+        The node calls the layer by its name, with its hooks and with what a subclass does around this forward.
+        """
+        forward = type(self).forward
+        own = forward.__module__ == __name__ and "forward" not in vars(self)
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return own and not hooks and input.tracer.root is not self  # type: ignore[attr-defined]
+
+    def _node(self, input: fx.Proxy, **others: Any) -> Any:
+        """Return the call of this layer as a node of a torch.fx trace, as for layers of torch.nn."""
+        given = {name: value for name, value in others.items() if value is not None}
+        path = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
+        return input.tracer.create_proxy("call_module", path, (input,), given)
 
     def _parameters_beside(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return weight and bias as what the input is: DTensors, as in a plan of torch's own, or this rank's part."""
@@ -147,6 +171,8 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         must not be negative, count by that. See `syncnorm.functional.sync_batch_norm`.
         `residual`, of the input's shape and dtype, is added before the activation.
         """
+        if isinstance(input, fx.Proxy) and self._is_whole(input):
+            return self._node(input, residual=residual, mask=mask)
         if isinstance(input, Tensor):
             self._check_input_dim(input)
         tracks = self.track_running_stats or not self.training
@@ -159,7 +185,7 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
             self.bias,
             self.training or running_mean is None,
             self.momentum,
-            self.__dict__["eps"],
+            vars(self)["eps"],
             num_batches_tracked=self.num_batches_tracked if tracks else None,
             process_group=self._group_of_the_batch(input, residual, mask) if self.training else _ALONE,
             mask=mask,
@@ -192,7 +218,7 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
     def extra_repr(self) -> str:
         """Return the arguments that the module was made with."""
         return (
-            f"{self.num_features}, eps={self.__dict__['eps']}, momentum={self.momentum}, affine={self.affine}, "
+            f"{self.num_features}, eps={vars(self)['eps']}, momentum={self.momentum}, affine={self.affine}, "
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
             + (f", activation={self.activation}" if self.activation else "")
             + (", inplace=True" if self.inplace else "")
@@ -384,6 +410,8 @@ class LayerNorm(_Grouped, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (*, *normalized_shape)."""
+        if isinstance(input, fx.Proxy) and self._is_whole(input):
+            return self._node(input)
         shape, split = self.normalized_shape, self.process_group is not None
         weight, bias = self._parameters_beside(input)
         validate.trailing_axes(input, shape, weight, bias, split=split)  # before the ranks compare anything
@@ -456,6 +484,8 @@ class RMSNorm(_Grouped, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x`, (*, *normalized_shape)."""
+        if isinstance(x, fx.Proxy) and self._is_whole(x):
+            return self._node(x)
         shape, split = self.normalized_shape, self.process_group is not None
         weight, bias = self._parameters_beside(x)
         validate.trailing_axes(x, shape, weight, bias, split=split)  # before the ranks compare anything
@@ -531,6 +561,8 @@ class GroupNorm(_Grouped, nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (N, C, *)."""
+        if isinstance(input, fx.Proxy) and self._is_whole(input):
+            return self._node(input)
         groups, split = self.num_groups, self.process_group is not None
         weight, bias = self._parameters_beside(input)
         validate.groups_of_channels(input, groups, weight, bias, self.num_channels, split=split)
