@@ -117,7 +117,7 @@ def on_all_ranks(group, option, function, *args):
     try:
         result = function(*args)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        problem = " ".join(str(error).split())
+        problem = " ".join(str(error).split()) or type(error).__name__
     problems = group.all_gather_object(problem)
     if any(problems):
         if group.rank == 0:

@@ -238,6 +238,15 @@ def test_a_full_disk_leaves_the_earlier_file_and_nothing_else(path, capsys):
     assert os.listdir(path.parent) == ["checkpoint"]
 
 
+def test_an_error_without_words_ends_the_program_too(capsys):
+    def fail():
+        raise OSError
+
+    with pytest.raises(SystemExit, match="1"):
+        common.on_all_ranks(LocalCommunicator(), "--data", fail)
+    assert one_line(capsys) == "--data: OSError\n"
+
+
 # The examples, on ranks
 
 TRANSFORMER = ["--layers", 1, "--width", 32, "--heads", 2, "--context", 32, "--sample", 20]
