@@ -1,8 +1,8 @@
 """Reads a pickle as data: containers, numbers, text, bytes, arrays of bytes. Nothing that a file names is looked up.
 
-`pickle.Unpickler` cannot be made safe by choosing which classes it may find: numpy's own take pointers from the state
-that a file gives them, and one memo index of four bytes can claim 64 GB. Here a program of pickle's is interpreted by
-its opcodes. A class or function stays a `Name`, a call stays a `Call`, and memory is bounded by the size of the file.
+Choosing which classes `pickle.Unpickler` may find does not make it safe. numpy's classes take pointers from the state
+that a file gives them, and one memo index of four bytes allocates 64 GB. This module interprets the opcodes itself: a
+class or function stays a `Name`, a call stays a `Call`, and memory is bounded by the size of the file.
 """
 
 import dataclasses
