@@ -15,7 +15,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import _C, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import running, validate
+from . import running, transforms, validate
+from .all_reduce import all_reduce
 from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
 from .launchers import warn_if_alone_in_a_larger_job
 from .moments import Moments, MomentsAboutZero
@@ -110,7 +111,7 @@ def sync_batch_norm(
         return normalize_by_constants(input, running_mean, running_var, weight, bias, eps, epilogue=epilogue)
     group = _sharing_batch(input, process_group)
 
-    moments = _combined(Moments.of(input.detach(), mask), group)
+    moments = _combined(Moments.of(input, mask), group)
     if _one_value(input, mask, moments):
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
@@ -292,13 +293,12 @@ def _one_value(input: Tensor, mask: Tensor | None, moments: Moments) -> bool:
     few = input.numel() <= input.shape[1] if mask is None else mask.is_cpu
     if few and without_values(input):
         return mask is None and len(input) * input.shape[2:].numel() == 1
-    return few and bool(moments.count == 1)
+    return few and bool((transforms.plain(moments.count) == 1).any())
 
 
 def _rows(input: Tensor, axes: int) -> Tensor:
     """Return the input as (1, R, values): R positions as channels, the last axes as what they are normalized over."""
-    positions, values = input.shape[: input.dim() - axes], input.shape[input.dim() - axes :]
-    return input.reshape(1, positions.numel(), values.numel())
+    return input.unsqueeze(0).flatten(-axes).flatten(0, -2).unsqueeze(0)  # no sizes, which a tracer would keep
 
 
 def _normalize_rows(
@@ -306,13 +306,17 @@ def _normalize_rows(
 ) -> Tensor:
     """Return rows, (1, R, values), normalized by the moments of each over all ranks; in float32 or better."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    moments = _combined(kind.of(rows.detach()), group)
+    moments = _combined(kind.of(rows), group)
     return normalize(rows, moments, None, None, eps, group, eps_outside=eps_outside)
 
 
 def _combined(moments: Moments, group: Communicator) -> Moments:
     """Return the moments of all ranks: one all-reduce."""
-    return moments if group.size == 1 else type(moments).unpack(group.all_reduce(moments.pack()))
+    if group.size == 1:
+        return moments
+    packed = moments.pack()
+    summed = all_reduce(packed, group) if moments.followed else group.all_reduce(packed)
+    return type(moments).unpack(summed, moments.followed)
 
 
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import _C, Tensor
+from torch import _C, Tensor, fx
 
 from .kernels import ACTIVATIONS, PLAIN, Epilogue
 
@@ -260,6 +260,10 @@ def dense(name: str, tensor: Tensor, *, jagged: bool = False) -> None:
 
 def _floating_point(input: Tensor) -> None:
     if not isinstance(input, Tensor):
-        raise TypeError(f"expected a tensor as input, got {type(input).__name__}")
+        advice = isinstance(input, fx.Proxy) and (
+            " of torch.fx, which cannot trace into a norm: trace the model that holds the layer, give the function to "
+            "torch.fx.wrap, or call syncnorm.revert_sync_batchnorm(model) first"
+        )
+        raise TypeError(f"expected a tensor as input, got {type(input).__name__}{advice or ''}")
     if not input.is_floating_point():
         raise TypeError(f"expected a floating-point input, got {input.dtype}")

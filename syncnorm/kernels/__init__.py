@@ -29,11 +29,11 @@ class Kernels(Protocol):
         ...
 
     def pack(self, moments: Tensor) -> Tensor:
-        """[mean, M2, n] -> [n·mean, M2 + n·mean², n], in the same memory."""
+        """[mean, M2, n] -> [n·mean, M2 + n·mean², n], which may take the memory of the argument."""
         ...
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """[n·mean, M2 + n·mean², n] -> [mean, M2, n], in the same memory."""
+        """[n·mean, M2 + n·mean², n] -> [mean, M2, n], which may take the memory of the argument."""
         ...
 
     def update_running(
