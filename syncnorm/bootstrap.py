@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
 import gc
+import io
 import os
+import socket
 import sys
 import time
 from datetime import timedelta
 from numbers import Real
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
 
-from . import communicators, rendezvous, roll_call
+from . import communicators, forks, rendezvous, roll_call
 from .communicators import Communicator
 from .errors import DesyncError
 from .launchers import launched, refuse_to_be_alone
-
-if TYPE_CHECKING:
-    from .communicators.mpi import MpiCommunicator
+from .terminate import before_terminate
 
 __all__ = ["init"]
 
@@ -117,9 +119,10 @@ def _join_over_mpi(backend: str, timeout: timedelta | None) -> None:
         if world.size > 1 or launched().launcher != "none":
             rendezvous.tell_over_mpi(world.comm)
         _make_default_group(backend, timeout, world.rank, world.size)
-    if backend == "mpi":
-        communicators.set_default(world)
-    _abort_on_an_exception(world)
+    beside = dist.group.WORLD if dist.is_available() else None
+    communicators.set_default(world if backend == "mpi" else None, beside)
+    if world.size > 1:
+        _abort_on_an_exception()
 
 
 def _join_by_torch(backend: str, timeout: timedelta | None) -> None:
@@ -146,10 +149,14 @@ def _make_default_group(backend: str, timeout: timedelta | None, rank: int, size
     if backend == "nccl":
         device = torch.device("cuda", _local_device())
         torch.cuda.set_device(device)
+    hook = sys.excepthook
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size, device_id=device)
-    atexit.register(_destroy_process_group)
-    if size > 1 and not roll_call.is_attended():  # as after a group that was destroyed
+    if roll_call.is_attended():  # this is not the first group, and the hook is ours
+        sys.excepthook = hook
+    elif size > 1:
         _report_an_exception(rank, [other["host"] for other in ranks])
+    atexit.unregister(_destroy_process_group)
+    atexit.register(_destroy_process_group)  # before what is registered so far: the roll call outlasts the group
 
 
 def _gpu() -> str | None:
@@ -165,6 +172,8 @@ def _local_device() -> int:
 
 
 def _destroy_process_group() -> None:
+    if forks.is_inherited(None):
+        return
     gc.collect()  # DistributedDataParallel refers to the group in cycles
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -172,35 +181,87 @@ def _destroy_process_group() -> None:
 
 
 def _report_an_exception(rank: int, hosts: list[str]) -> None:
-    """Answer roll calls, and tell the other ranks of an exception that ends this one."""
+    """Answer roll calls, and tell the other ranks of what ends this one."""
     roll_call.attend(rank, hosts)
     atexit.register(roll_call.leave)
+    before_terminate(functools.partial(_say_before_terminate, rank, hosts))
+    process = os.getpid()
     print_exception = sys.excepthook  # torch.distributed's own
 
     def report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        roll_call.last_words(error)
+        if os.getpid() != process or _is_interactive():
+            print_exception(kind, error, traceback)
+            return
+        in_collective = roll_call.tells_of_peers(error)
+        is_reported = isinstance(error, DesyncError)
+        here = roll_call.whereabouts_of(error)
+        roll_call.last_words(here if in_collective and not is_reported else error)
         print_exception(kind, error, traceback)
         print(f"rank {rank} of {len(hosts)} on {hosts[rank]} ended with {kind.__name__}", file=sys.stderr)
-        if isinstance(error, RuntimeError) and not isinstance(error, DesyncError) and roll_call.tells_of_peers(error):
-            print(roll_call.take(range(len(hosts)), roll_call.whereabouts_of(error)), file=sys.stderr)
+        if in_collective and not is_reported:
+            print(roll_call.take(range(len(hosts)), here), file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        if isinstance(error, RuntimeError) and roll_call.tells_of_peers(error):
+        if in_collective:
             time.sleep(1)  # so that the others' reports appear too: launchers end all ranks after the first
 
     sys.excepthook = report
 
 
-def _abort_on_an_exception(world: MpiCommunicator) -> None:
+def _say_before_terminate(rank: int, hosts: list[str]) -> None:
+    """Write where all ranks are before C++ ends this one, and leave the same of it to the others."""
+    here = roll_call.whereabouts()
+    roll_call.last_words(f"ended by C++ {here}")
+    sys.stdout.flush()
+    print(
+        f"rank {rank} of {len(hosts)} on {hosts[rank]} is ended by C++, whose words follow. If Gloo received data of "
+        "another size than it expected, ranks are at different layers or collectives:\n"
+        + roll_call.take(range(len(hosts)), here),
+        file=sys.stderr,
+        flush=True,
+    )
+    _hang_up()
+    time.sleep(2 * roll_call.INTERVAL)  # launchers end all ranks after the first: the others report before that
+    roll_call.leave()
+
+
+def _hang_up() -> None:
+    """Shut down the TCP connections of this process, but for the store's: collectives of its peers fail."""
+    port = int(os.environ["MASTER_PORT"])
+    with contextlib.suppress(OSError):  # not Linux
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+                ends = connection.getsockname(), connection.getpeername()
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and port not in [end[1] for end in ends]:
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+@functools.cache  # once in a process
+def _abort_on_an_exception() -> None:
     """Make an unhandled exception of one rank end all ranks, which else would wait for it for ever."""
-    if world.size == 1:
-        return
+    from .communicators.library import MPI
+
+    process = os.getpid()
     report = sys.excepthook
 
     def abort(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        report(kind, error, traceback)
-        print("aborting the MPI job", file=sys.stderr, flush=True)
+        if os.getpid() != process or _is_interactive():
+            report(kind, error, traceback)
+            return
+        with contextlib.redirect_stderr(_terminal()):
+            report(kind, error, traceback)
+            print("aborting the MPI job", file=sys.stderr, flush=True)
         time.sleep(0.2)  # MPICH's mpiexec does not read to the end what was printed just before
-        world.comm.Abort(1)
+        MPI.COMM_WORLD.Abort(1)
 
     sys.excepthook = abort
+
+
+def _is_interactive() -> bool:
+    """Return whether the program goes on at a prompt after an exception that nobody handled."""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive or sys.flags.inspect)
+
+
+def _terminal() -> TextIO:
+    """Return stderr: torch.distributed's hook replaces it while it runs an older one, which may not return."""
+    return sys.__stderr__ if isinstance(sys.stderr, io.StringIO) and sys.__stderr__ is not None else sys.stderr

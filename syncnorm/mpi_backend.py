@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.futures import Future
 
-from .communicators.library import MPI, ranks_in_the_job
+from .communicators.library import MPI, raise_of_mpi, ranks_in_the_job
 from .communicators.messages import arithmetic, message, stage, wait_until
 from .communicators.mpi import MpiCommunicator
+from .communicators.process_group import DESTROYED
 from .communicators.staging import write_back
 from .rendezvous import tell_over_mpi
 from .roll_call import raise_desync
@@ -120,6 +121,8 @@ class MpiWork(dist.Work):
         except TimeoutError as error:
             self.error = error
             raise_desync(error, str(error), ranks_in_the_job(self.comm))
+        if isinstance(self.error, MPI.Exception):
+            raise_of_mpi(self.error, self.name, self.comm)
         if self.error is not None:
             raise self.error
         return True
@@ -180,7 +183,8 @@ class MpiProcessGroup(dist.ProcessGroup):
         self.where = f"on rank {self.rank()} of {self.size()} of group {name or 'default'}"
 
     def shutdown(self) -> None:
-        """Free nothing: MPI_Comm_free is collective, and ranks may leave one by one."""
+        """Refuse what layers would send. Free nothing: MPI_Comm_free is collective, and ranks may leave one by one."""
+        self.communicator.unusable = DESTROYED
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> MpiWork:
         return self._work("all_reduce", opts, tensors, [self._all_reduce(t, opts.reduceOp) for t in tensors])

@@ -32,20 +32,30 @@ __all__ = [
 ProcessGroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | MPI.Comm | Communicator | None"
 
 _default: Communicator | None = None  # what syncnorm.init() made, other than torch.distributed's default group
+_beside: dist.ProcessGroup | None = None  # the default group that it was made with
 _ALONE = LocalCommunicator()
 _made: WeakValueDictionary[int, Any] = WeakValueDictionary()  # one communicator for each group, by id or MPI handle
 _own: set[type] = set()  # classes of this package that were met, of which nobody has to look at the members, for 15 µs
 
 
-def set_default(made: Communicator | None) -> None:
-    """Set the communicator that `process_group=None` stands for; None takes it back."""
-    global _default
-    _default = made
+def set_default(made: Communicator | None, beside: dist.ProcessGroup | None = None) -> None:
+    """Set the communicator that `process_group=None` stands for; None takes it back.
+
+    Args:
+        made: the communicator.
+        beside: torch.distributed's default group of the same ranks: who destroys it takes the communicator back too.
+    """
+    global _default, _beside
+    _default, _beside = made, beside
 
 
 def has_default() -> bool:
-    """Return whether `set_default` was called with a communicator."""
-    return _default is not None
+    """Return whether `set_default` was called with a communicator that is still in use."""
+    return _current_default() is not None
+
+
+def _current_default() -> Communicator | None:
+    return _default if _beside is None or _beside is dist.group.WORLD else None
 
 
 def uncounted(group: Communicator) -> Communicator:
@@ -69,8 +79,9 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
     if type(process_group) in _own:
         return process_group  # type: ignore[return-value]
     if process_group is None:
-        if _default is not None:
-            return _default
+        made = _current_default()
+        if made is not None:
+            return made
         world = dist.group.WORLD if dist.is_available() else None
         return _ALONE if world is None else _of_process_group(world)
     if dist.is_available():
@@ -118,7 +129,7 @@ def _of_process_group(group: dist.ProcessGroup) -> Communicator:
     mpi_backend = sys.modules.get("syncnorm.mpi_backend")  # imported by whoever made such a group
     if mpi_backend is not None and isinstance(group, mpi_backend.MpiProcessGroup):
         direct: Communicator = group.communicator
-        return _default if _default is not None and group is dist.group.WORLD else direct
+        return (_current_default() or direct) if group is dist.group.WORLD else direct
     if group is dist.group.WORLD:
         return _of_default_group()
     made = _made.get(id(group))

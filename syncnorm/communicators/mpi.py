@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import pickle
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..roll_call import raise_desync
-from .library import MPI, ranks_in_the_job
+from .library import MPI, raise_of_mpi, ranks_in_the_job
 from .messages import ARITHMETIC, arithmetic, memory_at, message, stage, wait_until
 from .staging import write_back
 
@@ -31,6 +31,8 @@ class MpiCommunicator:
             With a timeout tensors travel by MPI's non-blocking collectives. A group that timed out is of no more use.
     """
 
+    unusable = ""  # why collectives raise; of the class in a forked child
+
     def __init__(self, comm: MPI.Comm, timeout: timedelta | None = None):
         self.comm = comm
         self.timeout = timeout
@@ -45,7 +47,12 @@ class MpiCommunicator:
             return self._all_reduce_staged(tensor)
         if self.timeout is None and tensor.is_cpu and tensor.is_contiguous():
             # What a layer sends. MPI takes 2 µs for it, so each further look-up would show.
-            self.comm.Allreduce(IN_PLACE, (memory_at(tensor.data_ptr(), tensor.nbytes), datatype))
+            if self.unusable:
+                raise RuntimeError(self.unusable)
+            try:
+                self.comm.Allreduce(IN_PLACE, (memory_at(tensor.data_ptr(), tensor.nbytes), datatype))
+            except MPI.Exception as error:
+                self._raise("Allreduce", error)
             return tensor
         return self._all_reduce_staged(tensor)
 
@@ -94,15 +101,23 @@ class MpiCommunicator:
 
     def _run(self, function: str, *arguments: Any, memory: Any = None) -> None:
         """Call the MPI function: blocking, or under the timeout in its non-blocking form. `memory` must outlive it."""
-        if self.timeout is None:
-            getattr(self.comm, function)(*arguments)
-            return
-        request = getattr(self.comm, "I" + function.lower())(*arguments)
-        who = f"MPI_{function} on rank {self.rank} of {self.size}"
+        if self.unusable:
+            raise RuntimeError(self.unusable)
         try:
+            if self.timeout is None:
+                getattr(self.comm, function)(*arguments)
+                return
+            request = getattr(self.comm, "I" + function.lower())(*arguments)
+            who = f"MPI_{function} on rank {self.rank} of {self.size}"
             wait_until(request.Test, self.timeout, who, (request, memory))
-        except TimeoutError as error:
-            raise_desync(error, str(error), ranks_in_the_job(self.comm))
+        except (TimeoutError, MPI.Exception) as error:
+            self._raise(function, error)
+
+    def _raise(self, function: str, error: Exception) -> NoReturn:
+        """Raise the error of a collective; where it is not of the arguments, with the place of every rank."""
+        if isinstance(error, MPI.Exception):
+            raise_of_mpi(error, f"MPI_{function} on rank {self.rank} of {self.size}", self.comm)
+        raise_desync(error, str(error), ranks_in_the_job(self.comm))
 
     def __repr__(self) -> str:
         return f"MpiCommunicator(rank={self.rank}, size={self.size})"
