@@ -97,8 +97,8 @@ class History:
         self._enter(group)
         if group.size == 1:
             self.calls = COMPARED_CALLS
-        elif not (input.is_meta or (input.is_cuda and torch.cuda.is_current_stream_capturing())):  # nothing to read
-            self._compare(layer, input, [input.shape[1]], group, is_split=False)
+        elif not (input.is_cuda and torch.cuda.is_current_stream_capturing()):  # where nothing can be read
+            self._compare(layer, input, [input.shape[1] if input.dim() > 1 else 0], group, is_split=False)
             self.calls += 1
 
     def check_sizes(self, layer: nn.Module, input: Tensor, sizes: tuple[int, ...], group: Communicator) -> None:
@@ -156,8 +156,9 @@ class History:
 
 def _gather(place: _Place, device: torch.device, group: Communicator) -> list[_Place]:
     text = json.dumps(place).encode().ljust(MESSAGE)
-    message = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
-    received = [t.cpu().numpy().tobytes() for t in uncounted(group).all_gather(message)]
+    with torch._C._DisableFuncTorch():  # whose tensors have no values to read
+        message = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+        received = [t.cpu().numpy().tobytes() for t in uncounted(group).all_gather(message)]
     try:
         return [_Place(*json.loads(text)) for text in received]
     except (ValueError, TypeError):

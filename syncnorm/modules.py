@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import is_lazy
 
 from . import functional, validate
 from .agreement import History
 from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
+
+ORIGIN = "_converted_from"  # attribute of a converted layer: its class and torch process group before
 
 __all__ = ["GroupNorm", "LayerNorm", "LazySyncBatchNorm", "RMSNorm", "SyncBatchNorm"]
 
@@ -29,6 +33,30 @@ class _Grouped(nn.Module):
     @process_group.setter
     def process_group(self, process_group: ProcessGroupLike) -> None:
         self._group = ProcessGroupReference(process_group)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Raise TypeError for torch.jit.script, which asks a module by this name for what it can compile."""
+        raise TypeError(
+            f"expected torch.nn's own norms in torch.jit.script, got syncnorm's {type(self).__name__}: call "
+            "syncnorm.revert_sync_batchnorm(model) first, load the state_dict into a model with norms of torch.nn, or "
+            "call model.eval() and torch.jit.trace"
+        )
+
+    def _is_whole(self, input: fx.Proxy) -> bool:
+        """Return whether a torch.fx trace can hold the call of this layer as one node, which nothing is done twice by.
+
+        The node calls the layer by its name, with its hooks and with what a subclass does around this forward.
+        """
+        forward = type(self).forward
+        own = forward.__module__ == __name__ and "forward" not in vars(self)
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return own and not hooks and input.tracer.root is not self  # type: ignore[attr-defined]
+
+    def _node(self, input: fx.Proxy, **others: Any) -> Any:
+        """Return the call of this layer as a node of a torch.fx trace, as for layers of torch.nn."""
+        given = {name: value for name, value in others.items() if value is not None}
+        path = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
+        return input.tracer.create_proxy("call_module", path, (input,), given)
 
     def _parameters_beside(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return weight and bias as what the input is: DTensors, as in a plan of torch's own, or this rank's part."""
@@ -84,7 +112,8 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
     Raises:
         ValueError: the activation is unknown or cannot be in place; the input has not C channels, or the residual
             another shape; this rank is not in the group; the whole batch has one value per channel.
-        TypeError: the input is not floating point, or the residual of another dtype.
+        TypeError: the input is not floating point, or the residual of another dtype; `eps` is read from a layer with an
+            activation.
         RuntimeError: a parameter or the residual is on another device than the input; the input cannot be written over.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015.
@@ -115,6 +144,26 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         self.activation, self.inplace = activation, inplace
         self.process_group = process_group
 
+    @property
+    def eps(self) -> float:
+        """What is added to the variance. Raises TypeError for a layer with an activation.
+
+        Code reads `eps` to fold a BatchNorm into the layer before it, or to put another norm in its place. Either would
+        drop the activation. `vars(layer)["eps"]` is the value of any layer.
+        """
+        if self.activation is not None:
+            raise TypeError(
+                f"expected a norm without an activation where eps is read, got activation={self.activation!r}: code "
+                "that folds or replaces this layer would drop the activation. Call "
+                "syncnorm.revert_sync_batchnorm(model) first, or construct the layer without an activation. "
+                "vars(layer)['eps'] is the value"
+            )
+        return vars(self)["eps"]  # type: ignore[no-any-return]
+
+    @eps.setter
+    def eps(self, eps: float) -> None:
+        vars(self)["eps"] = eps
+
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalize `input`, (N, C, *), and in training move the running statistics.
 
@@ -122,6 +171,10 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         must not be negative, count by that. See `syncnorm.functional.sync_batch_norm`.
         `residual`, of the input's shape and dtype, is added before the activation.
         """
+        if isinstance(input, fx.Proxy) and self._is_whole(input):
+            return self._node(input, residual=residual, mask=mask)
+        if isinstance(input, Tensor):
+            self._check_input_dim(input)
         tracks = self.track_running_stats or not self.training
         running_mean = self.running_mean if tracks else None
         return functional.sync_batch_norm(
@@ -132,7 +185,7 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
             self.bias,
             self.training or running_mean is None,
             self.momentum,
-            self.eps,
+            vars(self)["eps"],
             num_batches_tracked=self.num_batches_tracked if tracks else None,
             process_group=self._group_of_the_batch(input, residual, mask) if self.training else _ALONE,
             mask=mask,
@@ -150,11 +203,12 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         if not self._group.history.is_complete(group):
             validate.batch_norm_arguments(  # before the ranks compare anything
                 *(input, self.running_mean, self.running_var, self.weight, self.bias),
-                *(True, self.momentum, self.eps, self.num_batches_tracked),
+                *(True, self.momentum, vars(self)["eps"], self.num_batches_tracked),
             )
             validate.mask_over_channels(mask, input)
             validate.epilogue(input, self.weight, self.bias, residual, self.activation, self.inplace)
-            self._group.history.check_call(self, input, group)
+            if not functional.without_values(input):
+                self._group.history.check_call(self, input, group)
         return given if isinstance(group, LocalCommunicator) else group
 
     def reset_parameters(self) -> None:
@@ -165,11 +219,25 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
     def extra_repr(self) -> str:
         """Return the arguments that the module was made with."""
         return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"{self.num_features}, eps={vars(self)['eps']}, momentum={self.momentum}, affine={self.affine}, "
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
             + (f", activation={self.activation}" if self.activation else "")
             + (", inplace=True" if self.inplace else "")
         )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Take any number of axes from two on; the class of a converted layer has its own check."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a pickle or a copy, and the class of a converted layer, which the pickle does not name."""
+        kind = type(self)
+        if ORIGIN in state and kind in (SyncBatchNorm, LazySyncBatchNorm):
+            kind = class_after_conversion(state[ORIGIN][0], is_lazy=kind is LazySyncBatchNorm)
+        if kind is type(self):
+            super().__setstate__(state)  # type: ignore[no-untyped-call]
+        else:
+            self.__class__ = kind
+            self.__setstate__(state)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load as torch does; if that raises, leave the layer's tensors as they were."""
@@ -251,6 +319,49 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         self.reset_parameters()
 
 
+def class_after_conversion(original: type[Any], *, is_lazy: bool) -> type[SyncBatchNorm]:
+    """Return the class of a converted layer that was an `original`; a lazy one is another once it has met its input."""
+    has_met_input = issubclass(original, _LazyNormBase) and not is_lazy
+    kind: Any = original.cls_to_become if has_met_input else original
+    return _synchronized(kind)
+
+
+@functools.cache
+def _synchronized(original: type[Any]) -> type[SyncBatchNorm]:
+    """Return a subclass of both `original` and SyncBatchNorm.
+
+    Methods are looked up in `original`, then in SyncBatchNorm, then in torch's _BatchNorm. So SyncBatchNorm.forward
+    replaces torch's, and all that `original` defines itself stays: its check of the input, its methods and attributes.
+    For torch.nn.SyncBatchNorm it is SyncBatchNorm alone, since DistributedDataParallel refuses torch's on CPUs.
+    """
+    lazy = issubclass(original, _LazyNormBase)
+    base: type[Any] = LazySyncBatchNorm if lazy else SyncBatchNorm
+    if issubclass(original, nn.SyncBatchNorm) or issubclass(base, original):
+        return base
+
+    def __new__(cls: type[Any], *_: Any, **__: Any) -> Any:  # noqa: N807
+        self = super(kind, cls).__new__(cls)
+        vars(self)[ORIGIN] = original, ProcessGroupReference(None)
+        return self
+
+    def __reduce_ex__(self: SyncBatchNorm, protocol: Any) -> Any:  # noqa: N807
+        constructor, arguments, *state = super(kind, self).__reduce_ex__(protocol)
+        if type(self) is kind:  # and no subclass, such as that of a parametrized layer
+            constructor, arguments = base, () if lazy else (0,)  # __setstate__ gives it this class again
+        return constructor, arguments, *state
+
+    def fill(namespace: dict[str, Any]) -> None:
+        namespace["__module__"] = base.__module__
+        namespace["__qualname__"] = f"{base.__qualname__}[{original.__qualname__}]"
+        namespace["__doc__"] = base.__doc__
+        namespace["__new__"], namespace["__reduce_ex__"] = __new__, __reduce_ex__
+        if lazy:
+            namespace["cls_to_become"] = _synchronized(original.cls_to_become)
+
+    kind: type[Any] = types.new_class(base.__name__, (original, base), exec_body=fill)
+    return kind
+
+
 class LayerNorm(_Grouped, nn.LayerNorm):
     """Layer normalization over the last axes, which may be split over ranks (tensor parallelism).
 
@@ -300,6 +411,8 @@ class LayerNorm(_Grouped, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (*, *normalized_shape)."""
+        if isinstance(input, fx.Proxy) and self._is_whole(input):
+            return self._node(input)
         shape, split = self.normalized_shape, self.process_group is not None
         weight, bias = self._parameters_beside(input)
         validate.trailing_axes(input, shape, weight, bias, split=split)  # before the ranks compare anything
@@ -372,6 +485,8 @@ class RMSNorm(_Grouped, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x`, (*, *normalized_shape)."""
+        if isinstance(x, fx.Proxy) and self._is_whole(x):
+            return self._node(x)
         shape, split = self.normalized_shape, self.process_group is not None
         weight, bias = self._parameters_beside(x)
         validate.trailing_axes(x, shape, weight, bias, split=split)  # before the ranks compare anything
@@ -447,6 +562,8 @@ class GroupNorm(_Grouped, nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (N, C, *)."""
+        if isinstance(input, fx.Proxy) and self._is_whole(input):
+            return self._node(input)
         groups, split = self.num_groups, self.process_group is not None
         weight, bias = self._parameters_beside(input)
         validate.groups_of_channels(input, groups, weight, bias, self.num_channels, split=split)
@@ -494,7 +611,7 @@ class ProcessGroupReference:
     def resolve_for(self, layer: nn.Module, input: Tensor, sizes: tuple[int, ...]) -> Communicator | None:
         """Return the communicator of a group that splits some axes of the input, having compared the other `sizes`."""
         group = self.resolve()
-        if group is not None:
+        if group is not None and not functional.without_values(input):
             self.history.check_sizes(layer, input, sizes, group)
         return group
 

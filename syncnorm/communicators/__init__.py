@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import functools
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any, TypeAlias
-from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 
@@ -34,7 +33,10 @@ ProcessGroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | MPI.Comm | Commu
 _default: Communicator | None = None  # what syncnorm.init() made, other than torch.distributed's default group
 _beside: dist.ProcessGroup | None = None  # the default group that it was made with
 _ALONE = LocalCommunicator()
-_made: WeakValueDictionary[int, Any] = WeakValueDictionary()  # one communicator for each group, by id or MPI handle
+_made: weakref.WeakValueDictionary[int, Any] = (
+    weakref.WeakValueDictionary()
+)  # one communicator for each group, by id or MPI handle
+_of_world: tuple[weakref.ref[dist.ProcessGroup], Communicator] | None = None  # the default group's communicator
 _own: set[type] = set()  # classes of this package that were met, of which nobody has to look at the members, for 15 µs
 
 
@@ -116,11 +118,14 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
     )
 
 
-@functools.cache
-def _of_default_group() -> Communicator:
+def _of_default_group(world: dist.ProcessGroup) -> Communicator:
+    """Return the communicator of torch.distributed's default group, another one for each that was made."""
     from .process_group import ProcessGroupCommunicator
 
-    return ProcessGroupCommunicator()
+    global _of_world
+    if _of_world is None or _of_world[0]() is not world:
+        _of_world = weakref.ref(world), ProcessGroupCommunicator()
+    return _of_world[1]
 
 
 def _of_process_group(group: dist.ProcessGroup) -> Communicator:
@@ -131,7 +136,7 @@ def _of_process_group(group: dist.ProcessGroup) -> Communicator:
         direct: Communicator = group.communicator
         return (_current_default() or direct) if group is dist.group.WORLD else direct
     if group is dist.group.WORLD:
-        return _of_default_group()
+        return _of_default_group(group)
     made = _made.get(id(group))
     if made is None:
         _made[id(group)] = made = ProcessGroupCommunicator(group)  # which keeps the group, so no other has its id
