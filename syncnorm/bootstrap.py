@@ -8,6 +8,7 @@ import functools
 import gc
 import io
 import os
+import socket
 import sys
 import time
 from datetime import timedelta
@@ -22,6 +23,7 @@ from . import communicators, forks, rendezvous, roll_call
 from .communicators import Communicator
 from .errors import DesyncError
 from .launchers import launched, refuse_to_be_alone
+from .terminate import before_terminate
 
 __all__ = ["init"]
 
@@ -182,6 +184,7 @@ def _report_an_exception(rank: int, hosts: list[str]) -> None:
     """Answer roll calls, and tell the other ranks of what ends this one."""
     roll_call.attend(rank, hosts)
     atexit.register(roll_call.leave)
+    before_terminate(functools.partial(_say_before_terminate, rank, hosts))
     process = os.getpid()
     print_exception = sys.excepthook  # torch.distributed's own
 
@@ -189,17 +192,48 @@ def _report_an_exception(rank: int, hosts: list[str]) -> None:
         if os.getpid() != process or _is_interactive():
             print_exception(kind, error, traceback)
             return
-        roll_call.last_words(error)
+        in_collective = roll_call.tells_of_peers(error)
+        is_reported = isinstance(error, DesyncError)
+        here = roll_call.whereabouts_of(error)
+        roll_call.last_words(here if in_collective and not is_reported else error)
         print_exception(kind, error, traceback)
         print(f"rank {rank} of {len(hosts)} on {hosts[rank]} ended with {kind.__name__}", file=sys.stderr)
-        if not isinstance(error, DesyncError) and roll_call.tells_of_peers(error):
-            print(roll_call.take(range(len(hosts)), roll_call.whereabouts_of(error)), file=sys.stderr)
+        if in_collective and not is_reported:
+            print(roll_call.take(range(len(hosts)), here), file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        if roll_call.tells_of_peers(error):
+        if in_collective:
             time.sleep(1)  # so that the others' reports appear too: launchers end all ranks after the first
 
     sys.excepthook = report
+
+
+def _say_before_terminate(rank: int, hosts: list[str]) -> None:
+    """Write where all ranks are before C++ ends this one, and leave the same of it to the others."""
+    here = roll_call.whereabouts()
+    roll_call.last_words(f"ended by C++ {here}")
+    sys.stdout.flush()
+    print(
+        f"rank {rank} of {len(hosts)} on {hosts[rank]} is ended by C++, whose words follow. If Gloo received data of "
+        "another size than it expected, ranks are at different layers or collectives:\n"
+        + roll_call.take(range(len(hosts)), here),
+        file=sys.stderr,
+        flush=True,
+    )
+    _hang_up()
+    time.sleep(2 * roll_call.INTERVAL)  # launchers end all ranks after the first: the others report before that
+    roll_call.leave()
+
+
+def _hang_up() -> None:
+    """Shut down the TCP connections of this process, but for the store's: collectives of its peers fail."""
+    port = int(os.environ["MASTER_PORT"])
+    with contextlib.suppress(OSError):  # not Linux
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+                ends = connection.getsockname(), connection.getpeername()
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and port not in [end[1] for end in ends]:
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
 @functools.cache  # once in a process

@@ -1,15 +1,21 @@
 """Where every rank of the job is, for the error of a collective that did not come to its end.
 
 A thread of each rank looks into the job's store once a second. A rank whose collective failed calls the roll there, and
-the threads of the others answer where their programs are, also while these wait or sleep. Ranks that ended with an
-error have left their last words. Whoever says nothing was killed or cut off.
+the threads of the others answer where their programs are, also while these wait or sleep. Ranks that ended have left
+their last words: in order, by sys.exit, or with an error. Whoever says nothing was killed or cut off.
+
+Each thread also leaves a sign of life there. Where rank 0 serves the store, it ends after the others: it waits at its
+exit while they show such signs, for ten minutes at most. What a rank writes is written once, and never overwritten.
+What other ranks wrote is shown with its control characters escaped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import linecache
 import os
+import reprlib
 import sys
 import sysconfig
 import threading
@@ -18,13 +24,17 @@ import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from .errors import DesyncError
+from .errors import DesyncError, printable
+from .launchers import launched
 from .rendezvous import connect, serves_the_store
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 __all__ = [
     "attend",
@@ -41,6 +51,10 @@ __all__ = [
 
 INTERVAL = 1.0  # seconds between two looks into the store
 PATIENCE = 2.5  # seconds for all answers to come
+SILENCE = 5 * INTERVAL  # seconds without a sign of life after which a rank counts as ended
+SERVICE = 600.0  # seconds for which the rank that serves the store waits at most for the others to end
+LONGEST = 500  # characters of what a rank says
+LEFT = b"left"  # the last sign of life
 PACKAGE = str(Path(__file__).parent)
 LIBRARIES = (PACKAGE, str(Path(torch.__file__).parent), sysconfig.get_path("stdlib"), "<")
 C10D = str(Path(dist.__file__).parent / "distributed_c10d.py")
@@ -55,6 +69,7 @@ def attend(rank: int, hosts: Sequence[str]) -> None:
     """Answer roll calls from now on, as `rank` of a job whose ranks are on these hosts."""
     global _attendance
     _attendance = _Attendance(rank, hosts)
+    _note_exit(_attendance)
 
 
 def is_attended() -> bool:
@@ -94,12 +109,12 @@ def take(ranks: Iterable[int], here: str | None = None) -> str:
     return report[0] if report else _attendance.unreachable()
 
 
-def last_words(error: BaseException) -> None:
-    """Leave what the other ranks are told of this one from now on: the error that ends it."""
+def last_words(error: BaseException | str) -> None:
+    """Leave what the other ranks are told of this one from now on: what ends it."""
     if _attendance is not None:
         saying = threading.Thread(target=_attendance.end, args=(error,), daemon=True)
         saying.start()
-        saying.join(INTERVAL)
+        saying.join(2 * PATIENCE)  # the network may be gone
 
 
 def fails_by_arguments(error: BaseException) -> bool:
@@ -145,70 +160,125 @@ class _Attendance:
         self.hosts = hosts
         self.words = ""  # where a collective failed, or what ended this rank
         self.ended = False
+        self.exit = "ended normally"
         self.leaving = threading.Event()
         self.thread = threading.Thread(target=self._answer, name="syncnorm roll call", daemon=True)
         self.thread.start()
 
     def leave(self) -> None:
         """Answer no more. The rank that serves the store lets the others leave it first."""
+        last_words(self.exit)
         self.leaving.set()
         self.thread.join(INTERVAL)
         if self.rank == 0 and serves_the_store():
             with contextlib.suppress(RuntimeError):
-                store = connect()
-                store.set("closing", "")
-                deadline = time.monotonic() + 2 * INTERVAL
-                while store.add("left", 0) < len(self.hosts) and time.monotonic() < deadline:
-                    time.sleep(INTERVAL / 100)
+                self._wait_for_others(connect())
 
-    def end(self, error: BaseException) -> None:
-        """Answer with the error, or with the place of the collective that failed."""
-        if not isinstance(error, DesyncError):
+    def end(self, error: BaseException | str) -> None:
+        """Answer with what ends this rank, or with the place of the collective that failed. The first time counts."""
+        if self.ended:
+            return
+        if isinstance(error, str):
+            self.words = error
+        elif not isinstance(error, DesyncError) or not self.words:
             self.words = f"ended with {type(error).__name__}: {error}".splitlines()[0]
         self.ended = True
-        with contextlib.suppress(RuntimeError):  # whoever served the store has ended
-            connect().set(f"last words of {self.rank}", self.words)
+        with contextlib.suppress(RuntimeError):
+            _write_once(self._store(), f"last words of {self.rank}", self.words)
 
     def call(self, ranks: list[int], here: str, report: list[str]) -> None:
         """Call the roll and append what came: where each rank is, this one `here`."""
         try:
             self.words = here
-            store = connect()
-            store.set(f"last words of {self.rank}", here)
+            store = self._store()
+            _write_once(store, f"failure of {self.rank}", here)
             number = store.add("roll calls", 1)
-            store.set(f"{number} of {self.rank}", here)
+            _write_once(store, f"{number} of {self.rank}", here)
             deadline = time.monotonic() + PATIENCE
-            while not store.check([f"{number} of {rank}" for rank in ranks]) and time.monotonic() < deadline:
+            while not self._all_said(store, number, ranks) and time.monotonic() < deadline:
                 time.sleep(INTERVAL / 20)
             places: dict[str, list[int]] = {}
             for rank in ranks:
-                keys = [key for key in (f"{number} of {rank}", f"last words of {rank}") if store.check([key])]
-                words = store.get(keys[0]).decode() if keys else "MISSING: no answer"
-                places.setdefault(words, []).append(rank)
+                sources = f"{number} of {rank}", f"last words of {rank}", f"failure of {rank}"
+                key = next((key for key in sources if store.check([key])), None)
+                words = "MISSING: no answer" if key is None else store.get(key).decode(errors="backslashreplace")
+                places.setdefault(printable(words[:LONGEST]), []).append(rank)
         except RuntimeError:
             report.append(self.unreachable())
         else:
             report.append("\n".join(f"  {self._name(some)}: {place}" for place, some in places.items()))
 
     def unreachable(self) -> str:
-        there = [rank for rank, host in enumerate(self.hosts) if host == self.hosts[0]]
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        return f"  MISSING: {self._name(there)}, or the way there: no answer from the job's store at {where}"
+        """Return what a rank that cannot reach the store knows of the others."""
+        where = printable(f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+        if launched().launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            there = [rank for rank, host in enumerate(self.hosts) if host == self.hosts[0]]
+            who, server = self._name(there), "torchrun serves there. The host is unreachable, or torchrun has ended"
+        else:
+            who, server = self._name([0]), "this rank serves. It was ended, or its host is unreachable"
+        return f"  MISSING: {who}: no answer from the job's store at {where}, which {server}"
+
+    def _store(self) -> Store:
+        """Return the job's store; RuntimeError if whoever served it has ended, as the thread knows."""
+        if not self.thread.is_alive():
+            raise RuntimeError("the job's store does not answer")
+        return connect()
+
+    def _all_said(self, store: Store, number: int, ranks: list[int]) -> bool:
+        return all(store.check([f"{number} of {rank}"]) or store.check([f"last words of {rank}"]) for rank in ranks)
 
     def _answer(self) -> None:
         with contextlib.suppress(RuntimeError):  # whoever served the store has ended
             store = connect()
-            answered = 0
-            while not self.leaving.wait(INTERVAL) and not store.check(["closing"]):
+            answered = signs = 0
+            while True:
+                signs += 1
+                store.set(f"sign of {self.rank}", str(signs))
                 called = store.add("roll calls", 0)
                 for number in range(answered + 1, called + 1):
-                    store.set(f"{number} of {self.rank}", self.words if self.ended else whereabouts())
+                    _write_once(store, f"{number} of {self.rank}", self.words if self.ended else whereabouts())
                 answered = called
-            store.add("left", 1)
+                if self.leaving.wait(INTERVAL):
+                    break
+            store.set(f"sign of {self.rank}", LEFT.decode())
+
+    def _wait_for_others(self, store: Store) -> None:
+        """Return when all other ranks have left the store or are silent, or when they had time enough."""
+        signs = {rank: (b"", time.monotonic()) for rank in range(len(self.hosts)) if rank != self.rank}
+        deadline = time.monotonic() + SERVICE
+        while signs and time.monotonic() < deadline:
+            for rank, (last, since) in list(signs.items()):
+                key = f"sign of {rank}"
+                sign = store.get(key) if store.check([key]) else b""
+                if sign != last:
+                    signs[rank] = sign, time.monotonic()
+                elif time.monotonic() - since > SILENCE:
+                    del signs[rank]
+                if sign == LEFT:
+                    signs.pop(rank, None)
+            time.sleep(INTERVAL / 20)
 
     def _name(self, ranks: Sequence[int]) -> str:
-        hosts = dict.fromkeys(self.hosts[rank] for rank in ranks)
+        hosts = dict.fromkeys(printable(self.hosts[rank]) for rank in ranks)
         return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} on {', '.join(hosts)}"
+
+
+def _write_once(store: Store, key: str, words: str) -> None:
+    """Write words that nobody has written before."""
+    store.compare_set(key, "", words[:LONGEST])
+
+
+def _note_exit(attendance: _Attendance) -> None:
+    """Have the last words tell of a sys.exit in the main thread, which ends the program like its last line does."""
+    exit = sys.exit
+
+    @functools.wraps(exit)
+    def noted(*status: Any) -> NoReturn:
+        if threading.current_thread() is threading.main_thread():
+            attendance.exit = f"ended by sys.exit({', '.join(map(reprlib.repr, status))})"
+        exit(*status)
+
+    sys.exit = noted
 
 
 Stack = list[tuple[FrameType, int]]  # frames and the numbers of their lines, the innermost first
@@ -217,6 +287,8 @@ Stack = list[tuple[FrameType, int]]  # frames and the numbers of their lines, th
 def _describe(stack: Stack, stacks: list[Stack]) -> str:
     """Return the first collective that there is on the stacks, and the innermost line of one that is no library's."""
     collectives = [name for name in map(_collective, stacks) if name]
+    if not stack:  # an error without a traceback
+        return "in no collective"
     own = [item for item in stack if not item[0].f_code.co_filename.startswith(LIBRARIES)]
     frame, number = (own or stack)[0]
     path, function = frame.f_code.co_filename, frame.f_code.co_name
@@ -225,6 +297,13 @@ def _describe(stack: Stack, stacks: list[Stack]) -> str:
 
 
 def _collective(stack: Stack) -> str | None:
-    """Return the name of the outermost collective on a stack."""
+    """Return the name of the outermost collective on a stack, and what this rank gives to it."""
     inside = [frame for frame, _ in stack if frame.f_code.co_filename.startswith(COLLECTIVES)]
-    return str(getattr(inside[-1].f_locals.get("self"), "name", inside[-1].f_code.co_name)) if inside else None
+    if not inside:
+        return None
+    given = inside[-1].f_locals
+    name = str(getattr(given.get("self"), "name", inside[-1].f_code.co_name))
+    tensor = given.get("tensor")
+    if not isinstance(tensor, torch.Tensor):
+        return name
+    return f"{name} of {tensor.numel()} {str(tensor.dtype).removeprefix('torch.')}"

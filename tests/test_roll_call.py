@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from launchers import launch
 
-from syncnorm.roll_call import tells_of_peers, whereabouts
+from syncnorm.roll_call import C10D, tells_of_peers, whereabouts
 
 HOST = socket.gethostname()
 
@@ -43,7 +43,7 @@ def test_a_rank_that_was_killed(run):
     """)
     assert jobs[1].returncode == -9
     assert "DesyncError: all_reduce on rank 0 of 2: " in jobs[0].stderr
-    assert f"rank 0 on {HOST}: in all_reduce, at " in jobs[0].stderr
+    assert f"rank 0 on {HOST}: in all_reduce of 3 float32, at " in jobs[0].stderr
     assert f"rank 1 on {HOST}: MISSING: no answer" in jobs[0].stderr
 
 
@@ -54,7 +54,8 @@ def test_the_rank_that_served_the_store_was_killed(run):
         group.all_reduce(ones)
     """)
     assert "DesyncError: all_reduce on rank 1 of 2: " in jobs[1].stderr
-    assert f"MISSING: ranks 0, 1 on {HOST}, or the way there: no answer from the job's store at 127" in jobs[1].stderr
+    missing = f"MISSING: rank 0 on {HOST}: no answer from the job's store at 127.0.0.1:"
+    assert re.search(rf"{missing}\d+, which this rank serves. It was ended", jobs[1].stderr)
 
 
 def test_a_rank_that_ended_with_an_error(run):
@@ -98,7 +99,9 @@ def test_three_ranks_hear_of_the_fourth_what_it_does(run):
     )
     for job in jobs[:3]:
         assert "RuntimeError: " in job.stderr
-        assert re.search(rf"  ranks 0, 1, 2 on {HOST}: in all_reduce, at .*: dist.all_reduce\(ones\)", job.stderr)
+        assert re.search(
+            rf"  ranks 0, 1, 2 on {HOST}: in all_reduce of 3 float32, at .*: dist.all_reduce\(ones\)", job.stderr
+        )
         assert re.search(rf"  rank 3 on {HOST}: in no collective, at .* in load: time.sleep\(8\)", job.stderr)
 
 
@@ -114,6 +117,77 @@ def test_an_error_of_the_arguments_stays_what_it_is(run):
     for job in jobs:
         assert "Invalid scalar type" in job.stdout
         assert job.stderr == ""
+
+
+def test_ranks_that_ended_in_order_say_so_after_the_first_one_served_the_store(run):
+    jobs = run(
+        """
+        if group.rank == 0:
+            sys.exit(3)
+        if group.rank == 2:
+            time.sleep(3)
+            group.all_reduce(ones)
+        """,
+        ranks=3,
+    )
+    assert [job.returncode for job in jobs] == [3, 0, 1]
+    assert f"rank 0 on {HOST}: ended by sys.exit(3)\n" in jobs[2].stderr
+    assert f"rank 1 on {HOST}: ended normally\n" in jobs[2].stderr
+    assert "MISSING" not in jobs[2].stderr
+
+
+def test_control_characters_of_another_rank_are_escaped(run):
+    jobs = run("""
+        if group.rank == 1:
+            raise ValueError("red \\x1b[31m or \\u202e not")
+        group.all_reduce(ones)
+    """)
+    assert r"ended with ValueError: red \x1b[31m or \u202e not" in jobs[0].stderr
+    assert "\x1b" not in jobs[0].stderr
+
+
+def test_what_a_rank_wrote_is_not_overwritten(run):
+    jobs = run("""
+        from syncnorm.rendezvous import connect
+        from syncnorm.roll_call import _write_once
+
+        group.barrier()
+        if group.rank == 1:
+            raise ValueError("the truth")
+        time.sleep(3)
+        _write_once(connect(), "last words of 1", "another story")
+        group.all_reduce(ones)
+    """)
+    assert f"rank 1 on {HOST}: ended with ValueError: the truth" in jobs[0].stderr
+    assert "another story" not in jobs[0].stderr.replace('"another story")', "")
+
+
+def test_a_typo_at_a_prompt_and_an_error_in_a_thread_end_no_rank(run):
+    jobs = run("""
+        import code, threading
+
+        if group.rank == 1:
+            typed = iter(["undefined", "thread.start()", "thread.join()", "group.all_reduce(ones)"])
+            thread = threading.Thread(target=lambda: 1 / 0)
+
+            def read(prompt):
+                try:
+                    return next(typed)
+                except StopIteration:
+                    raise EOFError from None
+
+            code.interact("", read, globals(), "")
+        else:
+            time.sleep(2)
+            report = syncnorm.roll_call.take([1])
+            group.all_reduce(ones)
+            sys.stdout.write(report)
+    """)
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert "NameError: name 'undefined' is not defined" in jobs[1].stderr
+    assert "ZeroDivisionError" in jobs[1].stderr
+    assert "ended with" not in jobs[1].stderr
+    assert f"rank 1 on {HOST}: in all_reduce of 3 float32, at " in jobs[0].stdout
 
 
 def test_ranks_may_leave_one_after_the_other_in_silence(run):
@@ -134,6 +208,18 @@ def test_ranks_may_leave_one_after_the_other_in_silence(run):
 )
 def test_errors_that_tell_of_peers(error, told):
     assert tells_of_peers(error) == told
+
+
+def test_errors_that_were_raised_in_a_collective():
+    def all_reduce():
+        raise RuntimeError("a word that nobody knows")
+
+    outside = all_reduce.__code__
+    for name, told in [("of_the_program.py", False), (C10D, True)]:
+        all_reduce.__code__ = outside.replace(co_filename=name)
+        with pytest.raises(RuntimeError) as caught:
+            all_reduce()
+        assert tells_of_peers(caught.value) == told
 
 
 def test_whereabouts_are_the_line_of_the_program():

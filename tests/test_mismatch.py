@@ -1,0 +1,89 @@
+"""Ranks that meet in different collectives: the job ends, and says which rank is where."""
+
+import re
+import socket
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from launchers import launch
+
+HOST = socket.gethostname()
+HEAD = """
+    import sys, torch, torch.distributed as dist, syncnorm
+
+    group = syncnorm.init(timeout={timeout})
+    odd = group.rank == group.size - 1
+    first, second = syncnorm.SyncBatchNorm(8), syncnorm.SyncBatchNorm(12)
+    x, y = torch.randn(4, 8, requires_grad=True), torch.randn(4, 12)
+    first(x).sum().backward()
+    second(y)
+    group.barrier()
+"""
+FAULTS = {  # and the sizes that the odd rank and the others send
+    "another C": ("(second if odd else first)(y if odd else x)", 25, 17),
+    "eval on one rank": ("first.train(not odd)(x)\n    second(y)", 25, 17),
+    "a skipped backward": ("loss = first(x).sum()\n    second(y) if odd else loss.backward()", 25, 16),
+}
+
+
+def check(fault, ranks, *errors):
+    """Assert that each of these reports has the places of all ranks."""
+    _, odd, others = FAULTS[fault]
+    for error in errors:
+        places = re.findall(
+            rf"ranks? ([\d, ]+) on {HOST}: .*in all_reduce of (\d+) float64, at .*script.py:1\d in ", error
+        )
+        assert {(int(rank), int(size)) for some, size in places for rank in some.split(", ")} == {
+            *((rank, others) for rank in range(ranks - 1)),
+            (ranks - 1, odd),
+        }
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(fault, timeout=20):
+        path = tmp_path / "script.py"
+        path.write_text(textwrap.dedent(HEAD.format(timeout=timeout) + "    " + FAULTS[fault][0] + "\n"))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(("fault", "ranks"), [("another C", 2), ("eval on one rank", 4), ("a skipped backward", 4)])
+def test_every_rank_on_gloo_reports(script, fault, ranks):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    with ThreadPoolExecutor(ranks) as pool:
+        path = script(fault)
+        jobs = [pool.submit(launch, "alone", 1, path, **meet, RANK=str(rank)).result for rank in range(ranks)]
+        jobs = [job() for job in jobs]
+    assert all(job.returncode != 0 for job in jobs)
+    assert any(job.returncode == -6 for job in jobs)  # the case that no Python error tells of
+    check(fault, ranks, *(job.stderr for job in jobs))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "fault", "ranks", "timeout"),
+    [
+        ("torchrun", "eval on one rank", 2, 20),
+        ("mpirun", "another C", 4, 20),
+        ("mpirun", "a skipped backward", 2, 20),
+    ],
+)
+def test_a_launched_job_ends_with_a_report(script, launcher, fault, ranks, timeout):
+    job = launch(launcher, ranks, script(fault, timeout))
+    assert job.returncode != 0
+    check(fault, ranks, job.stderr)
+    if launcher == "mpirun":
+        assert "DesyncError: MPI_Allreduce on rank " in job.stderr
+
+
+def test_mpi_without_a_timeout_names_ranks_that_went_on(script):
+    """The odd rank got a result, of which MPI says nothing there."""
+    job = launch("mpirun", 2, script("another C", None))
+    assert job.returncode != 0
+    assert "DesyncError: MPI_Allreduce on rank 0 of 2: MPI_ERR_TRUNCATE: message truncated" in job.stderr
+    assert re.search(rf"  rank 0 on {HOST}: in all_reduce of 17 float64, at .*script.py:11 in <module>", job.stderr)
+    assert f"  rank 1 on {HOST}: ended normally" in job.stderr
