@@ -1,6 +1,6 @@
 """What this package raises beside Python's own errors."""
 
-__all__ = ["DesyncError", "SyncNormError"]
+__all__ = ["DesyncError", "SyncNormError", "printable"]
 
 
 class SyncNormError(RuntimeError):
@@ -9,3 +9,8 @@ class SyncNormError(RuntimeError):
 
 class DesyncError(SyncNormError):
     """A collective did not come to its end; the text says where each rank is, and who is missing."""
+
+
+def printable(text: str) -> str:
+    """Return text of another process as it may be shown on a terminal, with control characters escaped."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

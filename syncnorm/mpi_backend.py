@@ -33,9 +33,10 @@ from torch.distributed import ReduceOp
 from torch.futures import Future
 
 from .communicators import under_way
-from .communicators.library import MPI, ranks_in_the_job
+from .communicators.library import MPI, raise_of_mpi, ranks_in_the_job
 from .communicators.messages import arithmetic, message, overdue, stage, wait_until
 from .communicators.mpi import MpiCommunicator
+from .communicators.process_group import DESTROYED
 from .communicators.staging import write_back
 from .communicators.standing import Standing, share
 from .errors import DesyncError
@@ -167,11 +168,13 @@ class MpiWork(dist.Work):
                 wait_until(self.is_completed, timeout or self.timeout, self.name)
             except TimeoutError as error:
                 self._fail(error, str(error))
-        if isinstance(self.error, TimeoutError):
-            try:
+        try:
+            if isinstance(self.error, TimeoutError):
                 raise_desync(self.error, str(self.error), ranks_in_the_job(self.comm))
-            except DesyncError as desync:  # the roll is called once
-                self.error = desync
+            if isinstance(self.error, MPI.Exception):
+                raise_of_mpi(self.error, self.name, self.comm)
+        except DesyncError as desync:  # the roll is called once
+            self.error = desync
         if self.error is not None:
             raise self.error
         return True
@@ -363,7 +366,8 @@ class MpiProcessGroup(dist.ProcessGroup):
         self.where = f"on rank {self.rank()} of {self.size()} of group {name or 'default'}"
 
     def shutdown(self) -> None:
-        """Free nothing: MPI_Comm_free is collective, and ranks may leave one by one."""
+        """Refuse what layers would send. Free nothing: MPI_Comm_free is collective, and ranks may leave one by one."""
+        self.communicator.unusable = DESTROYED
 
     def abort(self) -> None:
         """Let later calls raise; MPI has no way to end those under way."""

@@ -28,6 +28,7 @@ from .rendezvous import connect, serves_the_store
 
 __all__ = [
     "attend",
+    "fails_by_arguments",
     "is_attended",
     "last_words",
     "leave",
@@ -44,6 +45,7 @@ PACKAGE = str(Path(__file__).parent)
 LIBRARIES = (PACKAGE, str(Path(torch.__file__).parent), sysconfig.get_path("stdlib"), "<")
 C10D = str(Path(dist.__file__).parent / "distributed_c10d.py")
 COLLECTIVES = (os.path.join(PACKAGE, "communicators"), os.path.join(PACKAGE, "mpi_backend.py"), C10D)
+OF_ARGUMENTS = "Invalid scalar type"  # what Gloo's threads say of a dtype, on every rank
 OF_PEERS = ("connect", "timed out", "timeout", "closed", "reset by", "waited")  # in what Gloo, NCCL and we say of them
 
 _attendance: _Attendance | None = None
@@ -58,6 +60,14 @@ def attend(rank: int, hosts: Sequence[str]) -> None:
 def is_attended() -> bool:
     """Return whether this rank answers roll calls."""
     return _attendance is not None
+
+
+def _forget() -> None:
+    global _attendance
+    _attendance = None
+
+
+os.register_at_fork(after_in_child=_forget)  # a forked child is no rank
 
 
 def leave() -> None:
@@ -92,14 +102,23 @@ def last_words(error: BaseException) -> None:
         saying.join(INTERVAL)
 
 
+def fails_by_arguments(error: BaseException) -> bool:
+    """Return whether a collective that had started failed by its arguments, on all ranks alike."""
+    return OF_ARGUMENTS in str(error)
+
+
 def tells_of_peers(error: BaseException) -> bool:
-    """Return whether the error of a collective speaks of ranks that do not come, rather than of its arguments."""
-    return isinstance(error, TimeoutError) or any(word in str(error).lower() for word in OF_PEERS)
+    """Return whether the error that ends a program is that of a collective: it was raised in one, or tells of ranks."""
+    if not isinstance(error, RuntimeError | TimeoutError) or fails_by_arguments(error):
+        return False
+    stack = list(traceback.walk_tb(error.__traceback__))[::-1]
+    words = str(error).lower()  # those of one that C++ waits for, as DistributedDataParallel does
+    return isinstance(error, TimeoutError) or bool(_collective(stack)) or any(word in words for word in OF_PEERS)
 
 
 def raise_desync(error: Exception, what: str, ranks: Iterable[int]) -> NoReturn:
-    """Raise the error of a collective of these ranks of the job: where it tells of peers, with the roll call."""
-    if isinstance(error, DesyncError) or not tells_of_peers(error):
+    """Raise the error of a collective of these ranks of the job that failed: with the roll call."""
+    if isinstance(error, DesyncError):
         raise error
     raise DesyncError("\n".join(filter(None, [what, take(ranks)]))) from error
 

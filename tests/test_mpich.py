@@ -19,6 +19,8 @@ import pytest
 import torch
 from launchers import ENVIRONMENTS, ROOT, launch
 from test_bootstrap import FAIL, JOIN, STAY_AWAY
+from test_forks import FORKED
+from test_forks import check as check_forks
 from test_readme import EXAMPLES
 
 LIBRARIES = os.environ.get("SYNCNORM_TEST_MPI", "mpich").split(",")  # the names of their packages
@@ -82,6 +84,10 @@ def test_a_failure_on_one_rank_ends_the_job(run, code, error):
     job = run(2, code=code, timeout=25)  # less than the other rank sleeps
     assert job.returncode != 0
     assert error in job.stderr
+
+
+def test_children_end_and_ranks_train_on(run):
+    check_forks([3, 1, 0], run(2, FORKED))
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

@@ -1,6 +1,9 @@
 """The MPI library. Importing this module imports mpi4py, which starts MPI, with the settings that it reads then."""
 
 import os
+from typing import NoReturn
+
+from ..roll_call import raise_desync
 
 # Open MPI's own choice for non-blocking all-reduces takes three times as long for 25 MB
 os.environ.setdefault("OMPI_MCA_coll_libnbc_iallreduce_algorithm", "3")
@@ -13,7 +16,19 @@ except (ImportError, RuntimeError) as error:  # which of them, for want of MPI, 
         "pip install 'syncnorm[mpi]', or pip install mpi4py beside the MPI of your cluster"
     ) from error
 
-__all__ = ["MPI", "ranks_in_the_job"]
+__all__ = ["MPI", "raise_of_mpi", "ranks_in_the_job"]
+
+OF_ARGUMENTS = (  # the classes of errors that MPI finds before it communicates
+    *(MPI.ERR_ARG, MPI.ERR_BUFFER, MPI.ERR_COMM, MPI.ERR_COUNT, MPI.ERR_GROUP, MPI.ERR_OP),
+    *(MPI.ERR_RANK, MPI.ERR_ROOT, MPI.ERR_TAG, MPI.ERR_TYPE),
+)
+
+
+def raise_of_mpi(error: MPI.Exception, name: str, comm: MPI.Comm) -> NoReturn:
+    """Raise what MPI reported of a collective: of its arguments as it is, else DesyncError with where its ranks are."""
+    if error.Get_error_class() in OF_ARGUMENTS:
+        raise error
+    raise_desync(error, f"{name}: {error}", ranks_in_the_job(comm))
 
 
 def ranks_in_the_job(comm: MPI.Comm) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..roll_call import raise_desync
-from .library import MPI, ranks_in_the_job
+from .library import MPI, raise_of_mpi, ranks_in_the_job
 from .messages import ARITHMETIC, arithmetic, memory_at, message, stage, wait_until
 from .staging import write_back
 from .standing import standing
@@ -36,6 +36,8 @@ class MpiCommunicator:
     DesyncError: its ranks may be at different calls.
     """
 
+    unusable = ""  # why collectives raise; of the class in a forked child
+
     def __init__(self, comm: MPI.Comm, timeout: timedelta | None = None):
         self.comm = comm
         self.timeout = timeout
@@ -51,6 +53,8 @@ class MpiCommunicator:
             return self._all_reduce_staged(tensor)
         if self.timeout is None and tensor.is_cpu and tensor.is_contiguous() and self.standing.failure is None:
             # What a layer sends. MPI takes 2 µs for it, so each further look-up would show.
+            if self.unusable:
+                raise RuntimeError(self.unusable)
             try:
                 self.comm.Allreduce(IN_PLACE, (memory_at(tensor.data_ptr(), tensor.nbytes), datatype))
             except MPI.Exception as error:
@@ -80,8 +84,8 @@ class MpiCommunicator:
     def all_gather_object(self, obj: Any) -> list[Any]:
         """Return the objects of all ranks, pickled on the way: one `MPI_Allgather`, and one of the sizes."""
         pickled = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
-        sizes = [int(size) for size in self.all_gather(torch.tensor(len(pickled)))]
-        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        sizes = [int(size) for size in self.all_gather(torch.tensor(len(pickled), device="cpu"))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
         padded[: len(pickled)] = pickled
         gathered = zip(self.all_gather(padded), sizes, strict=True)
         return [pickle.loads(received[:size].numpy().tobytes()) for received, size in gathered]
@@ -105,6 +109,8 @@ class MpiCommunicator:
 
     def _run(self, function: str, *arguments: Any, memory: Any = None) -> None:
         """Call the MPI function: blocking, or under the timeout in its non-blocking form. `memory` must outlive it."""
+        if self.unusable:
+            raise RuntimeError(self.unusable)
         self.standing.check()
         try:
             if self.timeout is None:
@@ -120,10 +126,12 @@ class MpiCommunicator:
             self._raise(function, error)
 
     def _raise(self, function: str, error: Exception) -> NoReturn:
-        """Let no call of this communicator follow on one that failed, and raise its error."""
-        what = str(error) if isinstance(error, TimeoutError) else f"{self._name(function)}: {error}"
-        self.standing.fail(what)
-        raise_desync(error, what, ranks_in_the_job(self.comm))
+        """Let no call follow on one that failed, and raise its error: with the place of every rank, if it is theirs."""
+        if isinstance(error, MPI.Exception):
+            self.standing.fail(f"{self._name(function)}: {error}")
+            raise_of_mpi(error, self._name(function), self.comm)
+        self.standing.fail(str(error))
+        raise_desync(error, str(error), ranks_in_the_job(self.comm))
 
     def _name(self, function: str) -> str:
         return f"MPI_{function} on rank {self.rank} of {self.size}"

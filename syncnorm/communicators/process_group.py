@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..roll_call import raise_desync
+from .. import forks
+from ..roll_call import fails_by_arguments, raise_desync
 from .staging import dense, write_back
 
 __all__ = ["ProcessGroupCommunicator"]
+
+DESTROYED = (
+    "expected a process group that exists, got one that torch.distributed.destroy_process_group has destroyed: "
+    "pass a new one, or process_group=None for the default group"
+)
 
 
 class ProcessGroupCommunicator:
@@ -26,6 +32,7 @@ class ProcessGroupCommunicator:
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = group
+        self._is_registered = _is_registered(group)
 
     @property
     def rank(self) -> int:
@@ -40,23 +47,20 @@ class ProcessGroupCommunicator:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks in place: one `dist.all_reduce`."""
         message = dense(tensor)
-        with self._explained("all_reduce"):
-            dist.all_reduce(message, group=self.group)
+        self._run(dist.all_reduce, message)
         return write_back(tensor, message)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Replace `tensor` by that of `root` (a rank of this group) in place: one `dist.broadcast`."""
         message = dense(tensor)
-        with self._explained("broadcast"):
-            dist.broadcast(message, group=self.group, group_src=root)
+        self._run(dist.broadcast, message, group_src=root)
         return write_back(tensor, message)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks: one `dist.all_gather`."""
         message = dense(tensor)
         gathered = [torch.empty_like(message) for _ in range(self.size)]
-        with self._explained("all_gather"):
-            dist.all_gather(gathered, message, group=self.group)
+        self._run(dist.all_gather, gathered, message)
         return gathered
 
     def all_gather_object(self, obj: Any) -> list[Any]:
@@ -79,15 +83,41 @@ class ProcessGroupCommunicator:
         groups = {number: dist.new_group(ranks) for number, ranks in members.items()}
         return ProcessGroupCommunicator(groups[block])
 
+    def _run(self, collective: Callable[..., Any], *tensors: Any, **arguments: Any) -> None:
+        """Run a collective of tensors. What it says of its arguments, before it starts, is raised as it is."""
+        name = collective.__name__
+        if tensors[-1].is_cuda:  # NCCL runs on the current stream what is waited for at once
+            with self._explained(name):
+                collective(*tensors, group=self.group, **arguments)
+            return
+        self._refuse()
+        work = collective(*tensors, group=self.group, async_op=True, **arguments)
+        with self._explained(name):
+            work.wait()
+
+    def _refuse(self) -> None:
+        """Raise if the group belongs to the process that this one was forked from, or was destroyed."""
+        if forks.is_inherited(self.group):
+            raise RuntimeError(forks.REFUSAL)
+        if self._is_registered and not _is_registered(self.group):
+            raise RuntimeError(DESTROYED)
+
     @contextlib.contextmanager
     def _explained(self, collective: str) -> Iterator[None]:
-        """Name the collective and its ranks in the error where peers do not come."""
+        """Name the collective, and where its ranks are, in the error of one that failed."""
+        self._refuse()
         try:
             yield
         except RuntimeError as error:
+            if fails_by_arguments(error):
+                raise
             what = f"{collective} on rank {self.rank} of {self.size}: {error}"
             raise_desync(error, what, dist.get_process_group_ranks(self.group))
 
     def __repr__(self) -> str:
         backend = dist.get_backend(self.group)
         return f"ProcessGroupCommunicator({backend}, rank={self.rank}, size={self.size})"
+
+
+def _is_registered(group: dist.ProcessGroup | None) -> bool:
+    return group is not None and group in dist.distributed_c10d._world.pg_map
