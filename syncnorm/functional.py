@@ -78,7 +78,9 @@ def sync_batch_norm(
             precision, with fewer digits; in a channel whose weight is 0 the weight's gradient is 0.
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of 2C
-    in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none.
+    in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none. Under
+    forward-mode AD (`torch.func.jvp`, dual tensors) there is one of 2C + 1 float64 more for the tangents, and under
+    `torch.func.vmap` each is one all-reduce for the whole batch. All ranks must apply the same transforms.
 
     Raises:
         ValueError: shapes do not fit; the activation is unknown or cannot be in place; eps is not positive; this rank
@@ -87,7 +89,9 @@ def sync_batch_norm(
         TypeError: the input or a buffer is not floating point, the mask neither that nor bool, the residual not of the
             input's dtype.
         RuntimeError: a parameter, the mask or the residual is on another device than the input; the input is to be
-            written over and is a leaf that requires a gradient, a view in a graph, or expanded.
+            written over and is a leaf that requires a gradient, a view in a graph, or expanded; a transform of
+            torch.func was not given the running statistics, and cannot update them; torch.jit.trace, make_fx or
+            torch.export would drop the all-reduce.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015; the moments are merged as Chan, Golub and LeVeque do, 1979;
     in place: Rota Bulò, Porzi and Kontschieder, In-Place Activated BatchNorm, 2018.
