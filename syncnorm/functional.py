@@ -84,7 +84,9 @@ def sync_batch_norm(
             its gradient tends to 0 with the weight, and its error is at most the sum of |dL/dz| (|x̂| + 1).
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of 2C
-    in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none.
+    in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none. Under
+    forward-mode AD (`torch.func.jvp`, dual tensors) there is one of 2C + 1 float64 more for the tangents, and under
+    `torch.func.vmap` each is one all-reduce for the whole batch. All ranks must apply the same transforms.
 
     Raises:
         ValueError: shapes do not fit; the activation is unknown or cannot be in place; eps is negative, or 0 in
@@ -93,7 +95,9 @@ def sync_batch_norm(
         TypeError: the input or a buffer is not floating point, the mask neither that nor bool, the residual not of the
             input's dtype; input, mask or residual is nested, sparse or mkldnn.
         RuntimeError: a parameter, the mask or the residual is on another device than the input; the input is to be
-            written over and is a leaf that requires a gradient, a view in a graph, or expanded.
+            written over and is a leaf that requires a gradient, a view in a graph, or expanded; a transform of
+            torch.func was not given the running statistics, and cannot update them; torch.jit.trace, make_fx or
+            torch.export would drop the all-reduce.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015; the moments are merged as Chan, Golub and LeVeque do, 1979;
     in place: Rota Bulò, Porzi and Kontschieder, In-Place Activated BatchNorm, 2018.
