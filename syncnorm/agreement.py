@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import transforms
 from .communicators import Communicator, uncounted
 from .errors import DesyncError
 
@@ -97,7 +98,7 @@ class History:
         self._enter(group)
         if group.size == 1:
             self.calls = COMPARED_CALLS
-        elif not (input.is_cuda and torch.cuda.is_current_stream_capturing()):  # where nothing can be read
+        elif not _is_recorded(input):
             self._compare(layer, input, [input.shape[1] if input.dim() > 1 else 0], group, is_split=False)
             self.calls += 1
 
@@ -108,7 +109,7 @@ class History:
             DesyncError: on every rank; they are in different layers, or differ in dtype.
             ValueError: on every rank; they differ in sizes.
         """
-        if group.size == 1 or (group is self.group and sizes in self.sizes):
+        if group.size == 1 or (group is self.group and sizes in self.sizes) or _is_recorded(input):
             return
         self._enter(group)
         places = self._compare(layer, input, list(sizes), group, is_split=True)
@@ -152,6 +153,11 @@ class History:
         if self.number not in earlier:
             earlier.append(self.number)
         return places
+
+
+def _is_recorded(input: Tensor) -> bool:
+    """Return whether operations are recorded for later, so that nothing can be read now."""
+    return transforms.recording() or (input.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _gather(place: _Place, device: torch.device, group: Communicator) -> list[_Place]:
