@@ -154,6 +154,7 @@ def _local_device() -> int:
 def _destroy_process_group() -> None:
     if forks.is_inherited(None):
         return
+    roll_call.last_words()  # before its connections close, after which others ask
     gc.collect()  # DistributedDataParallel refers to the group in cycles
     if dist.is_initialized():
         dist.destroy_process_group()
