@@ -8,10 +8,10 @@ import functools
 import gc
 import io
 import os
-import socket
 import sys
 import time
 from datetime import timedelta
+from numbers import Real
 from types import TracebackType
 from typing import TextIO
 
@@ -22,9 +22,11 @@ from . import communicators, forks, rendezvous, roll_call
 from .communicators import Communicator
 from .errors import DesyncError
 from .launchers import launched, refuse_to_be_alone
-from .terminate import before_terminate
+from .terminate import before_terminate, hang_up
 
 __all__ = ["init"]
+
+LONGEST = 2_000_000  # seconds: libraries below count milliseconds in 31 bits
 
 
 def init(backend: str = "auto", timeout: float | timedelta | None = None) -> Communicator:
@@ -32,7 +34,12 @@ def init(backend: str = "auto", timeout: float | timedelta | None = None) -> Com
 
     It is what `process_group=None` means from then on. A second call returns the same communicator, with the timeout of
     the first. All ranks call it. Under every launcher `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`,
-    `MASTER_ADDR` and `MASTER_PORT` then stand in the environment as under torchrun.
+    `MASTER_ADDR` and `MASTER_PORT` are then set as under torchrun. A process without a launcher sets no variables and
+    opens no port.
+
+    A rank that has waited for others for eight seconds says so on stderr, with their numbers. It waits for five minutes
+    in all, or for `SYNCNORM_JOIN_TIMEOUT` seconds. Ranks meet only within one job, which has torchrun's id, the numbers
+    of Slurm's job and step, or `SYNCNORM_JOB_ID`.
 
     Args:
         backend: "nccl" or "gloo": torch.distributed, under torchrun, srun or mpirun, which tells by MPI where the ranks
@@ -41,20 +48,21 @@ def init(backend: str = "auto", timeout: float | timedelta | None = None) -> Com
             the whole job with its traceback instead of leaving the other ranks waiting.
             "auto": an initialized torch.distributed; under torchrun and srun NCCL if each rank has a CUDA device of its
             own, else Gloo; under mpirun MPI; else this process alone.
-        timeout: seconds (or a timedelta) after which a collective whose peers do not come raises; None: the library's
-            own (torch.distributed: 30 minutes for Gloo, 10 for NCCL; MPI: never).
+        timeout: seconds (or a timedelta) after which a collective whose peers do not come raises, from a millisecond to
+            23 days; None: the library's own (torch.distributed: 30 minutes for Gloo, 10 for NCCL; MPI: never).
 
     Raises:
-        ValueError: another backend than these, or a timeout that is not positive.
+        ValueError: another backend than these; a timeout out of range; a MASTER_ADDR, MASTER_PORT or
+            SYNCNORM_JOIN_TIMEOUT that cannot be one.
+        TypeError: a timeout that is neither a number nor a timedelta.
         RuntimeError: the backend is not installed, or not usable here; the job was joined with another one; the
-            environment of the launcher is incomplete, or tells of several ranks where the backend finds one; ranks have
-            not come after five minutes.
+            environment of the launcher is incomplete, contradicts that of another launcher, or tells of several ranks
+            where the backend finds one; ranks have not come in time; the port is another program's or job's; another
+            process has joined as this rank, or the ranks disagree on how many they are.
     """
     if backend not in ("auto", "nccl", "gloo", "mpi"):
         raise ValueError(f'expected backend "auto", "nccl", "gloo" or "mpi", got {backend!r}')
-    limit = timedelta(seconds=timeout) if isinstance(timeout, int | float) else timeout
-    if limit is not None and limit <= timedelta(0):
-        raise ValueError(f"expected a positive timeout, got {timeout}")
+    limit = _limit(timeout)
     joined = _joined()
     if joined is not None:
         if backend != joined and backend != "auto" and joined != "undefined":  # which is one backend per device
@@ -76,6 +84,19 @@ def init(backend: str = "auto", timeout: float | timedelta | None = None) -> Com
     return communicators.communicator()
 
 
+def _limit(timeout: float | timedelta | None) -> timedelta | None:
+    """Return a timeout as a timedelta."""
+    if timeout is None:
+        return None
+    expected = "expected timeout to be a number of seconds from 0.001 to 2000000, or a timedelta of that range"
+    if isinstance(timeout, bool) or not isinstance(timeout, Real | timedelta):
+        raise TypeError(f"{expected}, got {timeout!r}")
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if not 0.001 <= seconds <= LONGEST:
+        raise ValueError(f"{expected}, got {timeout!r}")
+    return timedelta(seconds=float(seconds))
+
+
 def _joined() -> str | None:
     """Return the backend that this process has joined its job with: "mpi", torch.distributed's, or None."""
     if communicators.has_default():
@@ -94,8 +115,9 @@ def _join_over_mpi(backend: str, timeout: timedelta | None) -> None:
     if world.size == 1:
         refuse_to_be_alone("MPI")
     if dist.is_available():
-        rendezvous.tell_over_mpi(world.comm)
-        _make_default_group(backend, timeout)
+        if world.size > 1 or launched().launcher != "none":
+            rendezvous.tell_over_mpi(world.comm)
+        _make_default_group(backend, timeout, world.rank, world.size)
     beside = dist.group.WORLD if dist.is_available() else None
     communicators.set_default(world if backend == "mpi" else None, beside)
     if world.size > 1:
@@ -106,19 +128,17 @@ def _join_by_torch(backend: str, timeout: timedelta | None) -> None:
     """Join torch.distributed's default group, of torchrun's or srun's ranks, or of this process."""
     if not dist.is_available():
         raise RuntimeError(f"{backend} was asked for, and this torch was built without torch.distributed")
-    launcher = launched().launcher
+    launcher, rank, size = launched()
     if launcher == "srun":
         rendezvous.tell_by_slurm()
-    elif launcher == "none":
-        rendezvous.tell_alone()
-    _make_default_group(backend, timeout)
+    _make_default_group(backend, timeout, rank, size)
 
 
-def _make_default_group(backend: str, timeout: timedelta | None) -> None:
+def _make_default_group(backend: str, timeout: timedelta | None, rank: int, size: int) -> None:
     """Make torch.distributed's default group of the ranks that meet where the environment tells."""
-    store, ranks = rendezvous.meet({"host": socket.gethostname(), "gpu": _gpu()})
+    store, ranks = rendezvous.meet(rank, size, {"gpu": _gpu()})
     if backend == "nccl or gloo":
-        gpus = {other["gpu"] for other in ranks}
+        gpus = {other.get("gpu") for other in ranks}
         backend = "nccl" if None not in gpus and len(gpus) == len(ranks) else "gloo"
     if backend == "mpi":
         from . import mpi_backend
@@ -128,12 +148,11 @@ def _make_default_group(backend: str, timeout: timedelta | None) -> None:
     if backend == "nccl":
         device = torch.device("cuda", _local_device())
         torch.cuda.set_device(device)
-    rank = int(os.environ["RANK"])
     hook = sys.excepthook
-    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=len(ranks), device_id=device)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size, device_id=device)
     if roll_call.is_attended():  # this is not the first group, and the hook is ours
         sys.excepthook = hook
-    elif len(ranks) > 1:
+    elif size > 1:
         _report_an_exception(rank, [other["host"] for other in ranks])
     atexit.unregister(_destroy_process_group)
     atexit.register(_destroy_process_group)  # before what is registered so far: the roll call outlasts the group
@@ -201,20 +220,9 @@ def _say_before_terminate(rank: int, hosts: list[str]) -> None:
         file=sys.stderr,
         flush=True,
     )
-    _hang_up()
+    hang_up(but=int(os.environ["MASTER_PORT"]))  # which is the store's
     time.sleep(2 * roll_call.INTERVAL)  # launchers end all ranks after the first: the others report before that
     roll_call.leave()
-
-
-def _hang_up() -> None:
-    """Shut down the TCP connections of this process, but for the store's: collectives of its peers fail."""
-    port = int(os.environ["MASTER_PORT"])
-    with contextlib.suppress(OSError):  # not Linux
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
-                ends = connection.getsockname(), connection.getpeername()
-                if connection.family in (socket.AF_INET, socket.AF_INET6) and port not in [end[1] for end in ends]:
-                    connection.shutdown(socket.SHUT_RDWR)
 
 
 @functools.cache  # once in a process

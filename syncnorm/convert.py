@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.modules.module import _WrappedHook
-from torch.nn.utils.parametrize import is_parametrized
 
 from . import fusion
 from .communicators import ProcessGroupLike
-from .modules import LazySyncBatchNorm, ProcessGroupReference, SyncBatchNorm
+from .convertible import check_convertible, check_revertible
+from .modules import ORIGIN, ProcessGroupReference, SyncBatchNorm, class_after_conversion
 
 __all__ = ["convert_sync_batchnorm", "register_conversion", "revert_sync_batchnorm"]
 
 Converter = Callable[[Any, ProcessGroupLike], nn.Module]
 
 _registered: dict[type[nn.Module], Converter] = {}
-_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # those that SyncBatchNorm.forward stands for
-_ORIGIN = "_converted_from"  # attribute of a converted layer: its class and torch process group before
 _FUSED = "_took_over"  # attribute of a layer that took over the activation after it
 
 
@@ -31,10 +30,12 @@ def convert_sync_batchnorm(
     """Return `module` with every BatchNorm layer in it replaced by a `SyncBatchNorm`.
 
     Replaced are BatchNorm1d, 2d and 3d, their Lazy forms, torch.nn.SyncBatchNorm, subclasses of them that keep their
-    forward, and classes given to `register_conversion`. The new layer has the same parameter and buffer objects,
-    hooks (whose handles go on working), training flag and other attributes; a layer that stands in several places is
-    converted once. InstanceNorm and everything else stays. Containers are changed in place; the result is `module`
-    itself unless that is a BatchNorm layer.
+    forward, and classes given to `register_conversion`. The new layer is an instance of the class that it was, with
+    its methods and its check of the input: isinstance(layer, nn.BatchNorm2d) still holds. The exception is
+    torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on CPUs: it becomes a plain SyncBatchNorm. The new
+    layer has the same parameter and buffer objects, hooks (whose handles go on working), training flag and other
+    attributes; a layer that stands in several places is converted once. InstanceNorm and everything else stays.
+    Containers are changed in place; the result is `module` itself unless that is a BatchNorm layer.
 
     With `fuse`, a layer that nothing but an activation module reads takes it over: nn.ReLU, nn.LeakyReLU of slope 0.01,
     nn.SiLU or nn.GELU(approximate="tanh"). Outputs and gradients stay the same, for a pass over the data less each way
@@ -46,10 +47,12 @@ def convert_sync_batchnorm(
     SyncBatchNorm(channels, activation="relu")(x, residual=identity). All this is read from torch.fx traces of the
     model's forward, in training and eval: its other methods are not looked at, nor the branch that a forward takes for
     a Tensor alone (isinstance(x, Tensor) is false in a trace). What reads a layer of the result by itself, such as a
-    hook that is set later, sees its output activated.
+    hook that is set later, sees its output activated. Code that folds a norm into the convolution before it would drop
+    the activation. It gets a TypeError when it reads the norm's `eps`: call `revert_sync_batchnorm` first.
 
     Args:
-        module: the model, or one layer. Convert before DistributedDataParallel wraps it or `fully_shard` shards it.
+        module: the model, or one layer. Convert before DistributedDataParallel wraps it, `fully_shard` shards it, or
+            torch.jit or torch.export turns it into a graph.
         process_group: of the new layers, as in `SyncBatchNorm`, and of those that are SyncBatchNorm already; where it
             is None, these and a torch.nn.SyncBatchNorm keep their own.
         fuse: let layers take over the activations that follow them.
@@ -57,10 +60,11 @@ def convert_sync_batchnorm(
     Collectives: none.
 
     Raises:
-        TypeError: a subclass of BatchNorm has a forward of its own, or a layer is parametrized or sharded, which the
-            conversion would drop; torch.fx cannot trace the model and `fuse` is set. Nothing was changed.
+        TypeError: `module` is no torch.nn.Module; a BatchNorm has a forward of its own or an attribute of the name of
+            one of SyncBatchNorm's; a layer is parametrized, compiled or sharded; a scripted, traced or exported part of
+            the model computes a BatchNorm; `fuse` is set and torch.fx cannot trace the model. Nothing was changed.
     """
-    _check_convertible(module)
+    check_convertible(module, _is_registered)
     if not fuse or isinstance(module, _BatchNorm) or _is_registered(module):  # a layer alone has nothing after it
         return _replace(module, lambda layer: _to_sync(layer, process_group), _is_registered, {})
     norms, activations = fusion.plan(module, _can_take_over, _is_registered)
@@ -84,8 +88,13 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
     Parameters and buffers, as trained since, stay the same objects; so do hooks and attributes. A lazy layer that met
     its first input in between becomes the BatchNorm that it would have become. A SyncBatchNorm that was constructed
-    as one stays, and so does what a registered converter made. Collectives: none.
+    as one stays, and so does what a registered converter made, or torch.jit and torch.export. Collectives: none.
+
+    Raises:
+        TypeError: `module` is no torch.nn.Module; a converted layer was parametrized, compiled or sharded since then,
+            or its forward or class was replaced. Nothing was changed.
     """
+    check_revertible(module)
     return _replace(module, _from_sync, lambda layer: False, {})
 
 
@@ -125,29 +134,6 @@ def _replace(
     return done[module]
 
 
-def _check_convertible(module: nn.Module) -> None:
-    closed = tuple(f"{path}." if path else "" for path, layer in module.named_modules() if _is_registered(layer))
-    for path, layer in module.named_modules():
-        kind = type(layer)
-        if not isinstance(layer, _BatchNorm) or isinstance(layer, SyncBatchNorm):
-            continue
-        if _is_registered(layer) or path.startswith(closed):  # left to the converter
-            continue
-        if is_parametrized(layer):
-            what = "a parametrized one (convert before parametrizing)"
-        elif any(hasattr(parameter, "device_mesh") for parameter in layer.parameters()):  # DTensor
-            what = "a sharded one (convert before fully_shard and parallelize_module)"
-        elif kind.forward not in _FORWARDS or "forward" in vars(layer):
-            what = "one with a forward of its own"
-        else:
-            continue
-        raise TypeError(
-            f"expected BatchNorm layers that torch's forward describes, got {what} at {path or 'the root'!r}: "
-            f"{kind.__qualname__}; tell how to convert it with "
-            f"syncnorm.register_conversion({kind.__qualname__}, converter)"
-        )
-
-
 def _to_sync(layer: nn.Module, process_group: ProcessGroupLike) -> nn.Module:
     if type(layer) in _registered:
         made = _registered[type(layer)](layer, process_group)
@@ -158,10 +144,10 @@ def _to_sync(layer: nn.Module, process_group: ProcessGroupLike) -> nn.Module:
         layer.process_group = process_group
     if isinstance(layer, SyncBatchNorm) or not isinstance(layer, _BatchNorm):
         return layer
-    new: SyncBatchNorm = _become(layer, LazySyncBatchNorm if isinstance(layer, _LazyNormBase) else SyncBatchNorm)
+    new: SyncBatchNorm = _become(layer, class_after_conversion(type(layer), is_lazy=isinstance(layer, _LazyNormBase)))
     own = new.__dict__.pop("process_group", None)  # a torch.nn.SyncBatchNorm's
     new.process_group = own if process_group is None else process_group
-    new.__dict__[_ORIGIN] = type(layer), ProcessGroupReference(own)
+    new.__dict__[ORIGIN] = type(layer), ProcessGroupReference(own)
     return new
 
 
@@ -174,20 +160,20 @@ def _can_take_over(layer: nn.Module) -> bool:
 
 def _stand_in(activation: nn.Module, kind: type[nn.Module]) -> nn.Module:
     new: nn.Module = _become(activation, kind)
-    new.__dict__[_ORIGIN] = type(activation), ProcessGroupReference(None)
+    new.__dict__[ORIGIN] = type(activation), ProcessGroupReference(None)
     return new
 
 
 def _from_sync(layer: nn.Module) -> nn.Module:
-    if _ORIGIN not in layer.__dict__:
+    if ORIGIN not in layer.__dict__:
         if layer.__dict__.pop(_FUSED, False):  # constructed as a SyncBatchNorm
             layer.activation = None  # type: ignore[assignment]
         return layer
-    kind, own = layer.__dict__[_ORIGIN]
-    if issubclass(kind, _LazyNormBase) and type(layer) is SyncBatchNorm:
+    kind, own = layer.__dict__[ORIGIN]
+    if issubclass(kind, _LazyNormBase) and not isinstance(layer, _LazyNormBase):
         kind = kind.cls_to_become
     old: nn.Module = _become(layer, kind)
-    for name in (_ORIGIN, _FUSED, "_group", "activation"):
+    for name in (ORIGIN, _FUSED, "_group", "activation"):
         old.__dict__.pop(name, None)
     if issubclass(kind, nn.SyncBatchNorm):
         old.process_group = own.given
@@ -196,14 +182,16 @@ def _from_sync(layer: nn.Module) -> nn.Module:
 
 def _become(layer: nn.Module, kind: type[nn.Module]) -> Any:
     """Return a module of another class with all that `layer` holds. The hook tables are shared: handles point there."""
-    new = kind.__new__(kind)
+    new = object.__new__(kind)
     new.__dict__.update(layer.__dict__)
     for name in ("_parameters", "_buffers", "_modules"):
         new.__dict__[name] = layer.__dict__[name].copy()
-    for name, table in new.__dict__.items():
+    for name, value in new.__dict__.items():
         if name.endswith("_hooks"):
-            for key, hook in table.items():
-                table[key] = _rebind(hook, layer, new)
+            for key, hook in value.items():
+                value[key] = _rebind(hook, layer, new)
+        elif inspect.ismethod(value) and value.__self__ is layer:  # such as a `train` that was set on the layer
+            new.__dict__[name] = types.MethodType(value.__func__, new)
     return new
 
 

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import _C, Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from . import running, validate
+from . import running, transforms, validate
+from .all_reduce import all_reduce
 from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
 from .launchers import warn_if_alone_in_a_larger_job
 from .moments import Moments, MomentsAboutZero
@@ -46,7 +48,8 @@ def sync_batch_norm(
 
     In training, mean and (biased) var of each channel are taken over the batch and trailing axes of *all* ranks'
     inputs, and the running statistics move towards them (see `syncnorm.running.update`); else the running statistics
-    stand in their place. Shards may differ in all sizes but C; a shard may be empty.
+    stand in their place. Shards may differ in all sizes but C; a shard may be empty. Tensors that have a shape and no
+    values, on the meta device or in a FakeTensorMode, give the shapes of the results.
 
     Gradients are those of the sum of the ranks' losses. Those of weight and bias are this rank's share: their sum over
     the ranks is the gradient of the whole batch.
@@ -59,8 +62,9 @@ def sync_batch_norm(
         bias: (C,) or None.
         training: normalize by the batch (True) or by the running statistics (False).
         momentum: the weight of this batch in the running statistics; None: their cumulative average.
-        eps: added to the variance.
-        num_batches_tracked: () int64, counts the batches in training; needed for momentum=None.
+        eps: added to the variance; positive in training, at least 0 in eval.
+        num_batches_tracked: () int64, counts the batches in training; needed for momentum=None. A batch that is empty
+            on all ranks is not counted, and leaves the running statistics as they are.
         process_group: the ranks that share the batch, as in `syncnorm.communicator`.
         mask: (N, *) or (N, 1, *), or with 1 for any of these sizes, bool or floating point: which positions count, each
             rank with its own number of them. Statistics are those of the positions where it is true (or 1), on all
@@ -74,17 +78,20 @@ def sync_batch_norm(
             residual).
         inplace: write the output over the input, for activation None or "leaky_relu" and no residual. Backward keeps
             the output alone and computes the input from it: where the weight is small beside the bias, and in half
-            precision, with fewer digits; in a channel whose weight is 0 the weight's gradient is 0.
+            precision, with fewer digits. The normalized input is estimated as (z - bias) * weight / (weight² + σ²),
+            where σ = finfo(input.dtype).eps * |bias| / sqrt(12) is what rounding has added to z. So a weight well above
+            σ has its gradient to rounding. The gradient of a weight below σ tends to 0 with the weight, since the
+            output no longer holds the input. The error of a gradient is never larger than its own scale.
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of 2C
     in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none.
 
     Raises:
-        ValueError: shapes do not fit; the activation is unknown or cannot be in place; eps is not positive; this rank
-            is not in the group; the whole batch has one value per channel (with a mask on a GPU that is not looked at,
-            which would wait for the device).
+        ValueError: shapes do not fit; the activation is unknown or cannot be in place; eps is negative, or 0 in
+            training; this rank is not in the group; the whole batch has one value per channel (with a mask on a GPU
+            that is not looked at, which would wait for the device).
         TypeError: the input or a buffer is not floating point, the mask neither that nor bool, the residual not of the
-            input's dtype.
+            input's dtype; input, mask or residual is nested, sparse or mkldnn.
         RuntimeError: a parameter, the mask or the residual is on another device than the input; the input is to be
             written over and is a leaf that requires a gradient, a view in a graph, or expanded.
 
@@ -96,17 +103,16 @@ def sync_batch_norm(
     )
     mask = validate.mask_over_channels(mask, input)
     epilogue = validate.epilogue(input, weight, bias, residual, activation, inplace)
+    if input.dim() == 1:  # of shape (0,): there is nothing to normalize
+        return input if inplace else input.clone()
     if not training:
         assert running_mean is not None  # validated
         assert running_var is not None
         return normalize_by_constants(input, running_mean, running_var, weight, bias, eps, epilogue=epilogue)
-    group = communicator(process_group)
-    if process_group is None and isinstance(group, LocalCommunicator) and not torch.compiler.is_compiling():
-        warn_if_alone_in_a_larger_job()
+    group = _sharing_batch(input, process_group)
 
-    moments = _combined(Moments.of(input.detach(), mask), group)
-    few = input.numel() <= input.shape[1] if mask is None else mask.is_cpu
-    if few and moments.count == 1:  # asks the device only where it can be so
+    moments = _combined(Moments.of(input, mask), group)
+    if _one_value(input, mask, moments, group):
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
             + (" and a mask" if mask is not None else "")
@@ -149,12 +155,13 @@ def layer_norm(
 
     Raises:
         ValueError: the last axes are not normalized_shape, or this rank is not in the group.
-        TypeError: the input is not floating point, or is a DTensor beside a process group.
+        TypeError: the input is not floating point, or is sparse or mkldnn; beside a process group also: nested or a
+            DTensor.
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
     shape = validate.trailing_axes(input, normalized_shape, weight, bias, split=process_group is not None)
-    group = _sharing(process_group)
+    group = _sharing(input, process_group)
     if group.size == 1:
         return F.layer_norm(input, shape, weight, bias, eps)
     y = _normalize_rows(_rows(input, len(shape)), Moments, eps, group).view_as(input)
@@ -194,12 +201,15 @@ def rms_norm(
 
     Raises:
         ValueError: the last axes are not normalized_shape, or this rank is not in the group.
-        TypeError: the input is not floating point, or is a DTensor beside a process group.
+        TypeError: the input is not floating point, or is sparse or mkldnn; beside a process group also: nested or a
+            DTensor.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
     shape = validate.trailing_axes(input, normalized_shape, weight, bias, split=process_group is not None)
-    group = _sharing(process_group)
+    if eps_outside:
+        validate.dense("input", input)
+    group = _sharing(input, process_group)
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
     if group.size == 1 and not eps_outside:
@@ -242,12 +252,12 @@ def group_norm(
 
     Raises:
         ValueError: the groups do not divide the channels, shapes do not fit, or this rank is not in the group.
-        TypeError: the input is not floating point, or is a DTensor beside a process group.
+        TypeError: the input is not floating point, is nested, sparse or mkldnn, or is a DTensor beside a process group.
 
     Source: Wu and He, Group Normalization, 2018.
     """
     validate.groups_of_channels(input, num_groups, weight, bias, split=process_group is not None)
-    group = _sharing(process_group)
+    group = _sharing(input, process_group)
     if group.size == 1:
         return F.group_norm(input, num_groups, weight, bias, eps)
     rows = input.reshape(1, len(input) * num_groups, input.shape[1:].numel() // num_groups)
@@ -256,15 +266,39 @@ def group_norm(
     return _affine(y, *per_channel).to(input.dtype)
 
 
-def _sharing(process_group: ProcessGroupLike) -> Communicator:
+def without_values(tensor: Tensor) -> bool:
+    """Return whether a tensor has a shape alone: on the meta device, or in a FakeTensorMode that records no graph."""
+    if tensor.is_meta or not isinstance(tensor, FakeTensor):
+        return tensor.is_meta
+    return not torch.compiler.is_compiling() and _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is None
+
+
+def _sharing_batch(input: Tensor, process_group: ProcessGroupLike) -> Communicator:
+    """Return the ranks that share the batch; without values there is nothing to share, and this one is alone."""
+    if without_values(input):
+        return _ALONE
+    group = communicator(process_group)
+    if process_group is None and isinstance(group, LocalCommunicator) and not torch.compiler.is_compiling():
+        warn_if_alone_in_a_larger_job()
+    return group
+
+
+def _sharing(input: Tensor, process_group: ProcessGroupLike) -> Communicator:
     """Return the ranks that share a sample: this one alone unless others were given."""
-    return _ALONE if process_group is None else communicator(process_group)
+    return _ALONE if process_group is None or without_values(input) else communicator(process_group)
+
+
+def _one_value(input: Tensor, mask: Tensor | None, moments: Moments, group: Communicator) -> bool:
+    """Return whether the whole batch has one value per channel; ask the device only where that can be so."""
+    few = input.numel() <= input.shape[1] if mask is None else mask.is_cpu
+    if few and without_values(input):
+        return mask is None and len(input) * input.shape[2:].numel() == 1
+    return few and bool((transforms.plain(moments.count) == 1).any())
 
 
 def _rows(input: Tensor, axes: int) -> Tensor:
     """Return the input as (1, R, values): R positions as channels, the last axes as what they are normalized over."""
-    positions, values = input.shape[: input.dim() - axes], input.shape[input.dim() - axes :]
-    return input.reshape(1, positions.numel(), values.numel())
+    return input.unsqueeze(0).flatten(-axes).flatten(0, -2).unsqueeze(0)  # no sizes, which a tracer would keep
 
 
 def _normalize_rows(
@@ -272,13 +306,17 @@ def _normalize_rows(
 ) -> Tensor:
     """Return rows, (1, R, values), normalized by the moments of each over all ranks; in float32 or better."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    moments = _combined(kind.of(rows.detach()), group)
+    moments = _combined(kind.of(rows), group)
     return normalize(rows, moments, None, None, eps, group, eps_outside=eps_outside)
 
 
 def _combined(moments: Moments, group: Communicator) -> Moments:
     """Return the moments of all ranks: one all-reduce."""
-    return moments if group.size == 1 else type(moments).unpack(group.all_reduce(moments.pack()))
+    if group.size == 1:
+        return moments
+    packed = moments.pack()
+    summed = all_reduce(packed, group) if moments.followed else group.all_reduce(packed)
+    return type(moments).unpack(summed, moments.followed)
 
 
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

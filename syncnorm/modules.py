@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import is_lazy
 
 from . import functional, validate
+from .agreement import History
 from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
+
+ORIGIN = "_converted_from"  # attribute of a converted layer: its class and torch process group before
 
 __all__ = ["GroupNorm", "LayerNorm", "LazySyncBatchNorm", "RMSNorm", "SyncBatchNorm"]
 
@@ -28,6 +33,30 @@ class _Grouped(nn.Module):
     @process_group.setter
     def process_group(self, process_group: ProcessGroupLike) -> None:
         self._group = ProcessGroupReference(process_group)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Raise TypeError for torch.jit.script, which asks a module by this name for what it can compile."""
+        raise TypeError(
+            f"expected torch.nn's own norms in torch.jit.script, got syncnorm's {type(self).__name__}: call "
+            "syncnorm.revert_sync_batchnorm(model) first, load the state_dict into a model with norms of torch.nn, or "
+            "call model.eval() and torch.jit.trace"
+        )
+
+    def _is_whole(self, input: fx.Proxy) -> bool:
+        """Return whether a torch.fx trace can hold the call of this layer as one node, which nothing is done twice by.
+
+        The node calls the layer by its name, with its hooks and with what a subclass does around this forward.
+        """
+        forward = type(self).forward
+        own = forward.__module__ == __name__ and "forward" not in vars(self)
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return own and not hooks and input.tracer.root is not self  # type: ignore[attr-defined]
+
+    def _node(self, input: fx.Proxy, **others: Any) -> Any:
+        """Return the call of this layer as a node of a torch.fx trace, as for layers of torch.nn."""
+        given = {name: value for name, value in others.items() if value is not None}
+        path = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
+        return input.tracer.create_proxy("call_module", path, (input,), given)
 
     def _parameters_beside(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return weight and bias as what the input is: DTensors, as in a plan of torch's own, or this rank's part."""
@@ -83,7 +112,8 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
     Raises:
         ValueError: the activation is unknown or cannot be in place; the input has not C channels, or the residual
             another shape; this rank is not in the group; the whole batch has one value per channel.
-        TypeError: the input is not floating point, or the residual of another dtype.
+        TypeError: the input is not floating point, or the residual of another dtype; `eps` is read from a layer with an
+            activation.
         RuntimeError: a parameter or the residual is on another device than the input; the input cannot be written over.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015.
@@ -114,6 +144,26 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         self.activation, self.inplace = activation, inplace
         self.process_group = process_group
 
+    @property
+    def eps(self) -> float:
+        """What is added to the variance. Raises TypeError for a layer with an activation.
+
+        Code reads `eps` to fold a BatchNorm into the layer before it, or to put another norm in its place. Either would
+        drop the activation. `vars(layer)["eps"]` is the value of any layer.
+        """
+        if self.activation is not None:
+            raise TypeError(
+                f"expected a norm without an activation where eps is read, got activation={self.activation!r}: code "
+                "that folds or replaces this layer would drop the activation. Call "
+                "syncnorm.revert_sync_batchnorm(model) first, or construct the layer without an activation. "
+                "vars(layer)['eps'] is the value"
+            )
+        return vars(self)["eps"]  # type: ignore[no-any-return]
+
+    @eps.setter
+    def eps(self, eps: float) -> None:
+        vars(self)["eps"] = eps
+
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalize `input`, (N, C, *), and in training move the running statistics.
 
@@ -121,6 +171,10 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         must not be negative, count by that. See `syncnorm.functional.sync_batch_norm`.
         `residual`, of the input's shape and dtype, is added before the activation.
         """
+        if isinstance(input, fx.Proxy) and self._is_whole(input):
+            return self._node(input, residual=residual, mask=mask)
+        if isinstance(input, Tensor):
+            self._check_input_dim(input)
         tracks = self.track_running_stats or not self.training
         running_mean = self.running_mean if tracks else None
         return functional.sync_batch_norm(
@@ -131,14 +185,30 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
             self.bias,
             self.training or running_mean is None,
             self.momentum,
-            self.eps,
+            vars(self)["eps"],
             num_batches_tracked=self.num_batches_tracked if tracks else None,
-            process_group=self._group.resolve() if self.training else _ALONE,
+            process_group=self._group_of_the_batch(input, residual, mask) if self.training else _ALONE,
             mask=mask,
             residual=residual,
             activation=self.activation,
             inplace=self.inplace,
         )
+
+    def _group_of_the_batch(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> ProcessGroupLike:
+        """Return the ranks that share the batch; at the first calls these compare which layer they are in."""
+        given = self._group.resolve()
+        if torch.compiler.is_compiling():
+            return given
+        group = communicator() if given is None else given
+        if not (self._group.history.is_complete(group) or functional.without_values(input)):
+            validate.batch_norm_arguments(  # before the ranks compare anything
+                *(input, self.running_mean, self.running_var, self.weight, self.bias),
+                *(True, self.momentum, vars(self)["eps"], self.num_batches_tracked),
+            )
+            validate.mask_over_channels(mask, input)
+            validate.epilogue(input, self.weight, self.bias, residual, self.activation, self.inplace)
+            self._group.history.check_call(self, input, group)
+        return given if isinstance(group, LocalCommunicator) else group
 
     def reset_parameters(self) -> None:
         """Set the running statistics to mean 0, var 1, weight to 1 and bias to 0."""
@@ -148,11 +218,25 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
     def extra_repr(self) -> str:
         """Return the arguments that the module was made with."""
         return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"{self.num_features}, eps={vars(self)['eps']}, momentum={self.momentum}, affine={self.affine}, "
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
             + (f", activation={self.activation}" if self.activation else "")
             + (", inplace=True" if self.inplace else "")
         )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Take any number of axes from two on; the class of a converted layer has its own check."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a pickle or a copy, and the class of a converted layer, which the pickle does not name."""
+        kind = type(self)
+        if ORIGIN in state and kind in (SyncBatchNorm, LazySyncBatchNorm):
+            kind = class_after_conversion(state[ORIGIN][0], is_lazy=kind is LazySyncBatchNorm)
+        if kind is type(self):
+            super().__setstate__(state)  # type: ignore[no-untyped-call]
+        else:
+            self.__class__ = kind
+            self.__setstate__(state)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load as torch does; if that raises, leave the layer's tensors as they were."""
@@ -234,6 +318,49 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         self.reset_parameters()
 
 
+def class_after_conversion(original: type[Any], *, is_lazy: bool) -> type[SyncBatchNorm]:
+    """Return the class of a converted layer that was an `original`; a lazy one is another once it has met its input."""
+    has_met_input = issubclass(original, _LazyNormBase) and not is_lazy
+    kind: Any = original.cls_to_become if has_met_input else original
+    return _synchronized(kind)
+
+
+@functools.cache
+def _synchronized(original: type[Any]) -> type[SyncBatchNorm]:
+    """Return a subclass of both `original` and SyncBatchNorm.
+
+    Methods are looked up in `original`, then in SyncBatchNorm, then in torch's _BatchNorm. So SyncBatchNorm.forward
+    replaces torch's, and all that `original` defines itself stays: its check of the input, its methods and attributes.
+    For torch.nn.SyncBatchNorm it is SyncBatchNorm alone, since DistributedDataParallel refuses torch's on CPUs.
+    """
+    lazy = issubclass(original, _LazyNormBase)
+    base: type[Any] = LazySyncBatchNorm if lazy else SyncBatchNorm
+    if issubclass(original, nn.SyncBatchNorm) or issubclass(base, original):
+        return base
+
+    def __new__(cls: type[Any], *_: Any, **__: Any) -> Any:  # noqa: N807
+        self = super(kind, cls).__new__(cls)
+        vars(self)[ORIGIN] = original, ProcessGroupReference(None)
+        return self
+
+    def __reduce_ex__(self: SyncBatchNorm, protocol: Any) -> Any:  # noqa: N807
+        constructor, arguments, *state = super(kind, self).__reduce_ex__(protocol)
+        if type(self) is kind:  # and no subclass, such as that of a parametrized layer
+            constructor, arguments = base, () if lazy else (0,)  # __setstate__ gives it this class again
+        return constructor, arguments, *state
+
+    def fill(namespace: dict[str, Any]) -> None:
+        namespace["__module__"] = base.__module__
+        namespace["__qualname__"] = f"{base.__qualname__}[{original.__qualname__}]"
+        namespace["__doc__"] = base.__doc__
+        namespace["__new__"], namespace["__reduce_ex__"] = __new__, __reduce_ex__
+        if lazy:
+            namespace["cls_to_become"] = _synchronized(original.cls_to_become)
+
+    kind: type[Any] = types.new_class(base.__name__, (original, base), exec_body=fill)
+    return kind
+
+
 class LayerNorm(_Grouped, nn.LayerNorm):
     """Layer normalization over the last axes, which may be split over ranks (tensor parallelism).
 
@@ -283,10 +410,12 @@ class LayerNorm(_Grouped, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (*, *normalized_shape)."""
+        if isinstance(input, fx.Proxy) and self._is_whole(input):
+            return self._node(input)
         shape, split = self.normalized_shape, self.process_group is not None
         weight, bias = self._parameters_beside(input)
         validate.trailing_axes(input, shape, weight, bias, split=split)  # before the ranks compare anything
-        group = self._group.resolve_for(input, input.shape[: -len(shape)])
+        group = self._group.resolve_for(self, input, input.shape[: -len(shape)])
         return functional.layer_norm(input, shape, weight, bias, self.eps, process_group=group)
 
     def extra_repr(self) -> str:
@@ -355,10 +484,12 @@ class RMSNorm(_Grouped, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x`, (*, *normalized_shape)."""
+        if isinstance(x, fx.Proxy) and self._is_whole(x):
+            return self._node(x)
         shape, split = self.normalized_shape, self.process_group is not None
         weight, bias = self._parameters_beside(x)
         validate.trailing_axes(x, shape, weight, bias, split=split)  # before the ranks compare anything
-        group = self._group.resolve_for(x, x.shape[: -len(shape)])
+        group = self._group.resolve_for(self, x, x.shape[: -len(shape)])
         outside = self.eps_outside
         return functional.rms_norm(x, shape, weight, bias, self.eps, eps_outside=outside, process_group=group)
 
@@ -430,10 +561,12 @@ class GroupNorm(_Grouped, nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (N, C, *)."""
+        if isinstance(input, fx.Proxy) and self._is_whole(input):
+            return self._node(input)
         groups, split = self.num_groups, self.process_group is not None
         weight, bias = self._parameters_beside(input)
         validate.groups_of_channels(input, groups, weight, bias, self.num_channels, split=split)
-        group = self._group.resolve_for(input, (len(input), groups))
+        group = self._group.resolve_for(self, input, (len(input), groups))
         return functional.group_norm(input, groups, weight, bias, self.eps, process_group=group)
 
     def reset_parameters(self) -> None:
@@ -454,12 +587,17 @@ def _local(parameter: Tensor | None) -> Tensor | None:
 
 
 class ProcessGroupReference:
-    """A module's process group: shared by deep copies and left out of pickles, which another job may load."""
+    """A module's process group: shared by deep copies and left out of pickles, which another job may load.
+
+    Attributes:
+        given: what was given as the process group.
+        history: what its ranks have compared of the module.
+    """
 
     def __init__(self, given: ProcessGroupLike):
         self.given = given
+        self.history = History()
         self._resolved: Communicator | None = None
-        self._compared: set[tuple[int, ...]] = set()
         with contextlib.suppress(ValueError):  # a rank outside the group may build the model, but not train it
             self.resolve()
 
@@ -469,22 +607,11 @@ class ProcessGroupReference:
             self._resolved = communicator(self.given)
         return self._resolved
 
-    def resolve_for(self, input: Tensor, whole: tuple[int, ...]) -> Communicator | None:
-        """Return the communicator of a group that splits some axes of the input, having compared the `whole` ones.
-
-        The ranks compare what they have not compared before, all at once; it is no part of what a step costs, and is
-        not counted.
-        """
+    def resolve_for(self, layer: nn.Module, input: Tensor, sizes: tuple[int, ...]) -> Communicator | None:
+        """Return the communicator of a group that splits some axes of the input, having compared the other `sizes`."""
         group = self.resolve()
-        if group is None or group.size == 1 or whole in self._compared:
-            return group
-        everyones = getattr(group, "communicator", group).all_gather_object(tuple(whole))
-        if len(set(everyones)) > 1:
-            raise ValueError(
-                f"expected the same sizes {everyones[0]} on all ranks beside the axes that are split, got "
-                f"{tuple(whole)} of {tuple(input.shape)} on rank {group.rank}; on all ranks: {everyones}"
-            )
-        self._compared.add(tuple(whole))
+        if group is not None and not functional.without_values(input):
+            self.history.check_sizes(layer, input, sizes, group)
         return group
 
     def __str__(self) -> str:
@@ -493,7 +620,7 @@ class ProcessGroupReference:
         return f"{size} rank{'s' * (size != 1)}" if size else "other ranks"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProcessGroupReference:
-        return self
+        return ProcessGroupReference(self.given)
 
     def __reduce__(self) -> tuple[type[ProcessGroupReference], tuple[None]]:
         return ProcessGroupReference, (None,)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import kernels, transforms
 
 __all__ = ["Moments", "MomentsAboutZero"]
 
@@ -23,34 +23,42 @@ class Moments:
 
     Attributes:
         values: [mean, M2, count], (2C + 1,) float64.
+        followed: whether something follows how they come from the input, as `transforms` tells.
         centered: whether they are about the mean; else about zero, and `values` is [0, Σ x², count].
     """
 
     values: Tensor
+    followed: bool = False
 
     centered: ClassVar[bool] = True
 
     @classmethod
     def of(cls, input: Tensor, mask: Tensor | None = None) -> Moments:
-        """Return the moments of (N, C, *) over all axes but the channels', weighted by the mask."""
-        return cls(kernels.select(input).moments(input, mask))
+        """Return the moments of (N, C, *) over all axes but the channels', weighted by the mask.
+
+        They have no autograd graph, which `normalize` does without, unless a transform needs it.
+        """
+        if transforms.active():
+            return cls(kernels.reference.moments(input, mask), followed=True)
+        return cls(kernels.select(input, mask).moments(input.detach(), mask))
 
     def pack(self) -> Tensor:
         """Return [n·mean, M2 + n·mean², n], (2C + 1,) float64: the sum over the ranks packs the whole batch.
 
         It takes the memory of the moments, which are no more: a layer sends and receives by one buffer.
         """
-        return kernels.select(self.values).pack(self.values)
+        return _kernels(self.values, self.followed).pack(self.values)
 
     @classmethod
-    def unpack(cls, packed: Tensor) -> Moments:
+    def unpack(cls, packed: Tensor, followed: bool = False) -> Moments:
         """Return the moments that `packed`, (2C + 1,) float64, stands for, in its memory."""
-        return cls(kernels.select(packed).unpack(packed))
+        return cls(_kernels(packed, followed).unpack(packed), followed)
 
     @classmethod
     def constant(cls, mean: Tensor, variance: Tensor) -> Moments:
         """Return moments of this mean and variance, as if of one value, for statistics that are given."""
-        return cls(torch.cat([mean.double(), variance.double(), mean.new_ones(1, dtype=torch.float64)]))
+        values = torch.cat([mean.double(), variance.double(), mean.new_ones(1, dtype=torch.float64)])
+        return cls(values.detach(), followed=transforms.active())
 
     @property
     def count(self) -> Tensor:
@@ -87,13 +95,17 @@ class MomentsAboutZero(Moments):
     def of(cls, input: Tensor, mask: Tensor | None = None) -> MomentsAboutZero:
         """Return the moments of (N, C, *) over all axes but the channels', weighted by the mask."""
         about_mean = Moments.of(input, mask)
-        return cls.unpack(about_mean.pack()[len(about_mean.mean) :])
+        return cls.unpack(about_mean.pack()[input.shape[1] :], about_mean.followed)
 
     def pack(self) -> Tensor:
         """Return [Σ x², n], (C + 1,) float64."""
         return self.values[len(self.mean) :].clone()
 
     @classmethod
-    def unpack(cls, packed: Tensor) -> MomentsAboutZero:
+    def unpack(cls, packed: Tensor, followed: bool = False) -> MomentsAboutZero:
         """Return the moments that `packed`, (C + 1,) float64, stands for."""
-        return cls(torch.cat([torch.zeros_like(packed[:-1]), packed]))
+        return cls(torch.cat([torch.zeros_like(packed[:-1]), packed]), followed)
+
+
+def _kernels(tensor: Tensor, followed: bool) -> kernels.Kernels:
+    return kernels.reference if followed else kernels.select(tensor)

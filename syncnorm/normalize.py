@@ -29,11 +29,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import kernels
+from . import kernels, transforms
+from .all_reduce import all_reduce
 from .communicators import Communicator
 from .kernels import PLAIN, Epilogue
 from .kernels.epilogue import channels_last
 from .moments import Moments
+from .validate import memory_of
 
 __all__ = ["made_by_relu", "normalize", "normalize_by_constants"]
 
@@ -92,9 +94,29 @@ def _apply(
     eps_outside: bool,
     epilogue: Epilogue,
 ) -> Tensor:
+    if moments.followed:
+        return _composed(input, moments.values, weight, bias, eps, eps_outside, epilogue)
     residual = epilogue.residual
     plan = _Plan(eps, group, mask, moments.centered, eps_outside, _with(epilogue, None))
-    return _Normalize.apply(input, weight, bias, residual, moments.values, plan)[0]  # type: ignore[no-any-return, no-untyped-call]
+    written = memory_of(input) if epilogue.inplace else input
+    output = _Normalize.apply(written, weight, bias, residual, moments.values, plan)[0]  # type: ignore[no-untyped-call]
+    return output if written is input else input
+
+
+def _composed(
+    input: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    eps_outside: bool,
+    epilogue: Epilogue,
+) -> Tensor:
+    """Return y by torch's own operations, through which the derivatives go to the moments and so to the input."""
+    residual, reference = epilogue.residual, kernels.reference
+    z, _ = reference.preactivation(input, moments, weight, bias, eps, eps_outside=eps_outside, residual=residual)
+    y = reference.activate(z, epilogue.activation).to(input.dtype)
+    return input.copy_(y) if epilogue.inplace else y
 
 
 def _with(epilogue: Epilogue, residual: Tensor | None) -> Epilogue:
@@ -124,7 +146,7 @@ class _Normalize(Function):
         plan: _Plan,
     ) -> tuple[Tensor, Tensor]:
         epilogue, constant = _with(plan.epilogue, residual), plan.group is None
-        output, statistics, signs = kernels.select(input).normalize(
+        output, statistics, signs = kernels.select(input, moments, weight, bias, residual).normalize(
             input, moments, weight, bias, plan.eps, eps_outside=plan.eps_outside, epilogue=epilogue
         )
         if epilogue.inplace:
@@ -152,7 +174,9 @@ class _Normalize(Function):
         input, statistics, weight, bias, kept, mask = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         plan = ctx.plan
-        kernel = kernels.reference if torch.is_grad_enabled() else kernels.select(input)
+        followed = torch.is_grad_enabled() or transforms.active() or any(map(transforms.batched, grads))
+        tensors = input, grad_output, statistics, weight, bias, kept, mask
+        kernel = kernels.reference if followed else kernels.select(*tensors)
         epilogue = _with(plan.epilogue, kept)
         if epilogue.keeps_signs and bool(channels_last(input)) != bool(ctx.channels_last):
             # The signs are in the order of its memory, and a hook such as `save_on_cpu` has laid it out anew.
@@ -167,7 +191,7 @@ class _Normalize(Function):
             if through_statistics:
                 if grad_statistics is not None:  # of a backward pass through this backward pass
                     sums = sums + _sums_of(grad_statistics, statistics)
-                summed = (_all_reduce if plan.centered else _second_all_reduced)(sums, plan.group)
+                summed = (_all_reduced if plan.centered else _second_all_reduced)(sums, plan.group, followed)
         grad_residual = grad_output if needs_residual else None
         if needs_input or (needs_residual and kept is not None):
             eps_outside = plan.eps if plan.eps_outside else 0.0
@@ -198,28 +222,14 @@ def _sums_of(grad_statistics: Tensor, statistics: Tensor) -> Tensor:
     return grad_statistics[:-1].view(2, -1) * torch.stack([-1 / invstd, invstd])
 
 
-class _AllReduce(Function):
-    """The sum over the ranks, as a differentiable operation."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Communicator) -> Tensor:
-        ctx.group = group
-        return group.all_reduce(tensor.clone())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grads[0], ctx.group), None
+def _all_reduced(sums: Tensor, group: Communicator, followed: bool) -> Tensor:
+    """Return the sum over the ranks, in the memory of this rank's unless operations are followed."""
+    if followed:
+        return all_reduce(sums, group)
+    return sums if group.size == 1 else group.all_reduce(sums)
 
 
-def _all_reduce(tensor: Tensor, group: Communicator) -> Tensor:
-    if group.size == 1:
-        return tensor
-    if not torch.is_grad_enabled():
-        return group.all_reduce(tensor)
-    return _AllReduce.apply(tensor, group)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _second_all_reduced(sums: Tensor, group: Communicator) -> Tensor:
+def _second_all_reduced(sums: Tensor, group: Communicator, followed: bool) -> Tensor:
     """Return [0, the sum over the ranks of sums[1]]: what moments about zero need."""
-    second = _all_reduce(sums[1].clone(), group)
+    second = _all_reduced(sums[1].clone(), group, followed)
     return torch.stack([torch.zeros_like(second), second])

@@ -1,7 +1,11 @@
 """How the ranks of a job find each other for torch.distributed: by what torchrun sets, whoever started them.
 
-Under mpirun MPI tells the address of a store, under srun Slurm's variables do. Both then stand in the environment as
-torchrun would have set them, so that what is written for torchrun finds them too.
+Under mpirun MPI tells the address of a store, under srun Slurm's variables do. Both are then set as torchrun would have
+set them, so that what is written for torchrun finds them too. A process alone meets nobody: it opens no port, and
+without a launcher it sets no variable.
+
+Two things keep jobs apart that use one port by mistake: an id of the job (`job_id`), and a note of each rank, which is
+written only once.
 """
 
 from __future__ import annotations
@@ -9,48 +13,80 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
+import secrets
 import socket
 import struct
+import sys
+import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from . import forks
+from . import store as job_store
+from .errors import printable
 from .launchers import RENDEZVOUS, launched, refuse_to_be_alone
+from .store import ANOTHER_PROGRAM, LOCALHOST
 
 if TYPE_CHECKING:
     from mpi4py import MPI
     from torch._C._distributed_c10d import Store
 
-__all__ = ["connect", "meet", "serves_the_store", "tell_alone", "tell_by_slurm", "tell_over_mpi"]
+__all__ = ["connect", "job_id", "meet", "serves_the_store", "tell_by_slurm", "tell_over_mpi"]
 
-PATIENCE = timedelta(minutes=5)  # for ranks to start; the timeout of collectives counts from then on
+JOIN_TIMEOUT = 300.0  # seconds for all ranks to come; the timeout of collectives counts from then on
+FIRST_WORD = 8.0  # seconds after which a rank says on stderr for whom it waits
+FURTHER_WORDS = 60.0  # seconds from one such line to the next
+FOREIGN = 10.0  # seconds for which another program at the store's port may be the store of a job that is ending
+OPERATION = timedelta(minutes=5)  # for one operation of the store, once the ranks have met
 SIOCGIFADDR = 0x8915  # Linux's request for the address of an interface
+JOB = "syncnorm/job"  # the key of the job's id in a store that is the job's own
 _served: list[Any] = forks.keep([])  # the store that the other ranks connect to, on the rank that opened it
 _meetings = itertools.count(1)  # the same on all ranks: of each group that was destroyed, keys are left in the store
+_token = secrets.token_hex(8)  # of this process: process ids repeat in containers
+_has_met = False  # whether this process has met the others, or knows that there are none
 
 
 def tell_over_mpi(world: MPI.Comm) -> None:
     """Set what torchrun would, unless it is set: rank 0 opens a store on a free port and tells all ranks where.
 
     Raises:
-        RuntimeError: the launcher tells of several ranks, and MPI of one.
+        RuntimeError: the launcher tells of several ranks, and MPI of one; or the environment tells of another rank.
     """
     from .communicators.library import MPI
 
     if os.environ.keys() >= {*RENDEZVOUS}:
+        _compare_with_mpi(world)
         return
     if world.size == 1:
         refuse_to_be_alone("MPI")
+        if not _has_met:  # for torch.distributed's own init_process_group
+            _tell(0, 1, 0, 1, LOCALHOST, job_store.free_port(), is_served=False)
+        return
     host = world.Split_type(MPI.COMM_TYPE_SHARED)
     where = None
     if world.rank == 0:
-        where = _serve("127.0.0.1" if host.size == world.size else address_of_this_host())
-    _tell(world.rank, world.size, host.rank, host.size, *world.bcast(where), is_served=True)
+        address = LOCALHOST if host.size == world.size else address_of_this_host()
+        os.environ["SYNCNORM_JOB_ID"] = f"{secrets.token_hex(8)} of mpirun"
+        where = os.environ["SYNCNORM_JOB_ID"], address, _serve(address, 0)
+    os.environ["SYNCNORM_JOB_ID"], address, port = world.bcast(where)
+    _tell(world.rank, world.size, host.rank, host.size, address, port, is_served=True)
     host.Free()
+
+
+def _compare_with_mpi(world: MPI.Comm) -> None:
+    """Raise unless RANK and WORLD_SIZE are those of MPI."""
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if (rank, size) != (str(world.rank), str(world.size)):
+        raise RuntimeError(
+            f"expected one launcher, got two that contradict each other: RANK={rank}, WORLD_SIZE={size} of torchrun, "
+            f"and rank {world.rank} of {world.size} of MPI. Unset RANK and WORLD_SIZE to join the ranks of MPI"
+        )
 
 
 def tell_by_slurm() -> None:
@@ -58,23 +94,11 @@ def tell_by_slurm() -> None:
     _, rank, size = launched()
     told = os.environ
     ranks_by_node = tasks_per_node(told["SLURM_STEP_TASKS_PER_NODE"])
-    host = first_host(told["SLURM_STEP_NODELIST"]) if len(ranks_by_node) > 1 else "127.0.0.1"
+    host = first_host(told["SLURM_STEP_NODELIST"]) if len(ranks_by_node) > 1 else LOCALHOST
     step = 101 * int(told["SLURM_JOB_ID"]) + int(told["SLURM_STEP_ID"])
-    port = 20000 + step % 12000  # below those that systems give to clients
+    port = 20000 + step % 12000  # below those that systems give to clients; another job may have the same
     where = told.get("MASTER_ADDR", host), told.get("MASTER_PORT", port)
     _tell(rank, size, told["SLURM_LOCALID"], ranks_by_node[int(told["SLURM_NODEID"])], *where, is_served=False)
-
-
-def tell_alone() -> None:
-    """Set what torchrun would for one process."""
-    _tell(0, 1, 0, 1, *_serve("127.0.0.1"), is_served=True)
-
-
-def _serve(address: str) -> tuple[str, int]:
-    """Open a store on a free port and return where it is."""
-    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    _served.append(store)
-    return address, store.port
 
 
 def _tell(rank: int, size: int, local_rank: Any, local_size: int, address: str, port: Any, *, is_served: bool) -> None:
@@ -91,34 +115,48 @@ def _tell(rank: int, size: int, local_rank: Any, local_size: int, address: str, 
     }
 
 
-def meet(note: dict[str, Any]) -> tuple[Store, list[dict[str, Any]]]:
+def meet(rank: int, size: int, note: dict[str, Any]) -> tuple[Store, list[dict[str, Any]]]:
     """Wait for all ranks at the address that the environment tells; return a store for torch, and each rank's note.
 
     The store is this attempt's: where torchrun starts ranks anew, those of before have left their addresses in its own.
+    A process alone gets one in its own memory.
+
+    Args:
+        rank: of this process.
+        size: the number of ranks.
+        note: what the others are to know of this rank. Its host and process id are added.
 
     Raises:
-        RuntimeError: the address is not reached, or ranks are missing, after five minutes; with their numbers.
+        ValueError: MASTER_ADDR, MASTER_PORT or SYNCNORM_JOIN_TIMEOUT is set to what it cannot be.
+        RuntimeError: the store is not reached, or ranks are missing, after SYNCNORM_JOIN_TIMEOUT seconds (five minutes
+            unless set); the port is another program's or another job's; another process has joined as this rank; the
+            ranks disagree on how many they are.
     """
-    told = os.environ
-    rank, size = int(told["RANK"]), int(told["WORLD_SIZE"])
-    where = told["MASTER_ADDR"], int(told["MASTER_PORT"])
+    global _has_met
+    note = note | {"host": socket.gethostname(), "process": os.getpid(), "token": _token}
+    if size == 1:
+        _has_met = True
+        return dist.HashStore(), [note]  # type: ignore[attr-defined]
+    host, port = _address()
+    waiting = _Waiting(rank, size, f"{host}:{port}")
     serves = rank == 0 and serves_the_store() and not _served
-    store: Store = dist.TCPStore(  # type: ignore[attr-defined]
-        *where, size, serves, PATIENCE, wait_for_workers=False, multi_tenant=True
-    )
     if serves:
-        _served.append(store)  # for as long as this process lives, whatever becomes of the group
-    words = dist.PrefixStore(f"meeting/{next(_meetings)}", _ours(store))  # type: ignore[attr-defined]
-    words.set(f"note of {rank}", json.dumps(note))
-    notes = [f"note of {other}" for other in range(size)]
+        _serve(host, port)
     try:
-        words.wait(notes, PATIENCE)
-    except dist.DistStoreError:
-        missing = [str(other) for other, key in enumerate(notes) if not words.check([key])]
-        raise RuntimeError(
-            f"expected {size} ranks to join within {PATIENCE.total_seconds():g} s, missing: {', '.join(missing)}"
-        ) from None
-    return dist.PrefixStore("torch", words), [json.loads(word) for word in words.multi_get(notes)]  # type: ignore[attr-defined]
+        words = _enter(_reach(host, port, waiting), note, waiting)
+        notes = _gather_notes(words, waiting)
+        _refuse_another(notes[rank], note, waiting)  # who overwrote ours
+    except Exception as error:
+        if serves:
+            _served.clear()  # so that the next call may open one elsewhere
+        if isinstance(error, dist.DistNetworkError):
+            raise RuntimeError(
+                f"expected the job's store at {waiting.where} to stay, its connection is lost: the process that served "
+                "it has ended, which is rank 0's or torchrun"
+            ) from None
+        raise
+    _has_met = True
+    return dist.PrefixStore("torch", words), notes  # type: ignore[attr-defined]
 
 
 def serves_the_store() -> bool:
@@ -127,15 +165,233 @@ def serves_the_store() -> bool:
 
 
 def connect(timeout: timedelta = timedelta(seconds=2)) -> Store:
-    """Return a connection of its own to our part of the job's store, for a thread of its own."""
-    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return _ours(dist.TCPStore(*where, timeout=timeout, wait_for_workers=False))  # type: ignore[attr-defined]
+    """Return a connection of its own to our part of the job's store, for a thread of its own.
+
+    Raises:
+        RuntimeError: no store answers.
+    """
+    host, port = _address()
+    obstacle = job_store.obstacle(host, port, timeout.total_seconds())
+    if obstacle is not None:
+        raise RuntimeError(f"expected the job's store at {host}:{port}: {obstacle}")
+    return _ours(job_store.connect(host, port, timeout))
+
+
+def job_id() -> str:
+    """Return what tells this job from others: SYNCNORM_JOB_ID, else the id that torchrun or Slurm gave, else "unnamed".
+
+    Under mpirun rank 0 has chosen SYNCNORM_JOB_ID at random.
+    """
+    told = os.environ
+    if name := told.get("SYNCNORM_JOB_ID") or told.get("TORCHELASTIC_RUN_ID"):
+        return name
+    step = f".{told['SLURM_STEP_ID']}" if launched().launcher == "srun" else ""
+    return f"{told['SLURM_JOB_ID']}{step} of Slurm" if "SLURM_JOB_ID" in told else "unnamed"
 
 
 def _ours(store: Store) -> Store:
-    """Return the part of the job's store that is ours, and this attempt's where torchrun starts ranks anew."""
+    """Return the part of the store that is our job's, and this attempt's where torchrun starts ranks anew."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"syncnorm/{attempt}", store)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"syncnorm/{job_id()}/{attempt}", store)  # type: ignore[attr-defined]
+
+
+def _meeting(store: Store, number: int) -> Store:
+    """Return the part of the store for one meeting: a job that destroys its process group may meet again."""
+    return dist.PrefixStore(f"meeting/{number}", _ours(store))  # type: ignore[attr-defined]
+
+
+def _address() -> tuple[str, int]:
+    """Return the host and the port at which the ranks meet."""
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not host.strip():
+        raise ValueError(f"expected MASTER_ADDR to be the name or the address of rank 0's host, got {host!r}")
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError(f"expected MASTER_PORT to be a number from 1 to 65535, got {port!r}")
+    return host, int(port)
+
+
+class _Waiting:
+    """How long a rank has waited for the others, and what it says of that on stderr.
+
+    Args:
+        rank: that waits.
+        size: the number of ranks.
+        where: the address at which they meet.
+    """
+
+    def __init__(self, rank: int, size: int, where: str):
+        self.rank = rank
+        self.size = size
+        self.where = where
+        self.limit = _join_timeout()
+        now = time.monotonic()
+        self.deadline = now + self.limit
+        self.next_word = now + FIRST_WORD
+
+    def left(self) -> float:
+        """Return for how many seconds it may go on."""
+        return self.deadline - time.monotonic()
+
+    def silence(self) -> float:
+        """Return in how many seconds it is time to say something."""
+        return self.next_word - time.monotonic()
+
+    def say(self, what: str) -> None:
+        """Say for what this rank waits."""
+        line = f"syncnorm: rank {self.rank} of {self.size} is waiting for {what}. It gives up in {self.left():.0f} s"
+        print(line, file=sys.stderr, flush=True)
+        self.next_word = time.monotonic() + FURTHER_WORDS
+
+
+def _join_timeout() -> float:
+    """Return the seconds in which all ranks have to come."""
+    told = os.environ.get("SYNCNORM_JOIN_TIMEOUT", str(JOIN_TIMEOUT))
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(told)) < math.inf:
+            return seconds
+    raise ValueError(f"expected SYNCNORM_JOIN_TIMEOUT to be a positive number of seconds, got {told!r}")
+
+
+def _serve(host: str, port: int) -> int:
+    """Open the job's store and return its port."""
+    try:
+        store: Any = job_store.open_store(host, port, OPERATION)
+    except job_store.PortInUseError:
+        raise RuntimeError(
+            f"expected port {port} of {host} to be free for the job's store, it is used by {_user_of(host, port)}: set "
+            "MASTER_PORT to another port on all ranks"
+        ) from None
+    store.set(JOB, job_id())
+    _served.append(store)
+    opened: int = store.port
+    return opened
+
+
+def _user_of(host: str, port: int) -> str:
+    """Return who has opened a port, as far as a store says so."""
+    if job_store.obstacle(host, port, 1.0) is not None:
+        return "another program"
+    store = job_store.connect(host, port, timedelta(seconds=2))
+    if not store.check([JOB]):
+        return "another program"
+    if (job := store.get(JOB).decode(errors="replace")) != job_id():
+        return f"job {printable(job)}"
+    try:
+        return f"rank 0 of this job, {_process(_read(_meeting(store, 1).get('note of 0'), 0, f'{host}:{port}'))}"
+    except dist.DistStoreError:
+        return "another process of this job"
+
+
+def _reach(host: str, port: int, waiting: _Waiting) -> Store:
+    """Return a connection to the job's store, once it answers."""
+    server = "rank 0" if serves_the_store() else "the launcher"
+    foreign: float | None = None  # since when another program has answered
+    while True:
+        obstacle = job_store.obstacle(host, port, min(2.0, max(waiting.left(), 0.1)))
+        if obstacle is None:
+            store = job_store.connect(host, port, timedelta(seconds=FOREIGN))
+            store.set_timeout(OPERATION)
+            return store
+        now = time.monotonic()
+        foreign = None if obstacle != ANOTHER_PROGRAM else foreign or now
+        if waiting.left() <= 0 or (foreign and now - foreign > FOREIGN):
+            waited = f"within {waiting.limit:g} s" if waiting.left() <= 0 else "there"
+            raise RuntimeError(
+                f"expected {server} to open the job's store at {waiting.where} {waited}: {obstacle}. Check "
+                f"MASTER_ADDR, MASTER_PORT, and whether {server} runs"
+            )
+        if waiting.silence() <= 0:
+            waiting.say(f"{server} at {waiting.where}: {obstacle}")
+        time.sleep(0.1)
+
+
+def _enter(store: Store, note: dict[str, Any], waiting: _Waiting) -> Store:
+    """Leave this rank's note in the job's part of the store, which is returned."""
+    rank, size, where = waiting.rank, waiting.size, waiting.where
+    if serves_the_store():  # where a launcher does, several jobs may share it
+        _compare_jobs(store, where)
+    words = _meeting(store, next(_meetings))
+    if (first := _write_once(words, "size", str(size))) != str(size):
+        raise RuntimeError(
+            f"expected all ranks at {where} to have one WORLD_SIZE, got {size} on rank {rank} and {printable(first)} "
+            "on the first that came: is the port another job's? Then set MASTER_PORT to another port on all ranks of "
+            "this one"
+        )
+    _refuse_another(_read(_write_once(words, f"note of {rank}", json.dumps(note)), rank, where), note, waiting)
+    return words
+
+
+def _refuse_another(found: dict[str, Any], note: dict[str, Any], waiting: _Waiting) -> None:
+    """Raise if another process has left its note as this rank."""
+    if (found["process"], found.get("token")) != (note["process"], note["token"]):
+        raise RuntimeError(
+            f"expected one process for each rank, rank {waiting.rank} of {waiting.size} has joined at {waiting.where} "
+            f"already: {_process(found)}. This is {_process(note)}. Was a rank started twice, or is the port another "
+            "job's? Then set MASTER_PORT to another port on all ranks of one of them"
+        )
+
+
+def _compare_jobs(store: Store, where: str) -> None:
+    """Raise unless a rank of this job has opened the store."""
+    try:
+        store.wait([JOB], timedelta(seconds=FOREIGN))
+        found = f"that of job {printable(store.get(JOB).decode(errors='replace'))}"
+    except dist.DistStoreError:
+        found = "that of another program"
+    expected = f"job {printable(job_id())}"
+    if found != f"that of {expected}":
+        raise RuntimeError(
+            f"expected the store of this {expected} at {where}, found {found}: set MASTER_PORT to another port on all "
+            "ranks of one of them"
+        )
+
+
+def _gather_notes(words: Store, waiting: _Waiting) -> list[dict[str, Any]]:
+    """Wait for the notes of all ranks and return them."""
+    keys = [f"note of {rank}" for rank in range(waiting.size)]
+    while True:
+        limit = max(min(waiting.left(), waiting.silence(), 5.0), 0.01)  # so that Ctrl-C is answered
+        try:
+            words.wait(keys, timedelta(seconds=limit))
+        except dist.DistStoreError:
+            if waiting.left() > 0 and waiting.silence() > 0:
+                continue
+            missing = _numbers([rank for rank, key in enumerate(keys) if not words.check([key])])
+            if waiting.left() <= 0:
+                raise RuntimeError(
+                    f"expected {waiting.size} ranks to join within {waiting.limit:g} s, missing: {missing}"
+                ) from None
+            waiting.say(f"rank{'s' * (',' in missing)} {missing} at {waiting.where}")
+        else:
+            return [_read(note, rank, waiting.where) for rank, note in enumerate(words.multi_get(keys))]
+
+
+def _write_once(store: Store, key: str, value: str) -> str:
+    """Write under the key unless someone did, and return what stands there."""
+    written: bytes = store.compare_set(key, "", value)
+    return written.decode(errors="replace")
+
+
+def _read(written: str | bytes, rank: int, where: str) -> dict[str, Any]:
+    """Return a rank's note as it was before it went into the store."""
+    with contextlib.suppress(ValueError):
+        note = json.loads(written)
+        if isinstance(note, dict) and isinstance(note.get("host"), str) and isinstance(note.get("process"), int):
+            return note | {"host": printable(note["host"])}
+    raise RuntimeError(
+        f"expected the note of rank {rank} at {where} to be written by syncnorm, got {printable(str(written))[:200]}"
+    )
+
+
+def _process(note: dict[str, Any]) -> str:
+    """Return the name of the process that wrote a note."""
+    return f"process {note['process']} on {note['host']}"
+
+
+def _numbers(ranks: Sequence[int]) -> str:
+    """Return ranks as text: "1, 3", of many the first ones and how many more there are."""
+    shown = ", ".join(map(str, ranks[:16]))
+    return f"{shown} and {len(ranks) - 16} more" if len(ranks) > 16 else shown
 
 
 def first_host(nodes: str) -> str:

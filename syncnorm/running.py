@@ -32,9 +32,18 @@ def update(
     """
     if running_mean is None or running_var is None or _recomputing():
         return
-    kernels.select(running_mean).update_running(
-        running_mean, running_var, num_batches_tracked, moments.values, momentum
-    )
+    buffers = running_mean, running_var, num_batches_tracked
+    if not moments.followed:
+        kernels.select(*buffers, moments.values).update_running(*buffers, moments.values, momentum)
+        return
+    try:
+        kernels.reference.update_running(*buffers, moments.values.detach(), momentum)
+    except RuntimeError as error:  # of torch.func, which says that a tensor cannot be written, but not which
+        raise RuntimeError(
+            "expected running statistics that the transform can update, got buffers that it does not map or own: "
+            "give them to the transformed function as arguments, with torch.func.functional_call(model, (parameters, "
+            "buffers), input), or call model.eval(), or make the layer with track_running_stats=False"
+        ) from error
 
 
 def _recomputing() -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _rank
-from .communicators import ProcessGroupLike, communicator
+from .communicators import Communicator, ProcessGroupLike, communicator, uncounted
 from .launchers import RENDEZVOUS
 
 __all__ = ["Call", "CountingCommunicator", "RankError", "run_ranks"]
@@ -185,7 +185,7 @@ def mpirun_environment() -> dict[str, str]:
     """Return this process's environment for an mpirun: as root, with more ranks than cores, inside another mpirun."""
     of_another_job = (
         *("OMPI_", "PMIX_", "PRTE_", "PMI_", "MPI_LOCAL", "HYDI_", "HYDRA_"),
-        *("TORCHELASTIC_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *RENDEZVOUS),
+        *("SYNCNORM_JOB_ID", "TORCHELASTIC_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *RENDEZVOUS),
     )
     return {k: v for k, v in os.environ.items() if not k.startswith(of_another_job)} | MPIRUN_ENVIRONMENT
 
@@ -229,6 +229,11 @@ class CountingCommunicator:
     def __init__(self, process_group: ProcessGroupLike = None):
         self.communicator = communicator(process_group)
         self.calls: list[Call] = []
+
+    @property
+    def uncounted(self) -> Communicator:
+        """The communicator below, for what a layer sends once and not at each step."""
+        return uncounted(self.communicator)
 
     @property
     def rank(self) -> int:

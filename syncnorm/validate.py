@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor, fx
 
 from .kernels import ACTIVATIONS, PLAIN, Epilogue
 
 __all__ = [
     "batch_norm_arguments",
     "channel_axis",
+    "dense",
     "epilogue",
     "groups_of_channels",
     "known_activation",
     "mask_over_channels",
+    "memory_of",
     "trailing_axes",
 ]
 
@@ -32,11 +34,13 @@ def batch_norm_arguments(
     num_batches_tracked: Tensor | None,
 ) -> None:
     """Raise ValueError, TypeError or RuntimeError if the arguments do not fit together."""
-    channel_axis(input)
+    vectors = running_mean, running_var, weight, bias
+    shape, device = (_channels(input, vectors),), input.device
     if training and eps <= 0:
         raise ValueError(f"expected a positive eps in training, got {eps}")
-    shape, device = (input.shape[1],), input.device
-    for vector in (running_mean, running_var, weight, bias):
+    if eps < 0:
+        raise ValueError(f"expected an eps of at least 0, got {eps}")
+    for vector in vectors:
         if vector is not None and not (
             vector.shape == shape and vector.is_floating_point() and vector.device == device
         ):
@@ -47,6 +51,17 @@ def batch_norm_arguments(
         raise ValueError("expected running_mean and running_var outside training, got None")
     if training and momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError("expected num_batches_tracked with momentum=None (cumulative average), got None")
+
+
+def _channels(input: Tensor, vectors: tuple[Tensor | None, ...]) -> int:
+    """Return C; of an input of shape (0,) it is 0, as torch has it, unless a vector of the channels says otherwise."""
+    _floating_point(input)
+    dense("input", input)
+    if input.dim() > 1:
+        return input.shape[1]
+    if input.dim() == 1 and len(input) == 0 and all(vector is None or vector.shape == (0,) for vector in vectors):
+        return 0
+    raise _without_channel_axis(input)
 
 
 def _unfit(vector: Tensor, others: dict[str, Tensor | None], input: Tensor) -> Exception:
@@ -73,6 +88,7 @@ def mask_over_channels(mask: Tensor | None, input: Tensor) -> Tensor | None:
         return None
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise TypeError(f"expected a mask of bool or floating point, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    dense("mask", mask)
     if mask.device != input.device:
         raise RuntimeError(f"expected the mask on the input's device {input.device}, got it on {mask.device}")
     whole = (len(input), 1, *input.shape[2:])
@@ -112,6 +128,7 @@ def epilogue(
     elif residual is not None:
         if not isinstance(residual, Tensor):
             raise TypeError(f"expected a tensor as residual, got {type(residual).__name__}")
+        dense("residual", residual)
         if residual.shape != input.shape:
             raise ValueError(
                 f"expected a residual of the input's shape {tuple(input.shape)}, got {tuple(residual.shape)}"
@@ -133,10 +150,24 @@ def _writable(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None
         raise RuntimeError("expected a tensor that was not made in inference mode with inplace=True, got one")
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (input, weight, bias)):
         return
-    if input._is_view():
-        raise RuntimeError("expected an input that is no view with inplace=True, which autograd cannot follow, got one")
     if input.requires_grad and input.is_leaf:
         raise RuntimeError("a leaf Variable that requires grad has been used in an in-place operation.")
+    if memory_of(input)._is_view():
+        raise RuntimeError("expected an input that is no view with inplace=True, which autograd cannot follow, got one")
+
+
+def memory_of(input: Tensor) -> Tensor:
+    """Return the plain tensor that an instance of a subclass is all of, else the tensor itself.
+
+    Torch's operations on a subclass that does not say otherwise return an alias of the plain result, which autograd
+    takes for a view. What is written to the plain tensor is written to both.
+    """
+    base = input._base
+    if type(input) is Tensor or base is None or type(base) is not Tensor:
+        return input
+    geometry = [(t.shape, t.stride(), t.storage_offset(), t.dtype) for t in (input, base)]
+    followed = _C._autograd._get_creation_meta(input) == _C._autograd.CreationMeta.DEFAULT  # else autograd may raise
+    return base if geometry[0] == geometry[1] and followed else input
 
 
 def trailing_axes(
@@ -152,6 +183,7 @@ def trailing_axes(
     With `split` the axes are split over a process group, which takes a rank's part and no DTensor.
     """
     _floating_point(input)
+    dense("input", input, jagged=not split)  # torch's own norms take a nested one of that layout
     _part_of_this_rank(input, split)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
@@ -198,8 +230,13 @@ def _parameter(name: str, tensor: Tensor | None, shape: tuple[int, ...], input: 
 def channel_axis(input: Tensor) -> None:
     """Raise unless the input is floating point and has a channel axis."""
     _floating_point(input)
+    dense("input", input)
     if input.dim() < 2:
-        raise ValueError(f"expected an input of at least 2 axes (N, C, *), got shape {tuple(input.shape)}")
+        raise _without_channel_axis(input)
+
+
+def _without_channel_axis(input: Tensor) -> ValueError:
+    return ValueError(f"expected an input of at least 2 axes (N, C, *), got shape {tuple(input.shape)}")
 
 
 def _part_of_this_rank(input: Tensor, split: bool) -> None:
@@ -211,8 +248,22 @@ def _part_of_this_rank(input: Tensor, split: bool) -> None:
         )
 
 
+def dense(name: str, tensor: Tensor, *, jagged: bool = False) -> None:
+    """Raise if the tensor is nested (but in the jagged layout, with `jagged`), sparse, or packed in another way."""
+    layout, nested = tensor.layout, tensor.is_nested
+    if (layout is torch.strided and not nested) or (jagged and nested and layout is torch.jagged):
+        return
+    kind = "nested tensor" if nested else "tensor"
+    way_out = "pad it with torch.nested.to_padded_tensor" if nested else "call its to_dense()"
+    raise TypeError(f"expected a dense {name}, got a {kind} of layout {layout}: {way_out}")
+
+
 def _floating_point(input: Tensor) -> None:
     if not isinstance(input, Tensor):
-        raise TypeError(f"expected a tensor as input, got {type(input).__name__}")
+        advice = isinstance(input, fx.Proxy) and (
+            " of torch.fx, which cannot trace into a norm: trace the model that holds the layer, give the function to "
+            "torch.fx.wrap, or call syncnorm.revert_sync_batchnorm(model) first"
+        )
+        raise TypeError(f"expected a tensor as input, got {type(input).__name__}{advice or ''}")
     if not input.is_floating_point():
         raise TypeError(f"expected a floating-point input, got {input.dtype}")

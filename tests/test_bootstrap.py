@@ -1,14 +1,17 @@
 """`syncnorm.init` under real launchers."""
 
+import math
 import re
 import socket
 import textwrap
+from datetime import timedelta
 
 import pytest
 import torch
-from launchers import launch
+from launchers import COMMANDS, launch
 
 import syncnorm
+from syncnorm.store import free_port
 
 JOIN = """
     import sys, torch, torch.distributed as dist, syncnorm
@@ -133,13 +136,6 @@ def test_a_half_set_environment(script):
     )
 
 
-def test_ranks_that_do_not_come_are_named(script):
-    code = "import datetime, syncnorm.rendezvous as r; r.PATIENCE = datetime.timedelta(seconds=2)\n"
-    code += textwrap.dedent(INIT.format(backend="gloo"))
-    job = launch("alone", 1, script(code), RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    assert job.stdout == "RuntimeError expected 3 ranks to join within 2 s, missing: 1, 2\n"
-
-
 def test_ranks_that_torchrun_starts_anew_join_again(script):
     code = """
         import os, sys, torch, syncnorm
@@ -172,15 +168,92 @@ WRITTEN_FOR_TORCHRUN = """
     ("launcher", "backend", "expected"),
     [("torchrun", "auto", "gloo"), ("mpirun", "auto", "mpi4py"), ("mpirun", "gloo", "gloo")],
 )
-def test_what_torchrun_sets_stands_in_the_environment(script, launcher, backend, expected):
+def test_what_torchrun_sets_is_set_under_every_launcher(script, launcher, backend, expected):
     job = launch(launcher, 3, script(WRITTEN_FOR_TORCHRUN.format(backend=backend)))
     assert lines(job) == [f"{rank} 3 {rank} 3 {expected} 1.0" for rank in range(3)]
 
 
-@pytest.mark.parametrize("backend", ["gloo", pytest.param("mpi", id="over mpi")])
-def test_and_alone(script, backend):
-    job = launch("alone", 1, script(WRITTEN_FOR_TORCHRUN.format(backend=backend)))
-    assert lines(job) == [f"0 1 0 1 {'mpi4py' if backend == 'mpi' else backend} 0.0"]
+@pytest.mark.parametrize(("launcher", "backend"), [("alone", "gloo"), ("alone", "mpi"), ("mpirun", "auto")])
+def test_a_process_alone_opens_no_port_and_sets_variables_only_under_a_launcher(script, launcher, backend):
+    code = f"""
+        import os, sys, torch.distributed as dist, syncnorm
+        def refuse(*args, **kwargs):
+            raise AssertionError("a store that listens")
+        dist.TCPStore = refuse
+        before = dict(os.environ)
+        group = syncnorm.init({backend!r})
+        set_by_us = {{k: v for k, v in os.environ.items() if before.get(k) != v and not k.startswith("OMPI_MCA_")}}
+        set_by_us.pop("MASTER_PORT", None)
+        sys.stdout.write(f"{{group.rank}} of {{group.size}} {{set_by_us}}\\n")
+    """
+    set_by_us = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    set_by_us["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    assert lines(launch(launcher, 1, script(code))) == [f"0 of 1 {set_by_us if launcher == 'mpirun' else {}}"]
+
+
+def test_what_torch_builds_on_a_group_works_alone(script):
+    code = """
+        import sys, tempfile, torch, torch.distributed as dist, torch.distributed.checkpoint as checkpoint, syncnorm
+        syncnorm.init("gloo")
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        model(torch.ones(1, 2)).sum().backward()
+        dist.all_reduce(torch.ones(1), group=dist.new_group([0]))
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+        sharded = torch.distributed.fsdp.fully_shard(torch.nn.Linear(2, 2), mesh=mesh["dp"])
+        sharded(torch.ones(1, 2)).sum().backward()
+        with tempfile.TemporaryDirectory() as directory:
+            checkpoint.save({"weight": torch.ones(2)}, checkpoint_id=directory)
+            loaded = {"weight": torch.zeros(2)}
+            checkpoint.load(loaded, checkpoint_id=directory)
+        objects = [None]
+        dist.all_gather_object(objects, "object")
+        dist.monitored_barrier()
+        sys.stdout.write(f"{loaded['weight'].sum().item():g} {objects}\\n")
+    """
+    job = launch("alone", 1, script(code))
+    assert job.stdout == "2 ['object']\n", job.stderr
+
+
+def test_an_mpirun_inside_a_process_that_has_a_rank_is_refused(script):
+    """As inside torchrun, or where a notebook set RANK and WORLD_SIZE; each rank would train alone."""
+    left = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    job = launch("mpirun", 2, script(INIT.format(backend="auto")), **left)
+    assert sorted(job.stdout.splitlines()) == [
+        "RuntimeError expected one launcher, got two that contradict each other: RANK=0, WORLD_SIZE=1 of torchrun, and "
+        f"OMPI_COMM_WORLD_RANK={rank}, OMPI_COMM_WORLD_SIZE=2 of mpirun. Unset RANK and WORLD_SIZE to join the 2 ranks "
+        "of mpirun, or OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE to be alone"
+        for rank in range(2)
+    ]
+
+
+def test_an_mpirun_inside_a_process_that_joined_alone_is_a_job(script, tmp_path):
+    inner = tmp_path / "inner.py"
+    inner.write_text(textwrap.dedent(INIT.format(backend="auto")))
+    code = f"""
+        import subprocess, sys, syncnorm
+        syncnorm.init("gloo")
+        mpirun = {COMMANDS["mpirun"](2)}
+        sys.exit(subprocess.run([*mpirun, {str(inner)!r}]).returncode)
+    """
+    job = launch("alone", 1, script(code))
+    assert lines(job) == [f"MpiCommunicator(rank={rank}, size=2)" for rank in range(2)]
+
+
+def test_ranks_of_torchrun_inside_mpirun_count(script, tmp_path):
+    """One torchrun for each node, started by mpirun: here two of one rank each."""
+    code = f"""
+        import os, subprocess, sys
+        node = os.environ["OMPI_COMM_WORLD_RANK"]
+        options = ["--nnodes", "2", "--node-rank", node, "--nproc-per-node", "1", "--master-addr", "127.0.0.1"]
+        torchrun = [{COMMANDS["torchrun"](1)[0]!r}, *options, "--master-port", sys.argv[1], sys.argv[2]]
+        sys.exit(subprocess.run(torchrun).returncode)
+    """
+    inner = tmp_path / "inner.py"
+    inner.write_text(textwrap.dedent(INIT.format(backend="auto")))
+    job = launch("mpirun", 2, script(code), free_port(), inner)
+    assert sorted(job.stdout.splitlines()) == [
+        f"ProcessGroupCommunicator(gloo, rank={rank}, size=2)" for rank in range(2)
+    ], job.stderr
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("alone", 1), ("mpirun", 3)])
@@ -261,10 +334,33 @@ def test_a_rendezvous_address_does_not_hide_mpirun(script):
     assert lines(job) == ["MpiCommunicator(rank=0, size=2)", "MpiCommunicator(rank=1, size=2)"]
 
 
-@pytest.mark.parametrize("timeout", [0, -1.5])
-def test_a_timeout_that_is_not_positive(timeout):
-    with pytest.raises(ValueError, match=f"expected a positive timeout, got {timeout}"):
+RANGE = "expected timeout to be a number of seconds from 0.001 to 2000000, or a timedelta of that range, got "
+NONE = [0, -1.5, 1e-9, math.nan, math.inf, -math.inf, 1e300, 10**400, timedelta(0), timedelta(-1), timedelta.max]
+
+
+@pytest.mark.parametrize("timeout", NONE, ids=lambda value: str(value)[:9])
+def test_a_timeout_out_of_range(timeout):
+    with pytest.raises(ValueError, match=re.escape(RANGE + repr(timeout))):
         syncnorm.init(timeout=timeout)
+
+
+@pytest.mark.parametrize("timeout", ["5", True, b"5", [5], 5j])
+def test_a_timeout_of_another_type(timeout):
+    with pytest.raises(TypeError, match=re.escape(RANGE + repr(timeout))):
+        syncnorm.init(timeout=timeout)
+
+
+def test_a_second_call_keeps_the_first_timeout(script):
+    code = """
+        import datetime, sys, numpy, syncnorm
+        group = syncnorm.init("mpi", timeout=numpy.float32(50))
+        assert syncnorm.init(timeout=datetime.timedelta(seconds=7)) is group
+        try:
+            syncnorm.init(timeout=-1)
+        except ValueError as error:
+            sys.stdout.write(f"{error}, {group.timeout}\\n")
+    """
+    assert lines(launch("alone", 1, script(code))) == [f"{RANGE}-1, 0:00:50"]
 
 
 @pytest.mark.parametrize("backend", [*["nccl"] * (not torch.cuda.is_available())])

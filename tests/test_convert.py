@@ -25,7 +25,7 @@ LAZY = [nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d]
 def test_there_and_back(kind):
     original = kind(4, eps=1e-3, momentum=0.3)
     sync = convert_sync_batchnorm(original)
-    assert type(sync) is SyncBatchNorm
+    assert isinstance(sync, SyncBatchNorm)
     assert (sync.num_features, sync.eps, sync.momentum) == (4, 1e-3, 0.3)
     back = revert_sync_batchnorm(sync)
     assert type(back) is kind
@@ -91,7 +91,7 @@ def test_a_model_keeps_its_names_and_its_other_layers():
     sync = convert_sync_batchnorm(model)
     assert sync is model
     assert sync["stem"][1] is sync["head"][0]
-    assert type(sync["stem"][1]) is SyncBatchNorm
+    assert isinstance(sync["stem"][1], SyncBatchNorm)
     assert [type(m) for m in model["head"]][1:] == [nn.InstanceNorm2d, nn.LazyInstanceNorm2d, nn.GroupNorm]
     assert [name for name, _ in sync.named_modules()] == names
     assert {id(p) for p in sync.parameters()} == parameters
@@ -113,13 +113,15 @@ def test_a_second_conversion_changes_nothing():
 def test_lazy_layers(lazy, plain):
     x = torch.randn(4, 3, *[2] * (LAZY.index(lazy) + 1))
     sync = convert_sync_batchnorm(lazy(momentum=0.3))
-    assert type(sync) is LazySyncBatchNorm
+    assert isinstance(sync, LazySyncBatchNorm)
     assert type(revert_sync_batchnorm(convert_sync_batchnorm(lazy()))) is lazy
     back = revert_sync_batchnorm(convert_sync_batchnorm(lazy()))
     back(x)
     assert type(back) is plain
     sync(x)
-    assert type(sync) is SyncBatchNorm
+    assert isinstance(sync, SyncBatchNorm)
+    assert isinstance(sync, plain)
+    assert not isinstance(sync, nn.modules.lazy.LazyModuleMixin)
     assert sync.momentum == 0.3
     assert not sync._forward_pre_hooks
     assert type(revert_sync_batchnorm(sync)) is plain
@@ -141,7 +143,7 @@ class Activated(nn.BatchNorm2d):
 
 def test_a_subclass_with_torchs_forward():
     sync = convert_sync_batchnorm(Quiet(4))
-    assert type(sync) is SyncBatchNorm
+    assert isinstance(sync, SyncBatchNorm)
     assert sync.momentum == 0.01
     assert type(revert_sync_batchnorm(sync)) is Quiet
 
@@ -183,7 +185,7 @@ def test_a_registered_container_is_left_to_its_converter(monkeypatch):
     syncnorm.register_conversion(Container, lambda container, group: container)
     model = convert_sync_batchnorm(nn.Sequential(Container(), nn.BatchNorm2d(4)))
     assert type(model[0].norm) is Activated
-    assert type(model[1]) is SyncBatchNorm
+    assert isinstance(model[1], SyncBatchNorm)
 
 
 def test_a_layer_whose_forward_was_replaced_is_an_error():
@@ -514,7 +516,8 @@ def test_layers_that_were_constructed_are_fused_and_given_back():
     norm, lazy = SyncBatchNorm(4), nn.LazyBatchNorm2d()
     model = nn.Sequential(norm, nn.ReLU(), lazy, nn.SiLU(), SyncBatchNorm(4, activation="silu"), nn.ReLU())
     convert_sync_batchnorm(model, fuse=True)
-    assert [type(m) for m in model[:4]] == [SyncBatchNorm, nn.Identity, LazySyncBatchNorm, nn.Identity]
+    kinds = [SyncBatchNorm, nn.Identity, LazySyncBatchNorm, nn.Identity]
+    assert all(isinstance(m, kind) for m, kind in zip(model, kinds, strict=False))
     assert activations(model) == {"0": "relu", "2": "silu", "4": "silu"}
     model(torch.randn(2, 4, 3, 3))
     revert_sync_batchnorm(model)
@@ -523,7 +526,7 @@ def test_layers_that_were_constructed_are_fused_and_given_back():
 
 
 def test_a_layer_alone_has_nothing_to_fuse():
-    assert type(SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(4), fuse=True)) is SyncBatchNorm
+    assert SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(4), fuse=True).activation is None
 
 
 def test_what_is_left_to_a_converter_is_not_fused(monkeypatch):

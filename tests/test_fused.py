@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 import whole_batch
 from test_normalize import SIZES, arguments, on_the_whole_batch
+from test_triton_kernels import chosen
 from test_validate import Unreachable
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -21,6 +22,7 @@ from whole_batch import CHANNELS, assert_close
 import syncnorm
 from syncnorm import LazySyncBatchNorm, SyncBatchNorm
 from syncnorm.functional import sync_batch_norm
+from syncnorm.kernels import reference
 from syncnorm.testing import CountingCommunicator
 
 ACTIVATE = {
@@ -372,6 +374,89 @@ def test_in_place_where_the_weight_is_0():
     assert again.isfinite().all()
 
 
+WEIGHTS = [1e-1, -1e-2, 1e-3, 1e-4, 1e-5, -1e-6, 1e-8, 1e-12, -1e-20, 1e-30, 1e-37, 1e-38, 1e-40, -1e-44, 0.0]
+BIASES = [-0.3, 0.3, 0.0]
+
+
+def batch_of_small_weights(dtype):
+    """Return x, grad_output and running statistics, of a channel for each weight and bias, and these."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = (t.to(wide) for t in torch.tensor([(w, b) for w in WEIGHTS for b in BIASES], dtype=torch.float64).T)
+    x, grad_output = torch.randn(2, 32, len(weight), 7, generator=generator, dtype=torch.float64)
+    statistics = torch.full_like(weight, 1.1), torch.full_like(weight, 3.5)
+    return (x * 2 + 1).to(dtype), grad_output.to(dtype), *statistics, weight, bias
+
+
+def gradients_in_place(dtype, activation, training):
+    """Return the gradients of this rank's part of the batch with respect to x, weight and bias."""
+    x, grad_output, mean, var, weight, bias = batch_of_small_weights(dtype)
+    group = syncnorm.communicator()
+    x, grad_output = (t.tensor_split(group.size)[group.rank] for t in (x, grad_output))
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    y = sync_batch_norm(leaves[0] * 1, mean, var, *leaves[1:], training, activation=activation, inplace=True)
+    return torch.autograd.grad(y, leaves, grad_output)
+
+
+def assert_bounded(ranks, dtype, activation, training):
+    """Hold gradients against autograd in float64: off by no more than rounding y takes of them, nor than they are.
+
+    The error of x̂ is bounded by its size + 1, times the share that rounding y has in it, σ / |weight|, which is at
+    most 1. What follows are the sums of such errors.
+    """
+    x, grad_output, mean, var, weight, bias = (t.double() for t in batch_of_small_weights(dtype))
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    z = F.batch_norm(x, mean.clone(), var.clone(), weight, bias, training)
+    y = ACTIVATE[activation](z)
+    expected = torch.autograd.grad(y, [*leaves, z], grad_output)
+    dz = expected[3].abs()
+    if training:
+        mean, var = x.mean((0, 2)), x.var((0, 2), correction=0)
+    invstd = 1 / (var + EPS).sqrt()
+    size = ((x - mean.view(-1, 1)) * invstd.view(-1, 1)).abs() + 1
+    info = torch.finfo(dtype)
+    stored = info.eps * (bias.abs() + info.tiny / (0.01 if activation else 1)) / 12**0.5
+    noise = stored.clamp_min(2**-126 / invstd)  # float32 is computed in
+    share = (4 * noise / weight.abs()).clamp_max(1) + max(4 * info.eps, 1e-12)
+    share[weight == 0] = 1
+    per_channel = dz.mean((0, 2), keepdim=True), (dz * size).mean((0, 2), keepdim=True)
+    bounds = [
+        (weight * invstd * share).abs().view(-1, 1) * (dz + per_channel[0] + size * per_channel[1]) + info.tiny,
+        share * (dz * size).sum((0, 2)),
+    ]
+    actual = torch.cat([rank[0] for rank in ranks]), sum(rank[1].double() for rank in ranks)
+    for a, e, bound in zip(actual, expected[:2], bounds, strict=True):
+        assert a.isfinite().all()
+        assert ((a - e).abs() <= bound).all()
+    assert (actual[1][weight == 0] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_in_place_gradients_are_bounded_whatever_the_weight(dtype, implementation):
+    """Where the weight is below the rounding of y, the input cannot be had back from y; nor may it be anything."""
+    if implementation == "cpu":
+        pytest.importorskip("syncnorm.kernels.cpu", reason="COMPILED KERNELS NOT TESTED: no compiler at installation")
+    with chosen(implementation):
+        for activation in (None, "leaky_relu"):
+            for training in (True, False):
+                assert_bounded([gradients_in_place(dtype, activation, training)], dtype, activation, training)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_in_place_gradients_are_bounded_on_shards(run, world_size):
+    arguments = torch.bfloat16, "leaky_relu", True
+    assert_bounded(run(gradients_in_place, world_size, *arguments), *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_place_gradients_are_not_where_rounding_is_taken_for_values(monkeypatch, dtype):
+    """The negative control: the quotient (y - bias) / weight."""
+    monkeypatch.setattr(reference, "rounding", lambda dtype, activation: (0.0, 0.0))
+    with chosen("reference"), pytest.raises(AssertionError):
+        assert_bounded([gradients_in_place(dtype, None, True)], dtype, None, True)
+
+
 def test_in_place_without_a_graph():
     layer = SyncBatchNorm(2, activation="leaky_relu", inplace=True)
     x = torch.randn(8, 2)
@@ -398,6 +483,68 @@ def test_in_place_where_it_cannot_be(given, message):
     layer = SyncBatchNorm(3, inplace=True, process_group=Unreachable())
     with pytest.raises(RuntimeError, match=message):
         layer(given(x))
+    assert torch.equal(x, before)
+    assert_untouched(layer)
+
+
+class Subclass(torch.Tensor):
+    """A tensor of another name, as users make them."""
+
+
+def of_the_subclass():
+    return torch.randn(4, 3, 5).as_subclass(Subclass)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda leaf: leaf * 1,
+        lambda leaf: (leaf.as_subclass(torch.Tensor) * 1).as_subclass(Subclass),
+        lambda leaf: torch.nn.functional.pad(leaf, (1, 1)),
+        lambda leaf: leaf.detach().clone(),
+        lambda leaf: torch.Tensor._make_subclass(Subclass, torch.clone(leaf.detach())),
+    ],
+)
+def test_in_place_on_a_subclass(make, activation, training):
+    """What torch's operations on it return is the alias of a plain tensor, and no view of the user's making."""
+    leaf, results = of_the_subclass().requires_grad_(), []
+    for inplace in (False, True):
+        x = make(leaf)
+        assert type(x) is Subclass
+        layer = SyncBatchNorm(3, activation=activation, inplace=inplace).train(training)
+        y = layer(x)
+        assert (y is x) == inplace
+        (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        results.append([y.detach(), *(p.grad for p in layer.parameters()), *layer.buffers()])
+        results[-1] += [] if leaf.grad is None else [leaf.grad]
+        leaf.grad = None
+    assert len(results[0]) == len(results[1])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+
+
+def in_no_grad(x):
+    with torch.no_grad():
+        return x * 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x, "a leaf Variable that requires grad has been used in an in-place operation"),
+        (lambda x: (x * 1)[:3], "expected an input that is no view with inplace=True"),
+        (lambda x: (x * 1).view(4, 3, 5)[:, :, :3], "expected an input that is no view with inplace=True"),
+        (in_no_grad, "expected an input that is no view with inplace=True"),  # with a gradient for the weight
+    ],
+)
+def test_in_place_on_a_subclass_where_it_cannot_be(make, message):
+    x = make(of_the_subclass().requires_grad_())
+    before = x.detach().clone()
+    layer = SyncBatchNorm(3, inplace=True, process_group=Unreachable())
+    with pytest.raises(RuntimeError, match=message):
+        layer(x)
     assert torch.equal(x, before)
     assert_untouched(layer)
 

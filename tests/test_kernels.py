@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_package import run_python
+from torch.testing._internal.two_tensor import TwoTensor
 
 import syncnorm
 from syncnorm import kernels
@@ -97,6 +98,34 @@ def test_passes(name, dtype, layout, masked):
     check(SHAPES[name], dtype, layout, masked)
 
 
+def check_in_place(shape, dtype, layout, masked):
+    """Hold the passes of the backward from y against the reference's, with weights from 1 down to 0."""
+    x, dy = (random(shape, dtype, layout, seed) for seed in range(2))
+    mask = torch.rand((shape[0], 1, *shape[2:]), generator=torch.Generator().manual_seed(3)) > 0.3 if masked else None
+    weight = torch.tensor([1.0, -0.5, 1e-2, 1e-3, 1e-4, 1e-8, 1e-30, 1e-40, 0.0]).repeat(shape[1])[: shape[1]]
+    bias = torch.linspace(-1, 1, shape[1])
+    moments = reference.moments(x, mask)
+    for activation in (None, "leaky_relu"):
+        epilogue = Epilogue(activation, inplace=True)
+        y, statistics, _ = reference.normalize(x.clone(), moments, weight, bias, 1e-5, epilogue=epilogue)
+        mine = x.clone()
+        assert cpu.normalize(mine, moments, weight, bias, 1e-5, epilogue=epilogue)[0] is mine
+        assert_near(mine, y, dtype)
+        passes = [k.Backward(dy, y, statistics, weight, bias, mask=mask, epilogue=epilogue) for k in (cpu, reference)]
+        gradients, expected = (backward.reduce_grad(torch.float32) for backward in passes)
+        for gradient, wanted in zip(gradients, expected, strict=True):
+            assert_near(gradient, wanted, torch.float32)
+        for total in (expected[2], None):
+            assert_near(*(backward.grad_input(total)[0] for backward in passes), dtype)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", EPSILON, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", ["planes", "small-planes", "odd-planes", "no-space", "empty"])
+def test_passes_in_place(name, dtype, layout):
+    check_in_place(SHAPES[name], dtype, layout, name == "planes")
+
+
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_instruction_sets(isa):
     """Each that this machine has, in a process of its own; where it has not, the library does not ask for it."""
@@ -110,11 +139,12 @@ def test_instruction_sets(isa):
     os.environ["SYNCNORM_ISA"] = {isa!r}
     sys.path.insert(0, {str(Path(__file__).parent)!r})
     import torch
-    from test_kernels import EPSILON, SHAPES, check, cpu
+    from test_kernels import EPSILON, SHAPES, check, check_in_place, cpu
     for name in ("planes", "small-planes", "odd-planes", "no-space"):
         for dtype in EPSILON:
             for layout in ("contiguous", "channels_last"):
                 check(SHAPES[name], dtype, layout, name == "planes")
+                check_in_place(SHAPES[name], dtype, layout, name == "planes")
     print(cpu.ISA)
     """
     assert run_python(code).strip() == isa
@@ -258,3 +288,30 @@ def test_an_outdated_library_is_refused(package):
     message = error_of(package, {})
     assert message.startswith("RuntimeError: expected")
     assert "pip install --editable ." in message
+
+
+def layer_step(x, weight, bias, inplace, training):
+    """Return y, gradients and running statistics; the tensors may be of any class."""
+    running_mean, running_var = torch.zeros(3), torch.ones(3)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    arguments = (leaves[0] * 1 if inplace else leaves[0], running_mean, running_var, *leaves[1:], training)
+    y = syncnorm.functional.sync_batch_norm(*arguments, inplace=inplace)
+    y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
+    return [y.detach(), *(leaf.grad for leaf in leaves), running_mean, running_var]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("wrapped", ["input", "weight", "bias"])
+def test_what_has_no_memory_of_its_own_is_read_by_its_own_operations(wrapped, inplace, training):
+    """A tensor that wraps two others: neither a crash nor a weight that is taken for none."""
+    x = random((4, 3, 5), torch.float32, "contiguous", 0)
+    tensors = {"input": x, "weight": torch.tensor([0.5, 1.5, -2.0]), "bias": torch.tensor([1.0, -1.0, 0.5])}
+    expected = layer_step(*tensors.values(), inplace, training)
+    tensors[wrapped] = TwoTensor(tensors[wrapped], tensors[wrapped].clone())
+    if wrapped != "input" and inplace:
+        tensors["input"] = TwoTensor(x, x.clone())  # which can take the result
+    actual = layer_step(*tensors.values(), inplace, training)
+    assert isinstance(actual[0], TwoTensor)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.a if isinstance(a, TwoTensor) else a, e, rtol=1e-5, atol=1e-5)

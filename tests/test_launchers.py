@@ -52,6 +52,52 @@ def test_the_innermost_launcher_counts(told):
     assert told(of_srun).launcher == "srun"
 
 
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "mpirun of MPICH", "srun"])
+@pytest.mark.parametrize("left", [ALONE, {"RANK": "0", "WORLD_SIZE": "1"}, ALONE | {"TORCHELASTIC_RUN_ID": "none"}])
+def test_a_rank_of_one_does_not_hide_a_job(told, launcher, left):
+    inner = ENVIRONMENTS[launcher]
+    (rank, three), (size, _) = list(inner.items())[:2]
+    with pytest.raises(RuntimeError) as raised:
+        told(inner | left)
+    assert str(raised.value) == (
+        "expected one launcher, got two that contradict each other: RANK=0, WORLD_SIZE=1 of torchrun, and "
+        f"{rank}={three}, {size}=4 of {launcher.split()[0]}. Unset RANK and WORLD_SIZE to join the 4 ranks of "
+        f"{launcher.split()[0]}, or {rank} and {size} to be alone"
+    )
+
+
+def test_nor_does_one_mpi_hide_another(told):
+    left = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
+    with pytest.raises(RuntimeError, match="OMPI_COMM_WORLD_SIZE=1 of mpirun, and PMI_RANK=3, PMI_SIZE=4 of mpirun"):
+        told(ENVIRONMENTS["mpirun of MPICH"] | left)
+
+
+ONE = {
+    "mpirun": {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+    "srun": STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+}
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "counts"),
+    [
+        (ONE["mpirun"], ALONE, ("torchrun", 0, 1)),
+        (ONE["srun"], ALONE, ("torchrun", 0, 1)),
+        (ONE["srun"], ONE["mpirun"], ("mpirun", 0, 1)),
+        (ENVIRONMENTS["srun"], ONE["mpirun"], ("mpirun", 0, 1)),  # whose daemons are a step of srun
+        (ENVIRONMENTS["srun"], ENVIRONMENTS["mpirun"], ("mpirun", 3, 4)),
+        (ENVIRONMENTS["mpirun"], ENVIRONMENTS["torchrun"] | {"WORLD_SIZE": "16"}, ("torchrun", 3, 16)),
+        (ENVIRONMENTS["srun"], ENVIRONMENTS["torchrun"] | {"WORLD_SIZE": "16"}, ("torchrun", 3, 16)),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}, ALONE, ("torchrun", 0, 1)),
+    ],
+)
+def test_launchers_inside_one_another(told, outer, inner, counts):
+    assert told(outer | inner) == counts
+
+
 def test_the_shell_of_an_allocation_is_no_rank(told):
     assert told({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}).launcher == "none"
 
@@ -73,7 +119,7 @@ def test_a_half_set_environment_is_refused(told, launcher, missing, name, all_of
         told(half)
 
 
-@pytest.mark.parametrize(("rank", "size"), [("4", "4"), ("-1", "4"), ("one", "4"), ("0", "")])
+@pytest.mark.parametrize(("rank", "size"), [("4", "4"), ("-1", "4"), ("one", "4"), ("0", ""), ("\xb2", "4")])
 def test_what_is_no_rank_is_refused(told, rank, size):
     text = f"expected RANK to be a rank below WORLD_SIZE, as torchrun sets them; got {rank} and {size}"
     with pytest.raises(RuntimeError, match=text):

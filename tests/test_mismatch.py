@@ -16,8 +16,9 @@ HEAD = """
     odd = group.rank == group.size - 1
     first, second = syncnorm.SyncBatchNorm(8), syncnorm.SyncBatchNorm(12)
     x, y = torch.randn(4, 8, requires_grad=True), torch.randn(4, 12)
-    first(x).sum().backward()
-    second(y)
+    for _ in range(2):  # in which layers compare where the ranks are
+        first(x).sum().backward()
+        second(y)
     group.barrier()
 """
 FAULTS = {  # and the sizes that the odd rank and the others send
@@ -86,5 +87,5 @@ def test_mpi_without_a_timeout_names_ranks_that_went_on(script):
     job = launch("mpirun", 2, script("another C", None))
     assert job.returncode != 0
     assert "DesyncError: MPI_Allreduce on rank 0 of 2: MPI_ERR_TRUNCATE: message truncated" in job.stderr
-    assert re.search(rf"  rank 0 on {HOST}: in all_reduce of 17 float64, at .*script.py:11 in <module>", job.stderr)
+    assert re.search(rf"  rank 0 on {HOST}: in all_reduce of 17 float64, at .*script.py:1\d in <module>", job.stderr)
     assert f"  rank 1 on {HOST}: ended normally" in job.stderr

@@ -409,17 +409,17 @@ def test_unequal_sizes_beside_the_split_axes_are_refused_on_every_rank(run, worl
 
 
 class Gathers:
-    """A communicator that counts how often objects are gathered, which a CountingCommunicator is not told of here."""
+    """A communicator that counts how often the ranks gather, which a CountingCommunicator is not told of here."""
 
     def __init__(self):
         self.below, self.count = syncnorm.communicator(), 0
         self.rank, self.size = self.below.rank, self.below.size
         self.all_reduce, self.broadcast = self.below.all_reduce, self.below.broadcast
-        self.all_gather, self.barrier = self.below.all_gather, self.below.barrier
+        self.all_gather_object, self.barrier = self.below.all_gather_object, self.below.barrier
 
-    def all_gather_object(self, obj):
+    def all_gather(self, tensor):
         self.count += 1
-        return self.below.all_gather_object(obj)
+        return self.below.all_gather(tensor)
 
 
 def comparisons():

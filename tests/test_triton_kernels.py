@@ -207,26 +207,30 @@ def test_options(on):
     on(check_options)
 
 
-def check_inplace(name, activation):
+def check_inplace(name, dtype, activation, weights):
     epilogue = Epilogue(activation, inplace=True)
-    x, dy = random(name, torch.float32), random(name, torch.float32, 1)
-    weight, bias = parameters(x.shape[1])
-    weight[0] = 0
+    x, dy = random(name, dtype), random(name, dtype, 1)
+    _, bias = parameters(x.shape[1])
+    weight = torch.tensor(weights, device=DEVICE)
+    tolerance = max(1e-5, TOLERANCE[dtype])
     moments = reference.moments(x)
     mine = x.clone()
     y, statistics, _ = kernels().normalize(mine, moments, weight, bias, 1e-5, epilogue=epilogue)
     assert y is mine
-    assert_same(y, reference.normalize(x, moments, weight, bias, 1e-5, epilogue=epilogue)[0], 3e-6)
+    assert_same(y, reference.normalize(x.clone(), moments, weight, bias, 1e-5, epilogue=epilogue)[0], TOLERANCE[dtype])
     for mask in masks(x):
         arguments = (dy, y, statistics, weight, bias)
         sums = compare("reduce_grad", *arguments, mask=mask, epilogue=epilogue, tolerance=1e-5)[2]
-        compare("grad_input", *arguments, sums, mask=mask, epilogue=epilogue, tolerance=1e-5)
+        compare("grad_input", *arguments, sums, mask=mask, epilogue=epilogue, tolerance=tolerance)
 
 
+@pytest.mark.parametrize("weights", [(0, 1, 1.5), (1e-2, 1e-4, 1e-8), (1e-30, -1e-12, 1e-40)])
 @pytest.mark.parametrize("activation", [None, "leaky_relu"])
-@pytest.mark.parametrize("name", ["odd", "odd-channels-last"])
-def test_inplace(on, name, activation):
-    on(check_inplace, name, activation)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("odd", torch.float32), ("odd-channels-last", torch.bfloat16), ("odd", torch.float16)]
+)
+def test_inplace(on, name, dtype, activation, weights):
+    on(check_inplace, name, dtype, activation, weights)
 
 
 def check_other_layouts():

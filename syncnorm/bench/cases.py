@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
     def random(self, device: torch.device, generator: torch.Generator, mean: float = 0.0) -> Tensor:
         """Return normally distributed values of this shape, dtype and layout."""
-        values = torch.randn(self.shape, generator=generator).add_(mean).to(device, self.dtype)
+        values = torch.randn(self.shape, generator=generator, device="cpu").add_(mean).to(device, self.dtype)
         return values.contiguous(memory_format=torch.channels_last) if self.layout == "NHWC" else values
 
     def numbers(self) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def measure(group: Communicator, effort: Effort) -> Iterator[list[Row]]:
     """Time every message on every path; yield the rows of each message. Collective on all ranks of the job."""
     gloo = dist.new_group(backend="gloo")
     for message in MESSAGES:
-        tensor = torch.empty(message.elements, dtype=message.dtype)  # one memory for all paths
+        tensor = torch.empty(message.elements, dtype=message.dtype, device="cpu")  # one memory for all paths
         timings: dict[str, Timing] = {}
         for candidates in paths(tensor, group, gloo):
             for name, run in candidates.items():

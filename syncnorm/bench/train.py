@@ -170,7 +170,7 @@ def main(
 def measure(job: Job, blocks: tuple[int, ...], width: int, shape: tuple[int, ...], effort: Effort) -> Iterator[Row]:
     """Time the steps of all candidates; yield their rows. Collective on all ranks of the job."""
     generator = torch.Generator().manual_seed(job.group.rank)
-    images = torch.randn(shape, generator=generator).to(job.device)
+    images = torch.randn(shape, generator=generator, device="cpu").to(job.device)
     trainings = {name: Training(name, job, blocks, width, images) for name in CANDIDATES}
     candidates: Candidates = trainings
     clock = clock_of(job.device)

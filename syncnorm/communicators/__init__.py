@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import functools
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch.distributed as dist
@@ -18,13 +18,25 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Communicator", "LocalCommunicator", "ProcessGroupLike", "communicator", "has_default", "set_default"]
+__all__ = [
+    "Communicator",
+    "LocalCommunicator",
+    "ProcessGroupLike",
+    "communicator",
+    "has_default",
+    "set_default",
+    "uncounted",
+]
 
 ProcessGroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | MPI.Comm | Communicator | None"
 
 _default: Communicator | None = None  # what syncnorm.init() made, other than torch.distributed's default group
 _beside: dist.ProcessGroup | None = None  # the default group that it was made with
 _ALONE = LocalCommunicator()
+_made: weakref.WeakValueDictionary[int, Any] = (
+    weakref.WeakValueDictionary()
+)  # one communicator for each group, by id or MPI handle
+_of_world: tuple[weakref.ref[dist.ProcessGroup], Communicator] | None = None  # the default group's communicator
 _own: set[type] = set()  # classes of this package that were met, of which nobody has to look at the members, for 15 µs
 
 
@@ -46,6 +58,12 @@ def has_default() -> bool:
 
 def _current_default() -> Communicator | None:
     return _default if _beside is None or _beside is dist.group.WORLD else None
+
+
+def uncounted(group: Communicator) -> Communicator:
+    """Return the group for what is no part of a step: where calls are counted, the communicator that is not counted."""
+    below: Communicator = getattr(group, "uncounted", group)
+    return below
 
 
 def communicator(process_group: ProcessGroupLike = None) -> Communicator:
@@ -86,7 +104,10 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
             )
         from .mpi import MpiCommunicator
 
-        return MpiCommunicator(process_group)
+        made = _made.get(process_group.handle)
+        if made is None or made.comm != process_group:  # a handle is used again after Free
+            _made[process_group.handle] = made = MpiCommunicator(process_group)
+        return made
     if isinstance(process_group, Communicator) and not isinstance(process_group, type):
         if type(process_group).__module__.startswith(__name__):
             _own.add(type(process_group))
@@ -97,11 +118,14 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
     )
 
 
-@functools.cache
-def _of_default_group() -> Communicator:
+def _of_default_group(world: dist.ProcessGroup) -> Communicator:
+    """Return the communicator of torch.distributed's default group, another one for each that was made."""
     from .process_group import ProcessGroupCommunicator
 
-    return ProcessGroupCommunicator()
+    global _of_world
+    if _of_world is None or _of_world[0]() is not world:
+        _of_world = weakref.ref(world), ProcessGroupCommunicator()
+    return _of_world[1]
 
 
 def _of_process_group(group: dist.ProcessGroup) -> Communicator:
@@ -111,7 +135,12 @@ def _of_process_group(group: dist.ProcessGroup) -> Communicator:
     if mpi_backend is not None and isinstance(group, mpi_backend.MpiProcessGroup):
         direct: Communicator = group.communicator
         return (_current_default() or direct) if group is dist.group.WORLD else direct
-    return _of_default_group() if group is dist.group.WORLD else ProcessGroupCommunicator(group)
+    if group is dist.group.WORLD:
+        return _of_default_group(group)
+    made = _made.get(id(group))
+    if made is None:
+        _made[id(group)] = made = ProcessGroupCommunicator(group)  # which keeps the group, so no other has its id
+    return made
 
 
 def _device_mesh_type() -> type:

@@ -73,7 +73,7 @@ def stage(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if not tensor.is_cuda:
         return tensor.to(dtype).contiguous()
     if not cuda_aware():
-        return torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor)
+        return torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=True).copy_(tensor)
     dense = tensor.to(dtype).contiguous()
     torch.cuda.current_stream(tensor.device).synchronize()  # MPI knows nothing of CUDA streams
     return dense

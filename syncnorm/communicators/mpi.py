@@ -78,8 +78,8 @@ class MpiCommunicator:
     def all_gather_object(self, obj: Any) -> list[Any]:
         """Return the objects of all ranks, pickled on the way: one `MPI_Allgather`, and one of the sizes."""
         pickled = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
-        sizes = [int(size) for size in self.all_gather(torch.tensor(len(pickled)))]
-        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        sizes = [int(size) for size in self.all_gather(torch.tensor(len(pickled), device="cpu"))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
         padded[: len(pickled)] = pickled
         gathered = zip(self.all_gather(padded), sizes, strict=True)
         return [pickle.loads(received[:size].numpy().tobytes()) for received, size in gathered]

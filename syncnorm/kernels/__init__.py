@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from types import NoneType
 from typing import Protocol, cast
 
 import torch
@@ -28,11 +29,11 @@ class Kernels(Protocol):
         ...
 
     def pack(self, moments: Tensor) -> Tensor:
-        """[mean, M2, n] -> [n·mean, M2 + n·mean², n], in the same memory."""
+        """[mean, M2, n] -> [n·mean, M2 + n·mean², n], which may take the memory of the argument."""
         ...
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """[n·mean, M2 + n·mean², n] -> [mean, M2, n], in the same memory."""
+        """[n·mean, M2 + n·mean², n] -> [mean, M2, n], which may take the memory of the argument."""
         ...
 
     def update_running(
@@ -89,21 +90,23 @@ class Backward(Protocol):
         ...
 
 
-def select(tensor: Tensor) -> Kernels:
+def select(tensor: Tensor, *others: Tensor | None) -> Kernels:
     """Return the implementation for a tensor: the fastest for its device, or what SYNCNORM_KERNELS asks for.
 
-    The variable is read once. torch.compile and tensor subclasses get the reference, which is made of torch's own
-    operations, and so do tensors for which nothing faster is installed.
+    The variable is read once. The reference, which is made of torch's own operations, is for torch.compile, for
+    tensors for which nothing faster is installed, and for tensor subclasses, which need not have memory of their own;
+    `others` are what else goes in, of which none may be one either.
 
     Raises:
         RuntimeError: what SYNCNORM_KERNELS asks for is none of the implementations, cannot be imported, or is not for
             tensors on that device.
     """
-    if type(tensor) not in (Tensor, Parameter) or torch.compiler.is_compiling():
+    if not _PLAIN.issuperset(map(type, (tensor, *others))) or torch.compiler.is_compiling():
         return reference
     return _implementation("cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)  # the type takes its time
 
 
+_PLAIN = {Tensor, Parameter, NoneType}
 _OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 _OF_DTYPE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INSTALL = {"reference": "syncnorm", "cpu": "--no-cache-dir --force-reinstall --no-deps syncnorm", "triton": "triton"}

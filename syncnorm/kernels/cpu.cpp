@@ -59,6 +59,7 @@ constexpr double CANCELLATION = 8;        // square of the shift's error over th
 enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum Activation : int64_t { NONE, RELU, LEAKY_RELU, SILU, GELU_TANH };
 constexpr double NEGATIVE_SLOPE = 0.01;
+constexpr double LEAST_NOISE = 0x1p-126;  // times invstd: float holds the inverse of what is not below it
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
@@ -66,6 +67,12 @@ template <class T> struct Arithmetic { using type = float; };
 template <> struct Arithmetic<double> { using type = double; };
 template <class T> struct InRegisters { using type = T; };
 template <> struct InRegisters<fp16> { using type = float; };  // no compiler vectorizes a loop with its conversions
+
+template <class T> struct Precision;  // the step from 1 to the next number, and the smallest number of full precision
+template <> struct Precision<float> { static constexpr double eps = 0x1p-23, tiny = 0x1p-126; };
+template <> struct Precision<double> { static constexpr double eps = 0x1p-52, tiny = 0x1p-1022; };
+template <> struct Precision<bf16> { static constexpr double eps = 0x1p-7, tiny = 0x1p-126; };
+template <> struct Precision<fp16> { static constexpr double eps = 0x1p-10, tiny = 0x1p-14; };
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -971,20 +978,31 @@ template <class T> int moments(const MomentsArguments &a) {
 
 // The arrays by entry that the passes over the data read.
 template <class R> struct Affine {
-    R *high, *scale, *shift, *slope, *offset;
+    R *high, *scale, *shift, *slope, *offset, *inverse;
+    const double *mean;  // (C,)
 
     static int64_t bytes(const Walk &walk) {
-        return 5 * Scratch::bytes<R>(walk.entries()) + 4 * Scratch::bytes<double>(walk.channels);
+        return 6 * Scratch::bytes<R>(walk.entries()) + 7 * Scratch::bytes<double>(walk.channels);
     }
     Affine(Scratch &scratch, const Walk &walk)
         : high(scratch.array<R>(walk.entries())), scale(scratch.array<R>(walk.entries())),
           shift(scratch.array<R>(walk.entries())), slope(scratch.array<R>(walk.entries())),
-          offset(scratch.array<R>(walk.entries())) {}
+          offset(scratch.array<R>(walk.entries())), inverse(scratch.array<R>(walk.entries())) {}
 
+    // The passes of the backward. In place x - mean is computed from y, and takes the place of x: then the mean is 0.
+    template <class T> void fill(Scratch &scratch, const Walk &walk, const BackwardArguments &of) {
+        mean = of.statistics;
+        if (of.epilogue.inplace) {
+            invert<T>(scratch, walk, of);
+            double *zeros = scratch.array<double>(walk.channels);
+            memset(zeros, 0, walk.channels * sizeof(double));
+            mean = zeros;
+        }
+        fill(scratch, walk, mean, of.statistics + walk.channels, of.parameters);
+    }
     // high: the mean; its rest, which R cannot hold beside it, goes into the shift: z = (x - high) * scale + shift
-    void fill(Scratch &scratch, const Walk &walk, const double *statistics, const Parameters &of) {
+    void fill(Scratch &scratch, const Walk &walk, const double *mean, const double *invstd, const Parameters &of) {
         int64_t channels = walk.channels;
-        const double *mean = statistics, *invstd = statistics + channels;
         double *w = scratch.array<double>(channels), *b = scratch.array<double>(channels);
         parameter(of.weight, of.dtype, channels, 1, w);
         parameter(of.bias, of.dtype, channels, 0, b);
@@ -995,6 +1013,24 @@ template <class R> struct Affine {
         expand(walk, mean, high);
         expand(walk, w, scale);
         expand(walk, b, shift);
+    }
+
+  private:
+    // inverse: what z - bias is multiplied by to give x - mean, damped where the weight is below what rounding z to T
+    // has added to it; reference.py says how.
+    template <class T> void invert(Scratch &scratch, const Walk &walk, const BackwardArguments &of) {
+        int64_t channels = walk.channels;
+        const double *invstd = of.statistics + channels;
+        double least = Precision<T>::tiny / (of.epilogue.activation == LEAKY_RELU ? NEGATIVE_SLOPE : 1);
+        double *w = scratch.array<double>(channels), *b = scratch.array<double>(channels);
+        parameter(of.parameters.weight, of.parameters.dtype, channels, 1, w);
+        parameter(of.parameters.bias, of.parameters.dtype, channels, 0, b);
+        for (int64_t c = 0; c < channels; ++c) {
+            double scale = w[c] * invstd[c], noise = Precision<T>::eps / sqrt(12.0) * (fabs(b[c]) + least) * invstd[c];
+            if (noise < LEAST_NOISE) noise = LEAST_NOISE;
+            w[c] = scale / (scale * scale + noise * noise);
+        }
+        expand(walk, w, inverse);
     }
 };
 
@@ -1046,7 +1082,7 @@ template <class T, class M> int normalize(const NormalizeArguments &a) {
     Scratch scratch(Affine<R>::bytes(walk) + 4 * walk.threads * Scratch::bytes<M>(SEGMENT));
     if (!scratch) return 1;
     Affine<R> map(scratch, walk);
-    map.fill(scratch, walk, a.statistics, a.parameters);
+    map.fill(scratch, walk, a.statistics, a.statistics + channels, a.parameters);
     M *buffers = scratch.array<M>(4 * walk.threads * SEGMENT);
     if (signs) memset(signs, 0, (a.shape.values() + 7) / 8);
     AffineSegment<M> affine = affine_segment<M>(a.epilogue.activation, walk.by_period, residual);
@@ -1113,20 +1149,20 @@ template <class T, class M> struct Backward {
                        map.high + entry, map.scale + entry, map.shift + entry};
         if (mask) of.mask = weights(mask, walk, at, n, buffer + 2 * SEGMENT);
         if constexpr (sizeof(M) == sizeof(R))
-            if (!direct) through_epilogue(of, buffer + 3 * SEGMENT, buffer + 4 * SEGMENT, at, n);
+            if (!direct) through_epilogue(of, map.inverse + entry, buffer + 3 * SEGMENT, buffer + 4 * SEGMENT, at, n);
         return of;
     }
 
   private:
-    void through_epilogue(Operands<R> &of, R *dz, R *centered, int64_t at, int64_t n) const {
+    void through_epilogue(Operands<R> &of, const R *inverse, R *dz, R *centered, int64_t at, int64_t n) const {
         int64_t by = walk.by_period;  // 1: an entry a value
         R slope = epilogue.activation == LEAKY_RELU ? R(NEGATIVE_SLOPE) : epilogue.activation == RELU ? 0 : 1;
         const R *dy = of.dy, *x = of.x;
         if (epilogue.inplace) {
             SIMD for (int64_t i = 0; i < n; ++i) {
-                R z = x[i] > 0 ? x[i] : x[i] / slope, scale = of.scale[i * by];
+                R z = x[i] > 0 ? x[i] : x[i] / slope;
                 dz[i] = x[i] > 0 ? dy[i] : dy[i] * slope;
-                centered[i] = scale == 0 ? of.high[i * by] : (z - of.shift[i * by]) / scale + of.high[i * by];
+                centered[i] = (z - of.shift[i * by]) * inverse[i * by];
             }
             of.x = centered;
         } else if (epilogue.signs) {
@@ -1171,14 +1207,14 @@ template <class T, class M> int reduce_grad(const ReduceGradArguments &a) {
     Scratch scratch(Affine<R>::bytes(walk) + Backward<T, M>::bytes(walk));
     if (!sums.scratch || !scratch) return 1;
     Affine<R> map(scratch, walk);
-    map.fill(scratch, walk, of.statistics, of.parameters);
+    map.template fill<T>(scratch, walk, of);
     Backward<T, M> segment(of, walk, map, scratch, false);
     if (of.mask) sums.template add_up<MASKED_GRADIENT>(segment);
     else if (through_relu(of, false)) sums.template add_up<GRADIENT_THROUGH_RELU>(segment);
     else sums.template add_up<GRADIENT>(segment);
     double *weight = sums.sums;  // no longer needed; (entries,) holds (C,)
     parameter(of.parameters.weight, of.parameters.dtype, channels, 1, weight);
-    const double *mean = of.statistics, *invstd = mean + channels;
+    const double *mean = map.mean, *invstd = of.statistics + channels;
     double *sum = sums.sum, *product = sums.product;
     SIMD for (int64_t c = 0; c < channels; ++c) {
         double low = mean[c] - static_cast<R>(mean[c]);
@@ -1227,9 +1263,9 @@ template <class T, class M> int grad_input(const GradInputArguments &a) {
     Scratch scratch(Affine<R>::bytes(walk) + Backward<T, M>::bytes(walk) + Scratch::bytes<M>(4 * walk.threads * SEGMENT));
     if (!scratch) return 1;
     Affine<R> map(scratch, walk);
-    map.fill(scratch, walk, of.statistics, of.parameters);
+    map.template fill<T>(scratch, walk, of);
     double *slope = scratch.array<double>(channels), *offset = scratch.array<double>(channels);
-    const double *mean = of.statistics, *invstd = mean + channels;
+    const double *mean = map.mean, *invstd = of.statistics + channels;
     double count = of.statistics[2 * channels] > 0 ? of.statistics[2 * channels] : 1;
     for (int64_t c = 0; c < channels; ++c) {
         double inside = 1 - a.eps_outside * invstd[c];  // 0 where all values are, at which x is too

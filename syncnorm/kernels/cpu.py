@@ -76,7 +76,7 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     """See `reference.moments`."""
     x, shape = _dense(input)
     weights = _weights(mask, x)
-    result = torch.empty(2 * shape[1] + 1, dtype=torch.float64)
+    result = torch.empty(2 * shape[1] + 1, dtype=torch.float64, device="cpu")
     _moments(*shape, x.data_ptr(), _pointer(weights), result.data_ptr())
     return result
 
@@ -146,7 +146,8 @@ def normalize(
     signs = None
     if residual is not None:
         residual = dense(residual, like=x)
-        signs = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8) if epilogue.keeps_signs else None
+        if epilogue.keeps_signs:
+            signs = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
     y = x if inplace else torch.empty_like(x)
     statistics = torch.empty_like(moments)
     pointers = (x.data_ptr(), y.data_ptr(), moments.data_ptr())
@@ -192,8 +193,9 @@ class Backward:
 
     def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
         """See `reference.Backward.reduce_grad`."""
-        sums = torch.empty(2, self.channels, dtype=torch.float64)
-        grad_weight, grad_bias = torch.empty(self.channels, dtype=dtype), torch.empty(self.channels, dtype=dtype)
+        sums = torch.empty(2, self.channels, dtype=torch.float64, device="cpu")
+        grad_weight = torch.empty(self.channels, dtype=dtype, device="cpu")
+        grad_bias = torch.empty_like(grad_weight)
         pointers = (grad_weight.data_ptr(), grad_bias.data_ptr(), sums.data_ptr())
         _reduce_grad(*self.arguments, DTYPES[dtype], *pointers)
         return grad_weight, grad_bias, sums
@@ -215,7 +217,8 @@ def _dense(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, bool, int, int]
         tensor, last = tensor.contiguous(), False
     shape, values = tensor.shape, tensor.numel()
     n, c = shape[0], shape[1]
-    return tensor, (n, c, values // (n * c) if values else 0, last, DTYPES[tensor.dtype], torch.get_num_threads())
+    s = values // (n * c) if values else shape[2:].numel()
+    return tensor, (n, c, s, last, DTYPES[tensor.dtype], torch.get_num_threads())
 
 
 def _parameters(

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "NEGATIVE_SLOPE", "PLAIN", "Epilogue", "channels_last", "dense"]
+__all__ = ["ACTIVATIONS", "LEAST_NOISE", "NEGATIVE_SLOPE", "PLAIN", "Epilogue", "channels_last", "dense", "rounding"]
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu_tanh")
 NEGATIVE_SLOPE = 0.01  # of leaky_relu
+LEAST_NOISE = 2.0**-126  # times invstd: float32 holds the inverse of what is not below it
 
 
 class Epilogue(NamedTuple):
@@ -47,6 +48,13 @@ class Epilogue(NamedTuple):
 
 
 PLAIN = Epilogue()
+
+
+def rounding(dtype: torch.dtype, activation: str | None) -> tuple[float, float]:
+    """Return the standard deviation of the rounding of z, which is stored as y: relative to z, and at least."""
+    info = torch.finfo(dtype)
+    relative: float = info.eps / 12**0.5
+    return relative, relative * info.tiny / (NEGATIVE_SLOPE if activation == "leaky_relu" else 1)
 
 
 def channels_last(tensor: Tensor) -> bool | None:

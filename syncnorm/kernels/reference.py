@@ -10,15 +10,26 @@ input may hold anything. Tensors of the input's size are computed in float32, in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .epilogue import NEGATIVE_SLOPE, PLAIN, Epilogue, channels_last
+from .epilogue import LEAST_NOISE, NEGATIVE_SLOPE, PLAIN, Epilogue, channels_last, rounding
 
-__all__ = ["Backward", "moments", "normalize", "or_one", "pack", "unpack", "update_running"]
+__all__ = [
+    "Backward",
+    "activate",
+    "moments",
+    "normalize",
+    "or_one",
+    "pack",
+    "preactivation",
+    "unpack",
+    "update_running",
+]
 
 
 def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -30,7 +41,7 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     axes = _reduced_axes(input)
     x = input.to(_compute_dtype(input))
     if mask is None:
-        values = x.numel() // max(x.shape[1], 1)
+        values = math.prod([x.shape[axis] for axis in axes])  # which a tracer follows to other sizes
         count = torch.full((), values, dtype=torch.float64, device=x.device)
     else:
         mask = mask.to(x.dtype)
@@ -44,18 +55,18 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def pack(moments: Tensor) -> Tensor:
-    """Replace moments by [n·mean, M2 + n·mean², n], (2C + 1,), whose sum over shards packs the moments of them all."""
-    mean, m2 = moments[:-1].view(2, -1)
+    """Return [n·mean, M2 + n·mean², n], (2C + 1,), whose sum over shards packs the moments of them all."""
+    mean, m2 = moments[:-1].view(2, -1).unbind()
     total = moments[-1] * mean
-    return moments.copy_(torch.cat([total, torch.addcmul(m2, total, mean), moments[-1:]]))
+    return torch.cat([total, torch.addcmul(m2, total, mean), moments[-1:]])
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """Replace `packed` by the moments, (2C + 1,), that it stands for."""
-    total, total_square = packed[:-1].view(2, -1)
+    """Return the moments, (2C + 1,), that `packed` stands for."""
+    total, total_square = packed[:-1].view(2, -1).unbind()
     mean = total / or_one(packed[-1])
     m2 = torch.addcmul(total_square, total, mean, value=-1).clamp_min(0)
-    return packed.copy_(torch.cat([mean, m2, packed[-1:]]))
+    return torch.cat([mean, m2, packed[-1:]])
 
 
 @torch.no_grad()
@@ -67,18 +78,19 @@ def update_running(
     momentum: float | None,
 ) -> None:
     """Move the buffers in place towards mean and M2 / (n - 1), by momentum or 1 / num_batches_tracked, if n > 0."""
-    (mean, m2), count = moments[:-1].view(2, -1), moments[-1]
+    (mean, m2), count = moments[:-1].view(2, -1).unbind(), moments[-1]
     seen = count > 0  # () bool
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(seen)
+    batches = None if num_batches_tracked is None else num_batches_tracked + seen
     if momentum is None:
-        assert num_batches_tracked is not None
-        factor = 1 / num_batches_tracked.double()
+        assert batches is not None
+        factor = 1 / batches.double()
     else:
         factor = torch.full_like(count, momentum)
     for running, batch in ((running_mean, mean), (running_var, m2 / or_one(count - 1))):
         moved = torch.lerp(running.double(), batch, factor)
         running.copy_(torch.where(seen, moved, running))
+    if num_batches_tracked is not None and batches is not None:
+        num_batches_tracked.copy_(batches)  # last: a buffer that a transform cannot write has raised before it moves
 
 
 def normalize(
@@ -97,14 +109,37 @@ def normalize(
     format of the input. Of the signs, (⌈numel / 8⌉,) uint8, bit i % 8 of byte i // 8 tells whether z > 0 for the value
     at place i in the memory of y; they are None unless the epilogue keeps signs.
     """
-    mean, m2 = moments[:-1].view(2, -1)
-    variance = m2 / or_one(moments[-1])
-    invstd = 1 / (variance.sqrt() + eps) if eps_outside else (variance + eps).rsqrt()
-    statistics = torch.cat([mean, invstd, moments[-1:]])
-    z = _affine(_centered(input, statistics), statistics, weight, bias, epilogue.residual)
+    z, statistics = preactivation(
+        input, moments, weight, bias, eps, eps_outside=eps_outside, residual=epilogue.residual
+    )
     signs = _to_bits(z > 0, input) if epilogue.keeps_signs else None
-    y = _ACTIVATE[epilogue.activation](z).to(input.dtype)
-    return (input.copy_(y) if epilogue.inplace else y), statistics, signs
+    y = activate(z, epilogue.activation).to(input.dtype)
+    if epilogue.inplace:
+        input.copy_(y)  # which may give another tensor back, where y is of a subclass
+    return (input if epilogue.inplace else y), statistics, signs
+
+
+def preactivation(
+    input: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    eps_outside: bool = False,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return z = (x - mean) * invstd * weight + bias + residual, in the dtype of the arithmetic, and the statistics."""
+    mean, m2 = moments[:-1].view(2, -1).unbind()
+    variance = m2 / or_one(moments[-1])
+    invstd = 1 / (_sqrt(variance) + eps) if eps_outside else (variance + eps).rsqrt()
+    statistics = torch.cat([mean, invstd, moments[-1:]])
+    return _affine(_centered(input, statistics), statistics, weight, bias, residual), statistics
+
+
+def activate(z: Tensor, activation: str | None) -> Tensor:
+    """Return activation(z)."""
+    return _ACTIVATE[activation](z)
 
 
 class Backward:
@@ -193,10 +228,7 @@ def _centered_and_grad(
         if activation == "leaky_relu":
             z, dy = torch.where(y > 0, y, y / NEGATIVE_SLOPE), torch.where(y > 0, dy, dy * NEGATIVE_SLOPE)
         z = z if bias is None else z - _per_channel(bias, z)
-        scale = _scale(statistics, weight)
-        # x cannot be had where the weight is 0, nor has it a gradient
-        inverse = torch.where(scale == 0, 0, 1 / torch.where(scale == 0, 1, scale))
-        return filled(z * _per_channel(inverse, z)), dy
+        return filled(z * _per_channel(_inverse(statistics, weight, bias, input.dtype, activation), z)), dy
     centered = filled(_centered(input, statistics))
     if activation is None:
         return centered, dy
@@ -271,7 +303,7 @@ def _centered(input: Tensor, statistics: Tensor) -> Tensor:
 
 
 def _mean_and_invstd(statistics: Tensor) -> tuple[Tensor, Tensor]:
-    mean, invstd = statistics[:-1].view(2, -1)
+    mean, invstd = statistics[:-1].view(2, -1).unbind()
     return mean, invstd
 
 
@@ -280,8 +312,30 @@ def _scale(statistics: Tensor, weight: Tensor | None) -> Tensor:
     return invstd if weight is None else invstd * weight
 
 
+def _inverse(
+    statistics: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, activation: str | None
+) -> Tensor:
+    """Return what z - bias is multiplied by to give x - mean, where z was rounded to the dtype of y.
+
+    That is 1 / scale as long as the weight is larger than what rounding adds to z. Below, the quotient would be that
+    noise over the weight, without bound. With x̂ of variance 1 and noise of variance σ², near z = bias, the estimate of
+    least mean square error is x̂ = (z - bias) * weight / (weight² + σ²): its error is never larger than x̂ itself, and
+    where the weight is 0 it is 0.
+    """
+    _, invstd = _mean_and_invstd(statistics)
+    scale, (relative, least) = _scale(statistics, weight), rounding(dtype, activation)
+    noise = invstd * least if bias is None else invstd * (relative * bias.detach().abs() + least)
+    return scale / (scale.square() + noise.clamp_min(LEAST_NOISE).square())
+
+
 def _compute_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _sqrt(variance: Tensor) -> Tensor:
+    """Return the root. At 0 its derivative is 0, not infinity: x - mean is 0 too, and their product would be NaN."""
+    zero = variance == 0
+    return torch.where(zero, 1, variance).sqrt().masked_fill(zero, 0)
 
 
 def or_one(count: Tensor) -> Tensor:

@@ -33,8 +33,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .epilogue import LEAST_NOISE as _LEAST_NOISE
 from .epilogue import NEGATIVE_SLOPE as _NEGATIVE_SLOPE
-from .epilogue import PLAIN, Epilogue, channels_last, dense
+from .epilogue import PLAIN, Epilogue, channels_last, dense, rounding
 
 __all__ = ["Backward", "moments", "normalize", "pack", "unpack", "update_running"]
 
@@ -56,6 +57,7 @@ RUNNING_BLOCK = 1024  # channels that update_running takes at a time, in its onl
 BITS_BLOCK = 512  # bytes that a program packs of signs that were a byte each
 
 NEGATIVE_SLOPE = tl.constexpr(_NEGATIVE_SLOPE)
+LEAST_NOISE = tl.constexpr(_LEAST_NOISE)
 OPTIONS = {"num_warps": WARPS, "maxnreg": REGISTERS, "enable_fp_fusion": True}
 
 # Sizes change with every batch of images of other sizes: they are no reason to compile again.
@@ -166,10 +168,12 @@ class Backward:
         self.dtype_of_dz = None if epilogue.residual is None else grad_output.dtype
         kept = epilogue.residual if epilogue.keeps_signs else _like(epilogue.residual, x)
         self.read = (_like(grad_output, x), x, statistics, self.weight, bias, kept, _positions(mask, x))
+        relative, least = rounding(x.dtype, epilogue.activation) if epilogue.inplace else (None, None)
         self.constants = {
             "ACTIVATION": epilogue.activation,
             "KEPT_SIGNS": epilogue.keeps_signs,
-            "INPLACE": epilogue.inplace,
+            "ROUNDING": relative,
+            "LEAST_ROUNDING": least,
         }
 
     def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,7 +243,7 @@ def _plan(x: Tensor, programs: int, in_one_run: int = 0) -> _Plan:
 def _sizes(x: Tensor) -> tuple[int, int, int, bool]:
     """Return N, C, S and whether the channels are innermost, in which case N is 1 and S all positions."""
     N, C = x.shape[:2]
-    S = x.numel() // max(N * C, 1)
+    S = x.shape[2:].numel()
     if C == 1:
         return 1, 1, N * S, False
     return (1, C, N * S, True) if S == 1 or channels_last(x) else (N, C, S, False)
@@ -477,21 +481,24 @@ def _reduce_grad_kernel(
     sums,
     C, S, tiles, per, blocks,
     ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
-    ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr, INPLACE: tl.constexpr,
+    ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
+    ROUNDING: tl.constexpr, LEAST_ROUNDING: tl.constexpr,  # of y; None: not in place
 ):  # fmt: skip
     """Of dy and x: partial sums, or if there is one run grad_weight, grad_bias and sums."""
     C, S, block, run = _place(C, S, blocks, ALIGN, LAST)
     channels = block * BC + tl.arange(0, BC)
     mean, invstd = _load_statistics(statistics, channels, C)
     high, low, scale, shift = _affine(mean, invstd, weight, bias, channels, C, ACC)
-    inverse = _inverse(invstd, weight, channels, C, ACC)
+    inverse = None
+    if ROUNDING is not None:
+        inverse = _inverse(invstd, weight, bias, channels, C, ACC, ROUNDING, LEAST_ROUNDING)
     sum_dz = tl.zeros((BC, BP), ACC)
     sum_dz_x = tl.zeros((BC, BP), ACC)
     for tile in range(run * per, tl.minimum((run + 1) * per, tiles)):
         offsets, inside, positions, exists = _tile(tile, channels, C, S, BP, LAST)
         centered, dz = _centered_and_grad(
             dy, x, kept, tile, block, C, S, offsets, inside, high, low, scale, shift, inverse,
-            ACC, ACTIVATION, KEPT_SIGNS, INPLACE, ALIGN, LAST, BC, BP,
+            ACC, ACTIVATION, KEPT_SIGNS, ALIGN, LAST, BC, BP,
         )  # fmt: skip
         if mask is not None:
             w = _weights(mask, positions, exists, ACC)
@@ -532,7 +539,8 @@ def _grad_input_kernel(
     eps_bits,  # 0 with epsilon inside of the root
     C, S, tiles, per, blocks,
     ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
-    ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr, INPLACE: tl.constexpr,
+    ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
+    ROUNDING: tl.constexpr, LEAST_ROUNDING: tl.constexpr,  # of y; None: not in place
     CENTERED: tl.constexpr,  # not about zero
 ):  # fmt: skip
     """Of dy and x: dx and dz. It walks backwards, as `_normalize_kernel` does."""
@@ -540,7 +548,9 @@ def _grad_input_kernel(
     channels = block * BC + tl.arange(0, BC)
     mean, invstd = _load_statistics(statistics, channels, C)
     high, low, scale, shift = _affine(mean, invstd, weight, bias, channels, C, ACC)
-    inverse = _inverse(invstd, weight, channels, C, ACC)
+    inverse = None
+    if ROUNDING is not None:
+        inverse = _inverse(invstd, weight, bias, channels, C, ACC, ROUNDING, LEAST_ROUNDING)
     if sums is not None:
         n = _or_one(tl.load(statistics + 2 * C))
         inside_root = 1 - _from_bits(eps_bits) * invstd  # 0 where all values are, at which x is too
@@ -553,7 +563,7 @@ def _grad_input_kernel(
         offsets, inside, positions, exists = _tile(tile, channels, C, S, BP, LAST)
         centered, grad = _centered_and_grad(
             dy, x, kept, tile, block, C, S, offsets, inside, high, low, scale, shift, inverse,
-            ACC, ACTIVATION, KEPT_SIGNS, INPLACE, ALIGN, LAST, BC, BP,
+            ACC, ACTIVATION, KEPT_SIGNS, ALIGN, LAST, BC, BP,
         )  # fmt: skip
         result = grad * scale
         if sums is not None:
@@ -699,22 +709,26 @@ def _affine(mean, invstd, weight, bias, channels, C, ACC: tl.constexpr):
 
 
 @triton.jit
-def _inverse(invstd, weight, channels, C, ACC: tl.constexpr):
-    """Return 1 / scale, (BC, 1), and 0 where the scale is 0: there x cannot be had, nor has it a gradient."""
+def _inverse(
+    invstd, weight, bias, channels, C, ACC: tl.constexpr, ROUNDING: tl.constexpr, LEAST_ROUNDING: tl.constexpr
+):  # fmt: skip
+    """Return what z - bias is multiplied by to give x - mean, (BC, 1); see `reference`."""
     scale = invstd * _load_channels(weight, channels, C, 1.0)
-    return _column(tl.where(scale == 0, 0.0, 1 / tl.where(scale == 0, 1.0, scale)), ACC)
+    size = tl.abs(_load_channels(bias, channels, C, 0.0))
+    noise = tl.maximum(invstd * (ROUNDING * size + LEAST_ROUNDING), LEAST_NOISE)
+    return _column(scale / (scale * scale + noise * noise), ACC)
 
 
 @triton.jit
 def _centered_and_grad(
     dy, x, kept, tile, block, C, S, offsets, inside, high, low, scale, shift, inverse,
-    ACC: tl.constexpr, ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr, INPLACE: tl.constexpr,
+    ACC: tl.constexpr, ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
     ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Return x - mean, and dz from dy: what passes through the activation, (BC, BP). In place, x is y."""
     grad = tl.load(dy + offsets, mask=inside, other=0).to(ACC)
     value = tl.load(x + offsets, mask=inside, other=0).to(ACC)
-    if INPLACE:
+    if inverse is not None:
         if ACTIVATION == "leaky_relu":
             grad = tl.where(value > 0, grad, grad * NEGATIVE_SLOPE)
             value = tl.where(value > 0, value, value / NEGATIVE_SLOPE)

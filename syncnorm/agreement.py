@@ -1,0 +1,194 @@
+"""Whether all ranks of a group are in the same layer, compared before the first collectives of each layer.
+
+The sums of two layers with the same C have the same size, so no backend notices that they do not belong together. At
+its first calls each layer therefore sends what identifies it: the model that called it, its path there, C, and dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .communicators import Communicator, uncounted
+from .errors import DesyncError
+
+__all__ = ["History"]
+
+COMPARED_CALLS = 2  # of a SyncBatchNorm; in the second call meet ranks that left their first step by an exception
+
+MESSAGE = 512  # bytes that each rank sends, whatever its layer
+LONGEST = 120  # characters of a name in it
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of DDP, torch.compile, FSDP
+_CALL = nn.Module._call_impl.__code__
+
+
+class _Place(NamedTuple):
+    """Which layer a rank is in."""
+
+    model: str  # class of the outermost module that called the layer; "" if the program called the layer itself
+    path: str  # of the layer in that module
+    number: int  # of the layer in this process's order of construction
+    constructed: int  # how many there are by now
+    overtaken: int  # layers of the same model and path that were constructed later and called earlier
+    call: int  # of the layer, from 1
+    sizes: list[int]  # what the ranks must have in common: [C], or the sizes of the axes that are not split
+    is_split: bool  # whether an axis of the sample is split, so not a BatchNorm
+    dtype: str
+    layer: str  # its class; this and the shape are for the report
+    shape: list[int]  # of the input
+
+    @property
+    def label(self) -> str:
+        return f"{self.path} of {self.model}"
+
+    def is_same_as(self, other: _Place) -> bool:
+        """Return whether both can be the same layer. A rank may wrap the model, or call a part of it itself."""
+        if (self.is_split, self.dtype, self.call) != (other.is_split, other.dtype, other.call):
+            return False
+        if not self.is_split and self.sizes != other.sizes:
+            return False
+        if self.label == other.label:  # as of layers outside a model
+            alike = self.constructed == other.constructed  # else a rank has constructed others besides
+            return self.overtaken == other.overtaken and (self.number == other.number or not alike)
+        if self.model == other.model:
+            return False
+        longer, shorter = sorted((f".{self.path}", f".{other.path}"), key=len, reverse=True)
+        return shorter == "." or longer.endswith(shorter)
+
+    def __str__(self) -> str:
+        layer = f"{self.layer} no. {self.number}"
+        name = f"{self.path} of {self.model} ({layer})" if self.path else f"{layer}, called outside a model"
+        sizes = f"sizes {tuple(self.sizes)}" if self.is_split else f"C = {self.sizes[0]}"
+        return f"call {self.call} of {name}: {sizes}, {self.dtype}, input {tuple(self.shape)}"
+
+
+class History:
+    """What the ranks have compared of one norm so far, so that they compare it once.
+
+    Collectives of `check_call` and `check_sizes`, where they compare: one all-gather of 512 bytes, of all ranks of the
+    group, which a `CountingCommunicator` does not note. They are called from the norm's forward, after its arguments
+    were checked.
+    """
+
+    constructed = 0  # norms of this process
+
+    def __init__(self) -> None:
+        History.constructed += 1
+        self.number = self.constructed
+        self.group: Communicator | None = None  # in which the ranks have compared
+        self.calls = 0
+        self.sizes: set[tuple[int, ...]] = set()
+
+    def is_complete(self, group: Communicator) -> bool:
+        """Return whether `check_call` has nothing more to do in this group."""
+        return group is self.group and self.calls == COMPARED_CALLS
+
+    def check_call(self, layer: nn.Module, input: Tensor, group: Communicator) -> None:
+        """Return if all ranks of the group are in this call of this SyncBatchNorm.
+
+        Raises:
+            DesyncError: on every rank; they are in different layers or calls, or differ in C or dtype.
+        """
+        self._enter(group)
+        if group.size == 1:
+            self.calls = COMPARED_CALLS
+        elif not (input.is_cuda and torch.cuda.is_current_stream_capturing()):  # where nothing can be read
+            self._compare(layer, input, [input.shape[1] if input.dim() > 1 else 0], group, is_split=False)
+            self.calls += 1
+
+    def check_sizes(self, layer: nn.Module, input: Tensor, sizes: tuple[int, ...], group: Communicator) -> None:
+        """Return if all ranks of the group call this norm with these sizes of the axes that are not split.
+
+        Raises:
+            DesyncError: on every rank; they are in different layers, or differ in dtype.
+            ValueError: on every rank; they differ in sizes.
+        """
+        if group.size == 1 or (group is self.group and sizes in self.sizes):
+            return
+        self._enter(group)
+        places = self._compare(layer, input, list(sizes), group, is_split=True)
+        everyones = [tuple(place.sizes) for place in places]
+        if len(set(everyones)) > 1:
+            raise ValueError(
+                f"expected the same sizes {everyones[0]} on all ranks beside the axes that are split, got "
+                f"{tuple(sizes)} of {tuple(input.shape)} on rank {group.rank}; on all ranks: {everyones}"
+            )
+        self.sizes.add(sizes)
+
+    def _enter(self, group: Communicator) -> None:
+        if group is not self.group:
+            self.group, self.calls, self.sizes = group, 0, set()
+
+    def _compare(
+        self, layer: nn.Module, input: Tensor, sizes: list[int], group: Communicator, *, is_split: bool
+    ) -> list[_Place]:
+        """Return the places of all ranks, if they can be the same."""
+        met: dict[str, list[int]] = getattr(group, "__dict__", {}).setdefault("_norms_met", {})  # label -> numbers
+        model, path = _find(layer)
+        place = _Place(
+            model=_shortened(model),
+            path=_shortened(path),
+            number=self.number,
+            constructed=self.constructed,
+            overtaken=0,
+            call=self.calls + 1,
+            sizes=sizes,
+            is_split=is_split,
+            dtype=str(input.dtype).removeprefix("torch."),
+            layer=_shortened(type(layer).__name__),
+            shape=list(input.shape)[:8],
+        )
+        earlier = met.setdefault(place.label, [])
+        place = place._replace(overtaken=sum(other > self.number for other in earlier))
+        places = _gather(place, input.device, group)
+        if not all(places[0].is_same_as(other) for other in places):
+            ranks = (f"  rank {rank}: {other}" for rank, other in enumerate(places))
+            raise DesyncError("expected all ranks to call the same layer, got\n" + "\n".join(ranks))
+        if self.number not in earlier:
+            earlier.append(self.number)
+        return places
+
+
+def _gather(place: _Place, device: torch.device, group: Communicator) -> list[_Place]:
+    text = json.dumps(place).encode().ljust(MESSAGE)
+    message = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+    received = [t.cpu().numpy().tobytes() for t in uncounted(group).all_gather(message)]
+    try:
+        return [_Place(*json.loads(text)) for text in received]
+    except (ValueError, TypeError):
+        raise DesyncError(
+            f"expected all ranks to call the same layer, got on rank {group.rank} {place}, while another rank is in "
+            "another collective"
+        ) from None
+
+
+def _find(layer: nn.Module) -> tuple[str, str]:
+    """Return the class of the outermost module that is being called and holds the layer, and the layer's path in it.
+
+    Wrappers such as DistributedDataParallel are looked through: a rank may do without.
+    """
+    for module in reversed(list(_modules_being_called())):
+        for name in WRAPPERS:
+            module = module._modules.get(name) or module
+        for path, other in module.named_modules():
+            if other is layer and path:
+                return type(module).__name__, ".".join(word for word in path.split(".") if word not in WRAPPERS)
+    return "", ""
+
+
+def _modules_being_called() -> Iterator[nn.Module]:
+    """Yield the modules in whose calls this thread is, the innermost first."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _CALL:
+            yield frame.f_locals["self"]
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"

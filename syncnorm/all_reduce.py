@@ -1,0 +1,74 @@
+"""The sum over the ranks as a differentiable operation: backward, forward-mode and batched.
+
+The sum is linear. Its adjoint is the sum over the ranks of the gradients, its derivative the sum over the ranks of the
+tangents, and a batch of tensors is summed as one tensor. So each of them is one all-reduce, which all ranks have to
+reach: they agree on which tensors have gradients, tangents and batch axes, and on the size of the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import transforms
+from .communicators import Communicator
+
+__all__ = ["all_reduce"]
+
+
+def all_reduce(tensor: Tensor, group: Communicator) -> Tensor:
+    """Return the sum over the ranks, a new tensor; in a group of one, the tensor.
+
+    Raises:
+        RuntimeError: torch.jit.trace, make_fx or torch.export record the operations, and would leave this one out.
+    """
+    if group.size == 1:
+        return tensor
+    _refuse_recording(group)
+    return _AllReduce.apply(tensor, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _refuse_recording(group: Communicator) -> None:
+    if transforms.recording():
+        raise RuntimeError(
+            "expected to trace or export a model whose norms keep to this process, got one that shares its statistics "
+            f"among {group.size} ranks: call model.eval() or syncnorm.revert_sync_batchnorm(model) first"
+        )
+
+
+class _AllReduce(Function):
+    @staticmethod
+    def forward(tensor: Tensor, group: Communicator) -> Tensor:
+        if transforms.batched(tensor):
+            return _summed_as_one(tensor, group)
+        return group.all_reduce(tensor.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Communicator], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grads[0], ctx.group), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return all_reduce(tangents[0], ctx.group)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], tensor: Tensor, group: Communicator) -> tuple[Tensor, int]:
+        return all_reduce(tensor.movedim(in_dims[0], 0), group), 0  # in the same order on every rank
+
+
+def _summed_as_one(tensor: Tensor, group: Communicator) -> Tensor:
+    """Return the sum of a batch as `torch.autograd.grad(..., is_grads_batched=True)` makes it.
+
+    It is no batch of torch.func, and a Function has no rule for it, so this takes the batch axis off and on again.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    batch = torch._remove_batch_dim(tensor, level, 1, 0)  # (B, *); the size is that of a tensor without the axis
+    return torch._add_batch_dim(group.all_reduce(batch.clone(memory_format=torch.contiguous_format)), 0, level)

@@ -1,0 +1,121 @@
+"""The job's store: where it listens, whether one answers at an address, and connections to it.
+
+A `torch.distributed.TCPStore` has no password: whoever reaches its port can read and write it. By default it listens on
+all interfaces. Here it listens only on the address at which the ranks meet, which is a loopback address where they are
+all on one host.
+
+Torch's own connection to a port that is closed, or that another program uses, takes minutes or never ends, and prints
+the stack of its C++ code. So the address is tried first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+__all__ = ["ANOTHER_PROGRAM", "LOCALHOST", "PortInUseError", "connect", "free_port", "obstacle", "open_store"]
+
+LOCALHOST = "127.0.0.1"
+ANOTHER_PROGRAM = "another program uses the port"
+BACKLOG = 4096  # ranks that may connect at the same time
+GREETING = struct.Struct("=BIBI")  # what torch's clients send first: VALIDATE with a magic number, PING with any
+VALIDATE, MAGIC, PING, NUMBER = 0, 0x3C85F7CE, 13, 0x53594E43
+
+
+class PortInUseError(RuntimeError):
+    """The port at which the store was to listen belongs to another program."""
+
+
+def open_store(host: str, port: int, timeout: timedelta) -> Store:
+    """Open the store for the ranks that will connect to `host` and `port` (0: any port that is free).
+
+    It listens on the address that `host` stands for here. It listens on all interfaces where that is no address of this
+    machine (as of a service), or a loopback address here and perhaps not on other hosts (as many systems' own names).
+
+    Raises:
+        PortInUseError: another program listens there.
+        RuntimeError: this process may not listen there.
+    """
+    listening = _listen(host, port)
+    address, port = listening.getsockname()[:2]
+    reached = {"0.0.0.0": LOCALHOST, "::": "::1"}.get(address, address)
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        reached, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listening.detach()
+    )
+
+
+def connect(host: str, port: int, timeout: timedelta) -> Store:
+    """Return a connection to a store that answers; `timeout` is that of its operations."""
+    return dist.TCPStore(host, port, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
+def obstacle(host: str, port: int, timeout: float) -> str | None:
+    """Return why no store can be reached at an address, after so many seconds at most; None if one answers."""
+    try:
+        connection = socket.create_connection((host, port), timeout)
+    except TimeoutError:
+        return "no answer"
+    except (socket.gaierror, UnicodeError):  # of which the second is Python's answer to impossible names
+        return f"the name {host!r} is unknown"
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    with connection, contextlib.suppress(OSError):
+        connection.sendall(GREETING.pack(VALIDATE, MAGIC, PING, NUMBER))
+        if connection.recv(4, socket.MSG_WAITALL) == struct.pack("=I", NUMBER):
+            return None
+    return ANOTHER_PROGRAM
+
+
+def free_port() -> int:
+    """Return a port of this host that is free now."""
+    with socket.create_server((LOCALHOST, 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket at an address of this machine."""
+    try:
+        for family, address in _addresses(host):
+            try:
+                return socket.create_server((address, port), family=family, backlog=BACKLOG)
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
+        return socket.create_server(("", port), backlog=BACKLOG)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUseError(f"port {port} of {host} is in use") from None
+        raise RuntimeError(
+            f"expected to listen on port {port} for the other ranks: {(error.strerror or str(error)).lower()}; set "
+            "MASTER_PORT to a port that this process may open"
+        ) from None
+
+
+def _addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
+    """Return the addresses that `host` is here, without loopback ones if it may be another machine's elsewhere."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError):
+        return []
+    told = os.environ
+    one_host = host == "localhost" or _is_loopback(host)
+    one_host |= "LOCAL_WORLD_SIZE" in told and told["LOCAL_WORLD_SIZE"] == told.get("WORLD_SIZE")
+    addresses = [(family, str(address[0])) for family, _, _, _, address in found]
+    return [(family, address) for family, address in addresses if one_host or not _is_loopback(address)]
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
