@@ -21,7 +21,8 @@ The data are scikit-learn's digits, 8 x 8; --data FOLDER takes CIFAR-10 or a fol
 Rank 0 writes a JSON record: the loss of each step over the global batch, the test accuracy, the speed, and what a step
 costs in collectives, bytes and seconds of communication. With --checkpoint FILE it also writes the state of the
 training from time to time; the same command with --resume goes on from there, on any number of ranks with the same
-global batch.
+global batch. Rank 0 reads it for all: the other hosts need not see the file. A training whose loss or weights are no
+longer finite ends, and leaves the last good checkpoint.
 """
 
 import argparse
@@ -33,15 +34,18 @@ from pathlib import Path
 import datasets
 import torch
 import torch.distributed as dist
+from checkpoints import load, save
 from common import (
     TimedCommunicator,
     batch_of_step,
+    check_writable,
     launcher,
     learning_rate,
-    load,
+    my_device,
+    on_all_ranks,
+    on_rank_0,
     per_step,
     positive,
-    save,
     timed_all_reduce,
     without_buffer_broadcast,
     write,
@@ -53,6 +57,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
+from syncnorm.communicators import LocalCommunicator
 
 GROUPS = 8  # of GroupNorm
 
@@ -147,32 +152,34 @@ def arguments(words=None):
     args = parser.parse_args(words)
     if args.resume and args.checkpoint is None:
         parser.error("--resume needs --checkpoint FILE")
+    if args.out is not None and args.out == args.checkpoint:
+        parser.error(f"expected different files for --out and --checkpoint, got {args.out} for both")
     return args
 
 
 def main():
     args = arguments()
-    try:
-        datasets.load(args.data)  # before the ranks meet: it is kept
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"--data: {error}") from error
     group = syncnorm.init(timeout=args.timeout)
+    path = args.out or Path("runs") / (
+        f"cnn-{args.norm}-{launcher()}-{group.size}x{args.batch_per_rank}-seed{args.seed}.json"
+    )
+    on_all_ranks(group, "--data", datasets.load, args.data)  # which keeps it
+    on_rank_0(group, "--out", check_writable, path)
+    if args.checkpoint:
+        on_rank_0(group, "--checkpoint", check_writable, args.checkpoint)
     description = f"{args.norm}, {group.size} x {args.batch_per_rank} samples"
     model, record = train(
         args, group, lambda steps: track(steps, description, console=Console(stderr=True), disable=group.rank != 0)
     )
     record |= evaluate(model, args, group)
     if group.rank == 0:
-        path = args.out or Path("runs") / "cnn-{norm}-{launcher}-{ranks}x{batch_per_rank}-seed{seed}.json".format(
-            **record
-        )
-        write(path, json.dumps(record, indent=1).encode())
+        on_all_ranks(LocalCommunicator(), "--out", write, path, json.dumps(record, indent=1).encode())
         print(f"test accuracy {record['test_accuracy']:.3f}, {record['samples_per_second']:.0f} samples/s -> {path}")
 
 
 def train(args, group, track=iter):
     """Train on the ranks of the group; return the model and a record. `track` passes the steps on and may show them."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = my_device()
     images, labels = [tensor.to(device) for tensor in datasets.load(args.data)[0]]
 
     torch.manual_seed(args.seed)
@@ -192,8 +199,8 @@ def train(args, group, track=iter):
     }
     losses = torch.zeros(args.steps, dtype=torch.float64, device=device)
     first = 0
-    if args.resume and args.checkpoint.exists():
-        first = load(args.checkpoint, training, model, optimizer, losses)
+    if args.resume:
+        first = load(args.checkpoint, training, model, optimizer, losses, group)
     net = model
     if dist.is_initialized() and group.size > 1:
         net = DistributedDataParallel(model, **without_buffer_broadcast())
@@ -215,8 +222,8 @@ def train(args, group, track=iter):
         if done == args.steps or (args.checkpoint and done % args.checkpoint_every == 0):
             losses[averaged:done] = group.all_reduce(losses[averaged:done].clone()) / group.size
             averaged = done
-            if args.checkpoint and group.rank == 0:
-                save(args.checkpoint, training, model, optimizer, losses[:done])
+            if args.checkpoint:
+                save(args.checkpoint, training, model, optimizer, losses[:done], group)
     group.barrier()
     seconds = time.perf_counter() - start
 

@@ -1,12 +1,15 @@
-"""What the examples share: the order of the data, the count of what a step sends, checkpoints that are whole."""
+"""What the examples share: the order of the data, the count of what a step sends, errors of all ranks, files."""
 
 import argparse
+import contextlib
 import functools
 import inspect
-import io
 import math
 import os
+import secrets
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -96,46 +99,80 @@ def per_step(calls, steps):
     return {"collectives": len(calls) / steps, "bytes": sum(call.nbytes for call in calls) / steps}
 
 
+def my_device():
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def launcher():
     return launched().launcher.replace("none", "alone")
 
 
-def save(path, training, model, optimizer, losses):
-    """Write the state of a training after len(losses) steps."""
-    state = {
-        "training": training,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "loss": losses,
-    }
-    memory = io.BytesIO()
-    torch.save(state, memory)
-    write(path, memory.getbuffer())
+def on_all_ranks(group, option, function, *args):
+    """Return function(*args) of this rank. If it fails on any rank, the program ends on all of them.
+
+    The exit status is 1 then, and rank 0 prints one line for each reason, which begins with the option concerned. All
+    ranks of the group call it; `function` uses no collective.
+    """
+    result = problem = None
+    try:
+        result = function(*args)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        problem = " ".join(str(error).split()) or type(error).__name__
+    problems = group.all_gather_object(problem)
+    if any(problems):
+        if group.rank == 0:
+            for reason in dict.fromkeys(filter(None, problems)):
+                rank = problems.index(reason)
+                print(f"{option}: {reason}" + f" (on rank {rank})" * (rank > 0), file=sys.stderr, flush=True)
+        group.barrier()  # where one rank ends, launchers end the others: not before rank 0 has spoken
+        raise SystemExit(1)
+    return result
 
 
-def load(path, training, model, optimizer, losses):
-    """Read the state of a training into model, optimizer and losses; return how many steps it has behind it."""
-    state = torch.load(path, map_location=losses.device, weights_only=True)
-    if state["training"] != training:
-        raise SystemExit(f"expected a checkpoint of {training}, got one of {state['training']}: {path}")
-    steps = len(state["loss"])
-    if steps >= len(losses):
-        raise SystemExit(f"expected a checkpoint of less than {len(losses)} steps, got one of {steps}: {path}")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    losses[:steps] = state["loss"]
-    return steps
+def on_rank_0(group, option, function, *args):
+    """Return function(*args) on rank 0, None on the others; if it fails there, the program ends on all ranks."""
+    return on_all_ranks(group, option, *((function, *args) if group.rank == 0 else (lambda: None,)))
 
 
 def write(path, content):
     """Write a file so that whatever happens meanwhile leaves the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
+    with beside(path) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    unfinished.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)  # the new name too
-    os.close(directory)
+        os.replace(file.name, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)  # the new name too
+        os.close(directory)
+
+
+def check_writable(path):
+    """Raise what `write` would, unless for lack of space; leave nothing behind but the folder of the file."""
+    with beside(path):
+        pass
+
+
+@contextlib.contextmanager
+def beside(path):
+    """Open a new file in the folder of `path`, made if need be; take it away again unless it was renamed.
+
+    Its name is random and it is made exclusively, so nothing is written through a link that somebody put there. Only a
+    process that is killed leaves it behind, as NAME.*.unfinished.
+
+    Raises:
+        OSError: it cannot be made or written, or what is at `path` is no file; with the path and the reason.
+    """
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise OSError(
+                f"expected a file or nothing there, got a {'link' if path.is_symlink() else 'folder or device'}"
+            )
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(f"{path.name}.{secrets.token_hex(8)}.unfinished").open("xb") as file:
+            try:
+                yield file
+            finally:
+                Path(file.name).unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import cnn
 import transformer
-from common import positive, write
+from common import check_writable, on_all_ranks, on_rank_0, positive, write
 from contrast_report import write_report
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -101,22 +101,23 @@ def matrix(args):
 
 
 def read(directory, runs):
-    """Return the records that are there, by run; one of the same name but other arguments is not there."""
+    """Return the records that are there, by run; a file of the same name but other arguments, or none, is no record."""
     records = {}
     for run in runs:
-        path = directory / run.path
-        if path.exists():
-            record = json.loads(path.read_text())
-            if record["arguments"] == run.words:
-                records[run] = record
+        try:
+            record = json.loads((directory / run.path).read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and record.get("arguments") == run.words:
+            records[run] = record
     return records
 
 
 def train(runs, args):
     """Train the runs, on the ranks of this job, and write their records."""
     group = syncnorm.init(timeout=TIMEOUT)
-    if group.size != args.ranks:
-        raise SystemExit(f"expected {args.ranks} ranks, got {group.size}")
+    on_all_ranks(group, "--ranks", check_ranks, args.ranks, group.size)
+    on_all_ranks(group, "--out", check_folder, args.out)  # most ranks write records
     runs = group.all_gather_object(runs)[0]  # one rank's view of what is there
     together = [run for run in runs if run.split]
     apart = sorted((run for run in runs if not run.split), key=lambda run: -run.cost)
@@ -145,9 +146,8 @@ def train(runs, args):
             model, record = example.train(arguments, group, track)
             if run.kind == "quality":
                 record |= example.evaluate(model, arguments, group)
-            if group.rank == 0:
-                record |= {"arguments": run.words, "cores": len(os.sched_getaffinity(0))}
-                write(args.out / run.path, json.dumps(record, indent=1).encode())
+            record |= {"arguments": run.words, "cores": len(os.sched_getaffinity(0))}
+            on_rank_0(group, "--out", write, args.out / run.path, json.dumps(record, indent=1).encode())
 
         warm = set()
         for run in together:
@@ -159,6 +159,17 @@ def train(runs, args):
         for run in mine:
             go(run, LocalCommunicator(), share)
         group.barrier()
+
+
+def check_ranks(expected, got):
+    if got != expected:
+        raise ValueError(f"expected {expected} ranks, got {got}")
+
+
+def check_folder(directory):
+    """Raise if the report or the records cannot be written."""
+    check_writable(directory / "report.md")
+    check_writable(directory / "records" / "record")
 
 
 def start_ranks(args):
@@ -197,12 +208,17 @@ def main():
     args = arguments()
     runs = matrix(args)
     missing = [run for run in runs if run not in read(args.out, runs)]
-    if missing and launched().launcher == "none":
-        sys.exit(start_ranks(args))
-    if launched().launcher != "none":
+    if launched().launcher == "none":
+        on_all_ranks(LocalCommunicator(), "--out", check_folder, args.out)
+        if missing:
+            sys.exit(start_ranks(args))
+    else:
         train(missing, args)
     if int(os.environ.get("RANK", 0)) == 0:
-        write_report(args.out, read(args.out, runs))
+        try:
+            write_report(args.out, read(args.out, runs))
+        except OSError as error:
+            raise SystemExit(f"--out: {error}") from error
 
 
 if __name__ == "__main__":

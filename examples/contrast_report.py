@@ -449,7 +449,9 @@ def draw(name, cells, directory):
     with plt.rc_context(settings):
         figure = DRAWINGS[name](plt, cells)
         for suffix in "png", "svg":
-            figure.savefig(directory / f"{name}.{suffix}", dpi=180)
+            image = io.BytesIO()
+            figure.savefig(image, format=suffix, dpi=180)
+            write(directory / f"{name}.{suffix}", image.getbuffer())
         plt.close(figure)
 
 

@@ -4,11 +4,13 @@ N images of shape (C, H, W): float32 in [0, 1], or uint8, which takes a quarter 
 """
 
 import functools
-import pickle
 
+import inert_pickle
 import numpy as np
 import torch
 
+CLASSES = 10  # of CIFAR-10
+LARGEST_FILE = 2**26  # bytes; CIFAR-10's have 31 million
 TRAIN_SIZE = 1500  # of the 1797 digits
 IMAGE_SIZE = 32  # pixels; an image folder's images are cropped to squares and brought to it
 TEST_SHARE = 5  # of an image folder without a test part: every fifth image
@@ -23,7 +25,8 @@ def load(folder=None):
 
     Raises:
         NotADirectoryError: there is no such folder.
-        ValueError: the folder is none of these, or a file in it is not what its name says.
+        FileNotFoundError: a file of CIFAR-10's is missing.
+        ValueError: the folder is none of these, or a file in it is not what its name says; it is named.
         RuntimeError: an image folder wants Pillow, and there is none.
     """
     if folder is None:
@@ -54,42 +57,52 @@ def cifar(folder, suffix, read):
 
 
 def joined(parts):
-    """Return (images, labels) of several ((N, 3072) uint8, (N,)) arrays, as tensors."""
+    """Return (images, labels) of several ((N, 3072) uint8, (N,) int64) arrays, as tensors."""
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), torch.from_numpy(labels.astype(np.int64))
-
-
-class CifarUnpickler(pickle.Unpickler):
-    """An unpickler of arrays, numbers and strings, which runs nothing that a file names beside them."""
-
-    ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype", "encode"})
-    MODULES = frozenset({"numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs"})
-
-    def find_class(self, module, name):
-        if module in self.MODULES and name in self.ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
+    return torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), torch.from_numpy(labels)
 
 
 def read_pickle(path):
-    with path.open("rb") as file:
-        try:
-            batch = CifarUnpickler(file, encoding="bytes").load()
-            pixels, labels = batch[b"data"], np.asarray(batch[b"labels"])
-        except (pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-            raise ValueError(f"expected a batch of CIFAR-10 with data and labels, got {error!r}: {path}") from error
-    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072):
-        raise ValueError(f"expected ({len(labels)}, 3072) uint8, got {pixels.shape} {pixels.dtype}: {path}")
-    return pixels, labels
+    """Read the (N, 3072) pixels and (N,) labels of a pickle, as Python 2 wrote it. Nothing that it names is run."""
+    content = read_bytes(path)
+    try:
+        batch = inert_pickle.loads(content)
+        if not (type(batch) is dict and {b"data", b"labels"} <= batch.keys()):
+            raise ValueError("expected a dictionary with data and labels, got none")
+        pixels, labels = inert_pickle.array_of_bytes(batch[b"data"]), batch[b"labels"]
+        if not (type(labels) is list and all(type(label) is int for label in labels)):
+            raise ValueError("expected labels to be a list of integers, got something else")
+    except ValueError as error:
+        raise ValueError(f"expected a batch of CIFAR-10, got another file ({error!s:.200}): {path}") from error
+    if not labels or pixels.shape != (len(labels), 3072):
+        raise ValueError(f"expected ({len(labels) or 'N'}, 3072) uint8, got {pixels.shape}: {path}")
+    return pixels, within_classes(labels, path)
 
 
 def read_binary(path):
     """Read a file of 3073 bytes for each image: the label, then the pixels."""
-    values = np.fromfile(path, np.uint8)
+    values = np.frombuffer(read_bytes(path), np.uint8)
     if values.size == 0 or values.size % 3073:
         raise ValueError(f"expected images of 3073 bytes, got {values.size} bytes: {path}")
     values = values.reshape(-1, 3073)
-    return values[:, 1:], values[:, 0]
+    return values[:, 1:], within_classes(values[:, 0].tolist(), path)
+
+
+def read_bytes(path):
+    """Return the content of a file that is no larger than CIFAR-10's can be."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"expected a file, got something else: {path}")
+    if path.exists() and path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"expected at most {LARGEST_FILE} bytes, got {path.stat().st_size}: {path}")
+    return path.read_bytes()
+
+
+def within_classes(labels, path):
+    """Return a list of labels as an array, if each is that of a class."""
+    wrong = [label for label in labels if not 0 <= label < CLASSES]
+    if wrong:
+        raise ValueError(f"expected labels from 0 to {CLASSES - 1}, got {wrong[0]!s:.80}: {path}")
+    return np.array(labels, np.int64)
 
 
 def image_folder(folder):
@@ -132,6 +145,9 @@ def read_image(path):
         from PIL import Image, ImageOps
     except ImportError as error:
         raise RuntimeError("an image folder is read by Pillow: pip install pillow") from error
-    with Image.open(path) as image:
-        square = ImageOps.fit(image.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE))
+    try:
+        with Image.open(path) as image:
+            square = ImageOps.fit(image.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE))
+    except Exception as error:  # of Pillow's many readers, each raises its own
+        raise ValueError(f"expected an image that Pillow can read, got {type(error).__name__}: {path}") from error
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()

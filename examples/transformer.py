@@ -23,7 +23,8 @@ held-out text in both. LayerNorm and RMSNorm take each position by itself, and h
 Rank 0 writes a JSON record: the loss of each step over the global batch (nats per byte), the bits per character, the
 speed, and what a step costs in collectives and bytes; then the model continues a text. With --checkpoint FILE it also
 writes the state of the training from time to time; the same command with --resume goes on from there, on any number of
-ranks with the same global batch.
+ranks with the same global batch. Rank 0 reads it for all: the other hosts need not see the file. A training whose loss
+or weights are no longer finite ends, and leaves the last good checkpoint.
 
 Shapes: N samples, T bytes of context, C channels.
 """
@@ -40,15 +41,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from checkpoints import load, save
 from common import (
     TimedCommunicator,
     batch_of_step,
+    check_writable,
     launcher,
     learning_rate,
-    load,
+    my_device,
+    on_all_ranks,
+    on_rank_0,
     per_step,
     positive,
-    save,
     timed_all_reduce,
     without_buffer_broadcast,
     write,
@@ -80,7 +84,7 @@ def paragraphs(file=None):
         text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
     unique = dict.fromkeys(paragraph for paragraph in re.split(rb"\n\s*\n", text) if paragraph.strip())
     if len(unique) < VALIDATION:
-        raise SystemExit(
+        raise ValueError(
             f"expected a text of at least {VALIDATION} paragraphs with blank lines between, got {len(unique)}: {file}"
         )
     return list(unique)
@@ -252,6 +256,8 @@ def arguments(words=None):
     args = parser.parse_args(words)
     if args.resume and args.checkpoint is None:
         parser.error("--resume needs --checkpoint FILE")
+    if args.out is not None and args.out == args.checkpoint:
+        parser.error(f"expected different files for --out and --checkpoint, got {args.out} for both")
     if args.width % args.heads:
         parser.error(f"expected a --width that --heads {args.heads} divides, got {args.width}")
     if args.context < 4:  # a sample of a single byte has no variance
@@ -273,6 +279,13 @@ def data(file, context, device):
 def main():
     args = arguments()
     group = syncnorm.init(timeout=args.timeout)
+    path = args.out or Path("runs") / (
+        f"transformer-{args.norm}-{launcher()}-{group.size}x{args.batch_per_rank}-seed{args.seed}.json"
+    )
+    on_all_ranks(group, "--data", data, args.data, args.context, my_device())  # which keeps it
+    on_rank_0(group, "--out", check_writable, path)
+    if args.checkpoint:
+        on_rank_0(group, "--checkpoint", check_writable, args.checkpoint)
     description = f"{args.norm}, {group.size} x {args.batch_per_rank} samples"
     model, record = train(
         args, group, lambda steps: track(steps, description, console=Console(stderr=True), disable=group.rank != 0)
@@ -281,10 +294,7 @@ def main():
     if group.rank == 0:
         device = next(model.parameters()).device
         record["sample"] = continuation(model, args.context, args.sample, args.seed, device)
-        path = args.out or Path("runs") / (
-            "transformer-{norm}-{launcher}-{ranks}x{batch_per_rank}-seed{seed}.json".format(**record)
-        )
-        write(path, json.dumps(record, indent=1).encode())
+        on_all_ranks(LocalCommunicator(), "--out", write, path, json.dumps(record, indent=1).encode())
         print(
             "{valid_bits_per_character:.3f} bits per character ({valid_bits_per_character_in_train_mode:.3f} by the "
             "statistics of the batch), {tokens_per_second:.0f} tokens/s".format(**record),
@@ -302,7 +312,7 @@ def evaluate(model, args, group):
 
 def train(args, group, track=iter):
     """Train on the ranks of the group; return the model and a record. `track` passes the steps on and may show them."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = my_device()
     samples, _, crc = data(args.data, args.context, device)
 
     torch.manual_seed(args.seed)
@@ -321,8 +331,8 @@ def train(args, group, track=iter):
     training |= {**shape, "crc_of_text": crc}
     losses = torch.zeros(args.steps, dtype=torch.float64, device=device)
     first = 0
-    if args.resume and args.checkpoint.exists():
-        first = load(args.checkpoint, training, model, optimizer, losses)
+    if args.resume:
+        first = load(args.checkpoint, training, model, optimizer, losses, group)
     net = model
     if dist.is_initialized() and group.size > 1:
         net = DistributedDataParallel(model, **without_buffer_broadcast())
@@ -348,8 +358,8 @@ def train(args, group, track=iter):
         if done == args.steps or (args.checkpoint and done % args.checkpoint_every == 0):
             losses[averaged:done] = group.all_reduce(losses[averaged:done].clone()) / group.size
             averaged = done
-            if args.checkpoint and group.rank == 0:
-                save(args.checkpoint, training, model, optimizer, losses[:done])
+            if args.checkpoint:
+                save(args.checkpoint, training, model, optimizer, losses[:done], group)
     group.barrier()
     seconds = time.perf_counter() - start
     trained = args.steps - first

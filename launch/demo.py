@@ -159,10 +159,13 @@ def main():
     parser.add_argument("--redraw", action="store_true", help="draw the records that are there, train nothing")
     args = parser.parse_args()
     directory = args.out / "demo"
-    directory.mkdir(parents=True, exist_ok=True)
-    if args.redraw:
-        records = {r: json.loads((directory / f"{r.norm}-{r.launcher}-{r.ranks}.json").read_text()) for r in RUNS}
-    else:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if args.redraw:
+            records = {r: json.loads((directory / f"{r.norm}-{r.launcher}-{r.ranks}.json").read_text()) for r in RUNS}
+    except OSError as error:
+        sys.exit(f"{'--redraw' if args.redraw else '--out'}: {error}")
+    if not args.redraw:
         records = {run: train(run, args.steps, directory) for run in RUNS}
     Console(width=None if sys.stdout.isatty() else 130).print(table(records))
     largest = max(difference(records, run)[:COMPARED].max() for run in RUNS if run.norm == "sync_bn")

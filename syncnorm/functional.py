@@ -78,10 +78,10 @@ def sync_batch_norm(
             residual).
         inplace: write the output over the input, for activation None or "leaky_relu" and no residual. Backward keeps
             the output alone and computes the input from it: where the weight is small beside the bias, and in half
-            precision, with fewer digits. The normalized input is estimated as (z - bias) * weight / (weight² + σ²),
-            where σ = finfo(input.dtype).eps * |bias| / sqrt(12) is what rounding has added to z. So a weight well above
-            σ has its gradient to rounding. The gradient of a weight below σ tends to 0 with the weight, since the
-            output no longer holds the input. The error of a gradient is never larger than its own scale.
+            precision, with fewer digits. The normalized input x̂ is estimated as (z - bias) * weight / (weight² + σ²),
+            where σ = finfo(input.dtype).eps * |bias| / sqrt(12) is the standard deviation of the rounding of z. A
+            weight well above σ gets an accurate gradient. For a weight below σ the output no longer holds the input:
+            its gradient tends to 0 with the weight, and its error is at most the sum of |dL/dz| (|x̂| + 1).
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of 2C
     in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none.
@@ -112,7 +112,7 @@ def sync_batch_norm(
     group = _sharing_batch(input, process_group)
 
     moments = _combined(Moments.of(input, mask), group)
-    if _one_value(input, mask, moments, group):
+    if _one_value(input, mask, moments):
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
             + (" and a mask" if mask is not None else "")
@@ -288,7 +288,7 @@ def _sharing(input: Tensor, process_group: ProcessGroupLike) -> Communicator:
     return _ALONE if process_group is None or without_values(input) else communicator(process_group)
 
 
-def _one_value(input: Tensor, mask: Tensor | None, moments: Moments, group: Communicator) -> bool:
+def _one_value(input: Tensor, mask: Tensor | None, moments: Moments) -> bool:
     """Return whether the whole batch has one value per channel; ask the device only where that can be so."""
     few = input.numel() <= input.shape[1] if mask is None else mask.is_cpu
     if few and without_values(input):

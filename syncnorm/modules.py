@@ -200,14 +200,15 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         if torch.compiler.is_compiling():
             return given
         group = communicator() if given is None else given
-        if not (self._group.history.is_complete(group) or functional.without_values(input)):
+        if not self._group.history.is_complete(group):
             validate.batch_norm_arguments(  # before the ranks compare anything
                 *(input, self.running_mean, self.running_var, self.weight, self.bias),
                 *(True, self.momentum, vars(self)["eps"], self.num_batches_tracked),
             )
             validate.mask_over_channels(mask, input)
             validate.epilogue(input, self.weight, self.bias, residual, self.activation, self.inplace)
-            self._group.history.check_call(self, input, group)
+            if not functional.without_values(input):
+                self._group.history.check_call(self, input, group)
         return given if isinstance(group, LocalCommunicator) else group
 
     def reset_parameters(self) -> None:

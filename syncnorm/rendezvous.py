@@ -11,7 +11,6 @@ written only once.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -47,9 +46,8 @@ OPERATION = timedelta(minutes=5)  # for one operation of the store, once the ran
 SIOCGIFADDR = 0x8915  # Linux's request for the address of an interface
 JOB = "syncnorm/job"  # the key of the job's id in a store that is the job's own
 _served: list[Any] = forks.keep([])  # the store that the other ranks connect to, on the rank that opened it
-_meetings = itertools.count(1)  # the same on all ranks: of each group that was destroyed, keys are left in the store
 _token = secrets.token_hex(8)  # of this process: process ids repeat in containers
-_has_met = False  # whether this process has met the others, or knows that there are none
+_meetings = 0  # of this process with the others, for each of its groups: the same number on all ranks
 
 
 def tell_over_mpi(world: MPI.Comm) -> None:
@@ -65,7 +63,7 @@ def tell_over_mpi(world: MPI.Comm) -> None:
         return
     if world.size == 1:
         refuse_to_be_alone("MPI")
-        if not _has_met:  # for torch.distributed's own init_process_group
+        if _meetings == 0:  # for torch.distributed's own init_process_group
             _tell(0, 1, 0, 1, LOCALHOST, job_store.free_port(), is_served=False)
         return
     host = world.Split_type(MPI.COMM_TYPE_SHARED)
@@ -132,10 +130,10 @@ def meet(rank: int, size: int, note: dict[str, Any]) -> tuple[Store, list[dict[s
             unless set); the port is another program's or another job's; another process has joined as this rank; the
             ranks disagree on how many they are.
     """
-    global _has_met
+    global _meetings
     note = note | {"host": socket.gethostname(), "process": os.getpid(), "token": _token}
     if size == 1:
-        _has_met = True
+        _meetings += 1
         return dist.HashStore(), [note]  # type: ignore[attr-defined]
     host, port = _address()
     waiting = _Waiting(rank, size, f"{host}:{port}")
@@ -155,7 +153,7 @@ def meet(rank: int, size: int, note: dict[str, Any]) -> tuple[Store, list[dict[s
                 "it has ended, which is rank 0's or torchrun"
             ) from None
         raise
-    _has_met = True
+    _meetings += 1
     return dist.PrefixStore("torch", words), notes  # type: ignore[attr-defined]
 
 
@@ -195,8 +193,8 @@ def _ours(store: Store) -> Store:
     return dist.PrefixStore(f"syncnorm/{job_id()}/{attempt}", store)  # type: ignore[attr-defined]
 
 
-def _meeting(store: Store, number: int) -> Store:
-    """Return the part of the store for one meeting: a job that destroys its process group may meet again."""
+def _of_meeting(number: int, store: Store) -> Store:
+    """Return the part of the store for one meeting: keys of groups that were destroyed are left in others."""
     return dist.PrefixStore(f"meeting/{number}", _ours(store))  # type: ignore[attr-defined]
 
 
@@ -277,7 +275,8 @@ def _user_of(host: str, port: int) -> str:
     if (job := store.get(JOB).decode(errors="replace")) != job_id():
         return f"job {printable(job)}"
     try:
-        return f"rank 0 of this job, {_process(_read(_meeting(store, 1).get('note of 0'), 0, f'{host}:{port}'))}"
+        note = _of_meeting(1, store).get("note of 0")
+        return f"rank 0 of this job, {_process(_read(note, 0, f'{host}:{port}'))}"
     except dist.DistStoreError:
         return "another process of this job"
 
@@ -310,7 +309,7 @@ def _enter(store: Store, note: dict[str, Any], waiting: _Waiting) -> Store:
     rank, size, where = waiting.rank, waiting.size, waiting.where
     if serves_the_store():  # where a launcher does, several jobs may share it
         _compare_jobs(store, where)
-    words = _meeting(store, next(_meetings))
+    words = _of_meeting(_meetings + 1, store)
     if (first := _write_once(words, "size", str(size))) != str(size):
         raise RuntimeError(
             f"expected all ranks at {where} to have one WORLD_SIZE, got {size} on rank {rank} and {printable(first)} "

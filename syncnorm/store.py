@@ -50,7 +50,13 @@ def open_store(host: str, port: int, timeout: timedelta) -> Store:
     address, port = listening.getsockname()[:2]
     reached = {"0.0.0.0": LOCALHOST, "::": "::1"}.get(address, address)
     return dist.TCPStore(  # type: ignore[attr-defined]
-        reached, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listening.detach()
+        reached,
+        port,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,  # torch.distributed's own init_process_group may use it too
+        master_listen_fd=listening.detach(),
     )
 
 

@@ -184,10 +184,48 @@ def test_an_mpi_collective_whose_peers_stay_away_times_out():
     if group.rank == 0:
         with pytest.raises(syncnorm.DesyncError, match=r"MPI_Allreduce on rank 0 of \d waited 0.2 s for its peers"):
             group.all_reduce(torch.zeros(2))
+        for again in (group, MpiCommunicator(own), syncnorm.communicator(own)):
+            assert_it_has_failed(again, r"MPI_Allreduce on rank 0 of \d waited 0.2 s")
     MPI.COMM_WORLD.Barrier()
     if group.rank != 0:
-        late = torch.zeros(2)
+        late = torch.ones(2)
         MpiCommunicator(own, timedelta(seconds=30)).all_reduce(late)  # so that rank 0's request ends
+        assert late.tolist() == [group.size - 1] * 2
+    MPI.COMM_WORLD.Barrier()
+    assert_it_has_failed(group, "MPI_Allreduce") if group.rank == 0 else None  # though its request has ended
+    fresh = MpiCommunicator(MPI.COMM_WORLD.Dup())
+    assert fresh.all_reduce(torch.ones(1)).item() == fresh.size
+
+
+def assert_it_has_failed(group, call):
+    """Every call that would communicate raises, and says which call failed first, when, and what to do."""
+    for name, arguments in [
+        ("all_reduce", [torch.ones(2, dtype=torch.float64)]),
+        ("all_reduce", [torch.ones(2, dtype=torch.float16)]),
+        ("broadcast", [torch.ones(2)]),
+        ("all_gather", [torch.ones(2)]),
+        ("all_gather_object", [1]),
+        ("barrier", []),
+        ("local_rank", []),
+        ("split", [0]),
+    ]:
+        with pytest.raises(
+            syncnorm.DesyncError, match=rf"failed at \d\d:\d\d:\d\d: {call}.*start a new one from the last checkpoint"
+        ):
+            getattr(group, name)(*arguments)
+
+
+@pytest.mark.mpi
+def test_an_mpi_communicator_is_not_used_after_an_error():
+    from mpi4py import MPI
+
+    from syncnorm.communicators.mpi import MpiCommunicator
+
+    for timeout in (None, timedelta(seconds=30)):
+        group = MpiCommunicator(MPI.COMM_WORLD.Dup(), timeout)
+        with pytest.raises((MPI.Exception, syncnorm.DesyncError), match="MPI_ERR_ROOT"):
+            group.broadcast(torch.ones(2), root=99)
+        assert_it_has_failed(group, r"MPI_Bcast on rank \d of \d: MPI_ERR_ROOT")
 
 
 def subgroup_of_ranks(ranks):

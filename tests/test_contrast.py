@@ -387,6 +387,26 @@ def test_one_rank_is_refused(monkeypatch, capsys):
     assert "expected at least 2 --ranks" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_the_trainings(tmp_path, monkeypatch, capsys):
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setattr(sys, "argv", ["contrast.py", "--out", str(tmp_path / "taken" / "report")])
+    with pytest.raises(SystemExit, match="1"):
+        contrast_example.main()
+    report = tmp_path / "taken" / "report" / "report.md"
+    assert capsys.readouterr().err == f"--out: cannot write {report}: Not a directory\n"
+
+
+@pytest.mark.parametrize("content", ["", '{"arguments": ', "[]", "null", '{"loss": []}', "\udcff"])
+def test_a_broken_record_is_none(content, directory, tmp_path, monkeypatch):
+    """Its run is run again."""
+    monkeypatch.setattr(sys, "argv", ["contrast.py", *map(str, TINY)])
+    runs = contrast_example.matrix(contrast_example.arguments())
+    shutil.copytree(directory / "records", tmp_path / "records")
+    assert contrast_example.read(tmp_path, runs).keys() == set(runs)
+    (tmp_path / runs[0].path).write_text(content, errors="surrogateescape")
+    assert contrast_example.read(tmp_path, runs).keys() == set(runs[1:])
+
+
 def test_another_number_of_ranks_is_refused(tmp_path):
     job = launch("torchrun", 2, CONTRAST, "--ranks", 4, "--out", tmp_path, timeout=60)
     assert job.returncode != 0

@@ -97,7 +97,7 @@ def wait_for_store(port):
 def wait_for(port, rank, job="unnamed"):
     """Wait until a rank of a job has left its note at a port."""
     store = dist.TCPStore(LOCALHOST, port, wait_for_workers=False, timeout=timedelta(seconds=60))
-    dist.PrefixStore(f"syncnorm/{job}/0", store).wait([f"note of {rank}"])
+    dist.PrefixStore(f"syncnorm/{job}/0/meeting/1", store).wait([f"note of {rank}"])
 
 
 def test_each_rank_is_counted_once(start):
@@ -215,7 +215,7 @@ def test_a_note_that_was_overwritten_is_refused(start):
     wait_for(port, 0)
     store = dist.TCPStore(LOCALHOST, port, wait_for_workers=False)
     note = json.dumps({"host": "else\x1b[2Jwhere", "process": 1, "gpu": None, "token": ""})
-    dist.PrefixStore("syncnorm/unnamed/0", store).set("note of 0", note)
+    dist.PrefixStore("syncnorm/unnamed/0/meeting/1", store).set("note of 0", note)
     start(**by_hand(1, 2, port))
     assert "rank 0 of 2 has joined at" in (outcome := zero.outcome())
     assert rf"already: process 1 on else\x1b[2Jwhere. This is {zero.name}." in outcome

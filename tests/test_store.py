@@ -66,6 +66,16 @@ def test_a_name_that_is_loopback_here_may_be_another_address_elsewhere(monkeypat
     assert store._addresses("node1") == [(socket.AF_INET, "127.0.1.1")]
 
 
+def test_torch_may_use_the_same_store():
+    opened = store.open_store("127.0.0.1", 0, TIMEOUT)
+    theirs = dist.TCPStore("127.0.0.1", opened.port, is_master=True, wait_for_workers=False, multi_tenant=True)
+    theirs.set("key", "value")
+    assert opened.get("key") == b"value"
+    port = opened.port
+    del opened, theirs
+    assert store.obstacle("127.0.0.1", port, 5) == "connection refused"
+
+
 def test_a_port_in_use_is_told_from_others():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(store.PortInUseError):
         store.open_store("127.0.0.1", taken.getsockname()[1], TIMEOUT)

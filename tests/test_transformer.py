@@ -189,7 +189,7 @@ def test_samples_hold_each_byte_once(transformer, text, file):
 
 def test_a_text_of_few_paragraphs_is_refused(transformer, tmp_path):
     (tmp_path / "text").write_text("one\n\ntwo\n\n\none")
-    with pytest.raises(SystemExit, match=r"expected a text of at least 10 paragraphs .* got 2"):
+    with pytest.raises(ValueError, match=r"expected a text of at least 10 paragraphs .* got 2"):
         transformer.paragraphs(tmp_path / "text")
 
 

@@ -100,6 +100,27 @@ def test_an_interrupted_cluster_leaves_nothing(launcher, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def test_arguments_reach_the_hosts_as_they_are(tmp_path):
+    words = ["two\nlines", "it's", "", "$HOME"]
+    script = tmp_path / "a script.py"
+    script.write_text("import sys\nsys.stdout.write(f'got {sys.argv[1:]}\\n')\n")
+    assert f"got {words}" in on_hosts(1, 1, "torchrun", script, *words).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["two", "2", "torchrun"], "expected 1 to 254 hosts, got two"),
+        (["255", "2", "torchrun"], "expected 1 to 254 hosts, got 255"),
+        (["2", "0", "torchrun"], "expected a positive number of ranks, got 0"),
+        (["2", "2", "srun"], "expected torchrun or mpirun, got srun"),
+    ],
+)
+def test_use_by_mistake_is_explained(arguments, expected):
+    wrong = subprocess.run([CLUSTER, *arguments, "train.py"], capture_output=True, text=True, check=False, timeout=10)
+    assert (wrong.returncode, wrong.stderr) == (2, f"{expected}\n")
+
+
 def test_usage():
     help_ = subprocess.run([str(CLUSTER), "--help"], capture_output=True, text=True, check=True, timeout=10)
     assert help_.stdout.startswith("Make HOSTS hosts on this machine")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .library import MPI
 
-__all__ = ["ARITHMETIC", "arithmetic", "cuda_aware", "memory_at", "message", "stage", "wait_until"]
+__all__ = ["ARITHMETIC", "arithmetic", "cuda_aware", "memory_at", "message", "overdue", "stage", "wait_until"]
 
 ARITHMETIC = {
     torch.float64: MPI.DOUBLE,
@@ -45,7 +45,6 @@ REPLACED = {  # what MPI has no type for -> what it is computed in
 }
 TRANSPORT = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}  # by item size
 memory_at = MPI.buffer.fromaddress  # refers to memory, does not keep it alive
-_ABANDONED: list[Any] = []  # what was not waited for to the end
 
 
 def arithmetic(dtype: torch.dtype) -> tuple[torch.dtype, MPI.Datatype]:
@@ -79,20 +78,18 @@ def stage(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return dense
 
 
-def wait_until(is_complete: Callable[[], bool], limit: timedelta, who: str, memory: Any) -> None:
-    """Return when `is_complete` says so; after `limit` raise TimeoutError, naming `who` waited.
-
-    `memory` is what MPI works on: where the wait ends otherwise, it is kept for good, since MPI may still write there.
-    """
+def wait_until(is_complete: Callable[[], bool], limit: timedelta, who: str) -> None:
+    """Return when `is_complete` says so; after `limit` raise TimeoutError, naming `who` waited."""
     deadline = time.monotonic() + limit.total_seconds()
-    try:
-        while not is_complete():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{who} waited {limit.total_seconds():g} s for its peers")
-            os.sched_yield()  # ranks may share a core
-    except BaseException:
-        _ABANDONED.append(memory)
-        raise
+    while not is_complete():
+        if time.monotonic() > deadline:
+            raise TimeoutError(overdue(who, limit))
+        os.sched_yield()  # ranks may share a core
+
+
+def overdue(who: str, limit: timedelta) -> str:
+    """Return what is said of a call whose peers have not come in time."""
+    return f"{who} waited {limit.total_seconds():g} s for its peers, then its timeout expired"
 
 
 @functools.cache

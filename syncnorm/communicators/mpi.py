@@ -16,6 +16,8 @@ from ..roll_call import raise_desync
 from .library import MPI, raise_of_mpi, ranks_in_the_job
 from .messages import ARITHMETIC, arithmetic, memory_at, message, stage, wait_until
 from .staging import write_back
+from .standing import standing
+from .under_way import hold
 
 __all__ = ["MpiCommunicator"]
 
@@ -28,7 +30,10 @@ class MpiCommunicator:
     Args:
         comm: an intracommunicator that this process is a member of (not `MPI.COMM_NULL`).
         timeout: raise DesyncError, naming the operation, when its peers have not come after this time; None: wait.
-            With a timeout tensors travel by MPI's non-blocking collectives. A group that timed out is of no more use.
+            With a timeout tensors travel by MPI's non-blocking collectives.
+
+    After a call that timed out, or that MPI reported an error of, every later call on this communicator raises
+    DesyncError: its ranks may be at different calls.
     """
 
     unusable = ""  # why collectives raise; of the class in a forked child
@@ -38,6 +43,7 @@ class MpiCommunicator:
         self.timeout = timeout
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
+        self.standing = standing(comm)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks in place: one `MPI_Allreduce`. float16 and bfloat16 are summed in float32."""
@@ -45,7 +51,7 @@ class MpiCommunicator:
             datatype = ARITHMETIC[tensor.dtype]
         except KeyError:
             return self._all_reduce_staged(tensor)
-        if self.timeout is None and tensor.is_cpu and tensor.is_contiguous():
+        if self.timeout is None and tensor.is_cpu and tensor.is_contiguous() and self.standing.failure is None:
             # What a layer sends. MPI takes 2 µs for it, so each further look-up would show.
             if self.unusable:
                 raise RuntimeError(self.unusable)
@@ -90,6 +96,7 @@ class MpiCommunicator:
 
     def local_rank(self) -> int:
         """Return this rank's place among those on its host: one `MPI_Comm_split_type`, which all ranks call."""
+        self.standing.check()
         host = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         rank: int = host.Get_rank()
         host.Free()
@@ -97,27 +104,37 @@ class MpiCommunicator:
 
     def split(self, block: int) -> MpiCommunicator:
         """Return the ranks that give the same block: one `MPI_Comm_split`, which all ranks of this group call."""
+        self.standing.check()
         return MpiCommunicator(self.comm.Split(block, self.rank), self.timeout)
 
     def _run(self, function: str, *arguments: Any, memory: Any = None) -> None:
         """Call the MPI function: blocking, or under the timeout in its non-blocking form. `memory` must outlive it."""
         if self.unusable:
             raise RuntimeError(self.unusable)
+        self.standing.check()
         try:
             if self.timeout is None:
                 getattr(self.comm, function)(*arguments)
                 return
             request = getattr(self.comm, "I" + function.lower())(*arguments)
-            who = f"MPI_{function} on rank {self.rank} of {self.size}"
-            wait_until(request.Test, self.timeout, who, (request, memory))
-        except (TimeoutError, MPI.Exception) as error:
+            try:
+                wait_until(request.Test, self.timeout, self._name(function))
+            except BaseException:
+                hold(request.Test, (request, memory))
+                raise
+        except (MPI.Exception, TimeoutError) as error:
             self._raise(function, error)
 
     def _raise(self, function: str, error: Exception) -> NoReturn:
-        """Raise the error of a collective; where it is not of the arguments, with the place of every rank."""
+        """Let no call follow on one that failed, and raise its error: with the place of every rank, if it is theirs."""
         if isinstance(error, MPI.Exception):
-            raise_of_mpi(error, f"MPI_{function} on rank {self.rank} of {self.size}", self.comm)
+            self.standing.fail(f"{self._name(function)}: {error}")
+            raise_of_mpi(error, self._name(function), self.comm)
+        self.standing.fail(str(error))
         raise_desync(error, str(error), ranks_in_the_job(self.comm))
+
+    def _name(self, function: str) -> str:
+        return f"MPI_{function} on rank {self.rank} of {self.size}"
 
     def __repr__(self) -> str:
         return f"MpiCommunicator(rank={self.rank}, size={self.size})"
