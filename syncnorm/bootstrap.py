@@ -8,7 +8,6 @@ import functools
 import gc
 import io
 import os
-import socket
 import sys
 import time
 from datetime import timedelta
@@ -23,7 +22,7 @@ from . import communicators, forks, rendezvous, roll_call
 from .communicators import Communicator
 from .errors import DesyncError
 from .launchers import launched, refuse_to_be_alone
-from .terminate import before_terminate
+from .terminate import before_terminate, hang_up
 
 __all__ = ["init"]
 
@@ -174,6 +173,7 @@ def _local_device() -> int:
 def _destroy_process_group() -> None:
     if forks.is_inherited(None):
         return
+    roll_call.last_words()  # before its connections close, after which others ask
     gc.collect()  # DistributedDataParallel refers to the group in cycles
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -220,20 +220,9 @@ def _say_before_terminate(rank: int, hosts: list[str]) -> None:
         file=sys.stderr,
         flush=True,
     )
-    _hang_up()
+    hang_up(but=int(os.environ["MASTER_PORT"]))  # which is the store's
     time.sleep(2 * roll_call.INTERVAL)  # launchers end all ranks after the first: the others report before that
     roll_call.leave()
-
-
-def _hang_up() -> None:
-    """Shut down the TCP connections of this process, but for the store's: collectives of its peers fail."""
-    port = int(os.environ["MASTER_PORT"])
-    with contextlib.suppress(OSError):  # not Linux
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
-                ends = connection.getsockname(), connection.getpeername()
-                if connection.family in (socket.AF_INET, socket.AF_INET6) and port not in [end[1] for end in ends]:
-                    connection.shutdown(socket.SHUT_RDWR)
 
 
 @functools.cache  # once in a process

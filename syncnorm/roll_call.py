@@ -109,10 +109,11 @@ def take(ranks: Iterable[int], here: str | None = None) -> str:
     return report[0] if report else _attendance.unreachable()
 
 
-def last_words(error: BaseException | str) -> None:
-    """Leave what the other ranks are told of this one from now on: what ends it."""
+def last_words(error: BaseException | str | None = None) -> None:
+    """Leave what the other ranks are told of this one from now on: what ends it. None: the last line, or sys.exit."""
     if _attendance is not None:
-        saying = threading.Thread(target=_attendance.end, args=(error,), daemon=True)
+        words = _attendance.exit if error is None else error
+        saying = threading.Thread(target=_attendance.end, args=(words,), daemon=True)
         saying.start()
         saying.join(2 * PATIENCE)  # the network may be gone
 
@@ -142,7 +143,7 @@ def whereabouts() -> str:
     """Return where this process is: the collective, if it is in one, and the line of the program."""
     frames = sys._current_frames()
     stacks = {thread: list(traceback.walk_stack(frame)) for thread, frame in frames.items()}
-    main = stacks.pop(threading.main_thread().ident or 0)
+    main = stacks.pop(threading.main_thread().ident or 0, [])  # Python may be at its exit
     return _describe(main, [main, *stacks.values()])
 
 
@@ -167,7 +168,7 @@ class _Attendance:
 
     def leave(self) -> None:
         """Answer no more. The rank that serves the store lets the others leave it first."""
-        last_words(self.exit)
+        last_words()
         self.leaving.set()
         self.thread.join(INTERVAL)
         if self.rank == 0 and serves_the_store():

@@ -22,12 +22,13 @@ SCRIPT = """
         layer(x - x.detach().mean(0) + float(rank)).square().sum().backward()
         torch.testing.assert_close(layer.running_mean, torch.full((2,), (1 - 0.9**time) * (size - 1) / 2))
         if pair is not None:  # made in the group before this one
-            try:
-                pair(x)
-            except RuntimeError as error:
-                assert "got one that torch.distributed.destroy_process_group has destroyed" in str(error), error
-            else:
-                raise AssertionError("a layer used a group that was destroyed")
+            for layer_of_pair in (pair, syncnorm.SyncBatchNorm(2, process_group=pair.process_group)):
+                try:
+                    layer_of_pair(x)
+                except RuntimeError as error:
+                    assert "got one that torch.distributed.destroy_process_group has destroyed" in str(error), error
+                else:
+                    raise AssertionError("a layer used a group that was destroyed")
         total = torch.ones(1)
         if dist.is_initialized():
             dist.all_reduce(total)

@@ -136,6 +136,17 @@ def test_ranks_that_ended_in_order_say_so_after_the_first_one_served_the_store(r
     assert "MISSING" not in jobs[2].stderr
 
 
+def test_a_rank_that_exits_while_another_waits_for_it(run):
+    jobs = run("""
+        if group.rank == 0:
+            time.sleep(1)
+            sys.exit(3)
+        group.all_reduce(ones)
+    """)
+    assert [job.returncode for job in jobs] == [3, 1]
+    assert f"rank 0 on {HOST}: ended by sys.exit(3)\n" in jobs[1].stderr
+
+
 def test_control_characters_of_another_rank_are_escaped(run):
     jobs = run("""
         if group.rank == 1:

@@ -32,7 +32,6 @@ class ProcessGroupCommunicator:
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = group
-        self._is_registered = _is_registered(group)
 
     @property
     def rank(self) -> int:
@@ -99,7 +98,7 @@ class ProcessGroupCommunicator:
         """Raise if the group belongs to the process that this one was forked from, or was destroyed."""
         if forks.is_inherited(self.group):
             raise RuntimeError(forks.REFUSAL)
-        if self._is_registered and not _is_registered(self.group):
+        if type(self.group) is dist.ProcessGroup and self.group not in dist.distributed_c10d._world.pg_map:
             raise RuntimeError(DESTROYED)
 
     @contextlib.contextmanager
@@ -117,7 +116,3 @@ class ProcessGroupCommunicator:
     def __repr__(self) -> str:
         backend = dist.get_backend(self.group)
         return f"ProcessGroupCommunicator({backend}, rank={self.rank}, size={self.size})"
-
-
-def _is_registered(group: dist.ProcessGroup | None) -> bool:
-    return group is not None and group in dist.distributed_c10d._world.pg_map
