@@ -171,7 +171,7 @@ class _Normalize(Function):
         input, statistics, weight, bias, kept, mask = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         plan = ctx.plan
-        followed = torch.is_grad_enabled() or transforms.active() or any(map(transforms.batched, grads))
+        followed = torch.is_grad_enabled() or transforms.active(grad_output, grad_statistics)
         kernel = kernels.reference if followed else kernels.select(input)
         epilogue = _with(plan.epilogue, kept)
         if epilogue.keeps_signs and bool(channels_last(input)) != bool(ctx.channels_last):
