@@ -174,7 +174,7 @@ class _Normalize(Function):
         input, statistics, weight, bias, kept, mask = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         plan = ctx.plan
-        followed = torch.is_grad_enabled() or transforms.active() or any(map(transforms.batched, grads))
+        followed = torch.is_grad_enabled() or transforms.active(grad_output, grad_statistics)
         tensors = input, grad_output, statistics, weight, bias, kept, mask
         kernel = kernels.reference if followed else kernels.select(*tensors)
         epilogue = _with(plan.epilogue, kept)

@@ -24,24 +24,34 @@ warnings.filterwarnings("ignore", category=TracerWarning, module=__package__)
 _torch_func = _C._are_functorch_transforms_active
 _jit_trace = _C._is_tracing
 _modes, _mode, _PROXY = _C._len_torch_dispatch_stack, _C._get_dispatch_mode, _C._TorchDispatchModeKey.PROXY
-_is_batched = _C._functorch.is_legacy_batchedtensor
+_is_batch = _C._functorch.is_legacy_batchedtensor
 
 
-def active() -> bool:
-    """Return whether a transform of torch.func, forward-mode AD or a tracer follows the operations."""
-    return _torch_func() or forward_ad._current_level >= 0 or recording()
+def active(*grads: Tensor | None) -> bool:
+    """Return whether a transform of torch.func, forward-mode AD or a tracer follows the operations.
+
+    In a backward pass, also whether any of its gradients is a batch, as `is_grads_batched` makes it.
+    """
+    if _torch_func() or forward_ad._current_level >= 0:
+        return True
+    if is_dynamo_compiling():  # torch.compile sees through the reference, and cannot answer what is asked below
+        return False
+    for grad in grads:
+        if grad is not None and _is_batch(grad):
+            return True
+    return _jit_trace() or (_modes() > 0 and recording())
 
 
 def recording() -> bool:
     """Return whether torch.jit.trace, make_fx or torch.export records the operations."""
-    if is_compiling():  # torch.compile sees through all that the reference does, and has no answers to what follows
-        return not is_dynamo_compiling()
-    return _jit_trace() or (_modes() > 0 and _mode(_PROXY) is not None)
+    if is_dynamo_compiling():
+        return False
+    return _jit_trace() or (_modes() > 0 and (_mode(_PROXY) is not None or is_compiling()))
 
 
-def batched(grad: Tensor | None) -> bool:
-    """Return whether a gradient is a batch of `torch.autograd.grad(..., is_grads_batched=True)`."""
-    return grad is not None and not is_dynamo_compiling() and _is_batched(grad)
+def batched(tensor: Tensor) -> bool:
+    """Return whether a tensor is a batch, as `torch.autograd.grad(..., is_grads_batched=True)` makes it."""
+    return not is_dynamo_compiling() and _is_batch(tensor)
 
 
 def plain(tensor: Tensor) -> Tensor:
