@@ -164,6 +164,11 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
     def eps(self, eps: float) -> None:
         vars(self)["eps"] = eps
 
+    def __dir__(self) -> list[str]:
+        """Return the names of all attributes that can be read, which torch.jit and inspect do one after the other."""
+        names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        return names if self.activation is None else [name for name in names if name != "eps"]
+
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalize `input`, (N, C, *), and in training move the running statistics.
 

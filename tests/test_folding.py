@@ -4,6 +4,7 @@ What such code drops has to be nothing: the folded model gives what the model ga
 """
 
 import copy
+import inspect
 import pickle
 import warnings
 from itertools import pairwise
@@ -182,6 +183,13 @@ def test_eps_of_an_activated_layer():
     assert "activation=relu" in repr(layer)
     layer.activation = None
     assert layer.eps == 1e-3
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_all_listed_attributes_can_be_read(activation):
+    """As torch.jit.trace, debuggers and inspect.getmembers do."""
+    layer = SyncBatchNorm(2, activation=activation)
+    assert ("eps" in dict(inspect.getmembers(layer))) == (activation is None)
 
 
 def test_eps_can_be_set_and_counts():
