@@ -521,7 +521,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         self._incomplete([self._tell(self.communicator.comm.Isend, rank, tag) for rank in others], limit)
 
     def _tell(self, function: Callable[..., MPI.Request], rank: int, tag: int) -> MpiWork:
-        flag = torch.zeros(1)
+        flag = torch.zeros(1, device="cpu")
         started = [(function(message(flag), rank, tag), lambda: flag)]
         return MpiWork(f"monitored_barrier {self.where}", started, [], self.timeout, self.all, self.standing)
 
@@ -588,8 +588,8 @@ class MpiProcessGroup(dist.ProcessGroup):
         if opts.reduceOp != ReduceOp.SUM:
             raise NotImplementedError("expected the SUM of a sparse tensor, got another reduction")
         own = tensor.coalesce()
-        counts = torch.empty(self.size(), dtype=torch.int64)
-        self.all_gather_single(counts, torch.tensor([own._nnz()])).wait()
+        counts = torch.empty(self.size(), dtype=torch.int64, device="cpu")
+        self.all_gather_single(counts, torch.tensor([own._nnz()], device="cpu")).wait()
         sizes = counts.tolist()
         indices = [own.indices().new_empty(n, own.sparse_dim()) for n in sizes]
         values = [own.values().new_empty(n, *own.values().shape[1:]) for n in sizes]
@@ -598,9 +598,8 @@ class MpiProcessGroup(dist.ProcessGroup):
         def add_up() -> None:
             for _, write in moved:
                 write()
-            total = torch.sparse_coo_tensor(
-                torch.cat(indices).t(), torch.cat(values), tensor.shape, check_invariants=False
-            )
+            parts = torch.cat(indices).t(), torch.cat(values)
+            total = torch.sparse_coo_tensor(*parts, tensor.shape, device=tensor.device, check_invariants=False)
             with torch.no_grad():
                 tensor.copy_(total.coalesce())
 
