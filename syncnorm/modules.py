@@ -107,9 +107,11 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
             `syncnorm.functional.sync_batch_norm` for what each of them keeps for backward.
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of
-    2C in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none.
+    2C in backward (none if the input needs no gradient), which all ranks of the group must reach. In the first two
+    forwards, also one all-gather of 512 bytes, by which the ranks compare which layer they are in. Otherwise none.
 
     Raises:
+        DesyncError: on every rank; the ranks are in different layers, or their inputs differ in C or dtype.
         ValueError: the activation is unknown or cannot be in place; the input has not C channels, or the residual
             another shape; this rank is not in the group; the whole batch has one value per channel.
         TypeError: the input is not floating point, or the residual of another dtype; `eps` is read from a layer with an
@@ -387,14 +389,13 @@ class LayerNorm(_Grouped, nn.LayerNorm):
         process_group: the ranks among which the last axes are split; None: they are whole.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2R + 1 float64 in forward, for R
-    positions, and one of 2R in backward. At the first input of each size that a rank meets it compares its other axes
-    with the ranks' besides. Otherwise none.
+    positions, and one of 2R in backward. At the first input of each size, also one all-gather of 512 bytes, by which
+    the ranks compare their layer and their other axes. Otherwise none.
 
     Raises:
-        ValueError: the input does not end with normalized_shape; this rank is not in the group; the ranks have unequal
-            axes beside the last ones, of which each meets its own size for the first time. Where one of them has met
-            its size before they no longer compare, so that unequal ones cannot be refused: Gloo aborts or hangs until
-            the timeout, MPI truncates.
+        DesyncError: on every rank; the ranks are in different layers, or their inputs differ in dtype.
+        ValueError: the input does not end with normalized_shape; this rank is not in the group; on every rank, the
+            ranks have unequal axes beside the last ones. Ranks that have met their size before do not compare it again.
         TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
@@ -455,14 +456,13 @@ class RMSNorm(_Grouped, nn.RMSNorm):
         process_group: the ranks among which the last axes are split; None: they are whole.
 
     Collectives: with a process group of more than one rank, one all-reduce of R + 1 float64 in forward, for R
-    positions, and one of R in backward. At the first input of each size that a rank meets it compares its other axes
-    with the ranks' besides. Otherwise none.
+    positions, and one of R in backward. At the first input of each size, also one all-gather of 512 bytes, by which
+    the ranks compare their layer and their other axes. Otherwise none.
 
     Raises:
-        ValueError: the input does not end with normalized_shape; this rank is not in the group; the ranks have unequal
-            axes beside the last ones, of which each meets its own size for the first time. Where one of them has met
-            its size before they no longer compare, so that unequal ones cannot be refused: Gloo aborts or hangs until
-            the timeout, MPI truncates.
+        DesyncError: on every rank; the ranks are in different layers, or their inputs differ in dtype.
+        ValueError: the input does not end with normalized_shape; this rank is not in the group; on every rank, the
+            ranks have unequal axes beside the last ones. Ranks that have met their size before do not compare it again.
         TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
@@ -535,14 +535,13 @@ class GroupNorm(_Grouped, nn.GroupNorm):
             Parts may differ in size. Where space is split, the gradients of weight and bias are this rank's share.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 1 float64 in forward and
-    one of 2 N num_groups in backward. At the first N that a rank meets it compares N and num_groups with the ranks'
-    besides. Otherwise none.
+    one of 2 N num_groups in backward. At the first input of each N, also one all-gather of 512 bytes, by which the
+    ranks compare their layer, N and num_groups. Otherwise none.
 
     Raises:
-        ValueError: the input has not num_channels, or the groups do not divide them; this rank is not in the group; the
-            ranks have unequal N or num_groups, of which each meets its own for the first time. Where one of them has
-            met its N before they no longer compare, so that unequal ones cannot be refused: Gloo aborts or hangs until
-            the timeout, MPI truncates.
+        DesyncError: on every rank; the ranks are in different layers, or their inputs differ in dtype.
+        ValueError: the input has not num_channels, or the groups do not divide them; this rank is not in the group; on
+            every rank, the ranks have unequal N or num_groups. Ranks that have met their N before do not compare it.
         TypeError: the input is not floating point, or is a DTensor beside a process group.
 
     Source: Wu and He, Group Normalization, 2018.
