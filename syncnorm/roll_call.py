@@ -257,11 +257,19 @@ class _Attendance:
                     del signs[rank]
                 if sign == LEFT:
                     signs.pop(rank, None)
+            _let_mpi_progress()
             time.sleep(INTERVAL / 20)
 
     def _name(self, ranks: Sequence[int]) -> str:
         hosts = dict.fromkeys(printable(self.hosts[rank]) for rank in ranks)
         return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} on {', '.join(hosts)}"
+
+
+def _let_mpi_progress() -> None:
+    """Let MPI go on with what is under way: the others may wait for it, and this rank for them."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.COMM_WORLD.Iprobe()
 
 
 def _write_once(store: Store, key: str, words: str) -> None:
