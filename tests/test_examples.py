@@ -1,6 +1,7 @@
 """The examples, run for real: the training does not depend on the launcher or the number of ranks."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,45 @@ def test_cnn_resume_needs_a_checkpoint():
     job = launch("alone", 1, CNN, "--resume")
     assert job.returncode == 2
     assert "--resume needs --checkpoint FILE" in job.stderr
+
+
+@pytest.fixture(scope="module")
+def minimal_losses():
+    """Return the losses that each rank of a minimal example printed, run once for each script, launcher and size."""
+    jobs = {}
+
+    def run(script, launcher, ranks):
+        if (script, launcher, ranks) not in jobs:
+            jobs[script, launcher, ranks] = launch(launcher, ranks, script)
+        job = jobs[script, launcher, ranks]
+        assert job.returncode == 0, job.stderr
+        assert job.stderr == ""
+        losses = [  # two ranks may print on one line
+            [float(loss) for loss in re.findall(rf"rank {rank} of {ranks}: step \d, loss (\d\.\d{{6}})", job.stdout)]
+            for rank in range(ranks)
+        ]
+        assert len(losses[0]) == 5
+        return losses
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher"), [("minimal_ddp", "torchrun"), ("minimal_ddp", "mpirun"), ("minimal_mpi", "mpirun")]
+)
+def test_minimal_examples_have_the_losses_of_one_process(minimal_losses, name, launcher):
+    script = CNN.parent / f"{name}.py"
+    [expected] = minimal_losses(script, "alone", 1)
+    assert expected[-1] < expected[0] / 2
+    for losses in minimal_losses(script, launcher, 2):
+        assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_minimal_example_with_plain_batch_norm_has_not(minimal_losses, tmp_path):
+    """The negative control."""
+    script = CNN.parent / "minimal_mpi.py"
+    plain = tmp_path / "plain.py"
+    plain.write_text(script.read_text().replace("syncnorm.SyncBatchNorm", "torch.nn.BatchNorm2d"))
+    [expected] = minimal_losses(script, "alone", 1)
+    for losses in minimal_losses(plain, "mpirun", 2):
+        assert abs(losses[0] - expected[0]) > 1e-3

@@ -1,14 +1,20 @@
 """The package as it is imported."""
 
+import re
 import subprocess
 import sys
 import textwrap
 import warnings
 from importlib.metadata import version
+from pathlib import Path
 
+import pytest
 import torch
 
 import syncnorm
+
+ROOT = Path(__file__).parent.parent
+YAML = ["CITATION.cff", ".clang-format", ".pre-commit-config.yaml", ".github/workflows/test.yml"]
 
 
 def run_python(code, **environment):
@@ -31,6 +37,41 @@ def test_public_names():
     for name in syncnorm.__all__:
         assert getattr(syncnorm, name).__doc__, name
     assert syncnorm.__version__ == version("syncnorm")
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "CITATION.cff"])
+def test_files_name_the_version(name):
+    found = re.findall(r"^version(?:: | = )\"?([^\"\n]+)\"?$", (ROOT / name).read_text(), re.MULTILINE)
+    assert found == [syncnorm.__version__]
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_yaml_files_parse(name):
+    text = (ROOT / name).read_text()
+    try:
+        import yaml
+    except ImportError:  # no dependency: then each line is at least a comment, a key, an item, or continues a text
+        assert "\t" not in text
+        for line in filter(None, text.splitlines()):
+            assert re.match(r" *#| *(- )*[\w-]+:( |$)| *- \S| {6,}\S", line), line
+    else:
+        assert isinstance(yaml.safe_load(text), dict)
+
+
+def test_the_workflow_names_what_is_there():
+    paths = re.findall(r"\./launch/\w+|tests/\w+\.py", (ROOT / ".github/workflows/test.yml").read_text())
+    assert {"./launch/test", "tests/test_modules.py"} <= set(paths)
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md"])
+def test_pages_name_files_that_are_there(page):
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL))
+    files = {span for span in spans if re.fullmatch(r"(\./)?[\w./-]+\.(py|md|cpp|sh|cff)", span) and "NAME" not in span}
+    assert len(files) > 0
+    folders = (ROOT, ROOT / "tests", ROOT / "syncnorm/kernels", ROOT / "syncnorm/communicators")
+    assert not {file for file in files if not any((folder / file).exists() for folder in folders)}
 
 
 def test_import_needs_neither_mpi4py_nor_triton():
