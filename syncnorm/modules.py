@@ -234,6 +234,7 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
             + (f", activation={self.activation}" if self.activation else "")
             + (", inplace=True" if self.inplace else "")
+            + self._ranks()
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
