@@ -1,13 +1,14 @@
-"""The command line: `python -m syncnorm TOOL`."""
+"""The command line: `syncnorm TOOL`, or `python -m syncnorm TOOL`."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import info
+from . import __version__, info
 from .communicators import communicator
 from .launchers import launched
 
@@ -19,10 +20,14 @@ __all__ = ["main"]
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the tool that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m syncnorm", description="Tools of syncnorm.")
+    program = "syncnorm" if Path(sys.argv[0]).name == "syncnorm" else "python -m syncnorm"
+    parser = argparse.ArgumentParser(prog=program, description="Tools of syncnorm.")
+    parser.add_argument("--version", action="version", version=f"syncnorm {__version__}")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
-    about = "print what this machine and this job have; also under torchrun and mpirun, where rank 0 prints"
-    tools.add_parser("info", help=about, description=about).set_defaults(run=_info)
+    about = "print what this machine and this job have; rank 0 prints under torchrun, mpirun and srun"
+    of_info = tools.add_parser("info", help=about, description=about)
+    of_info.add_argument("--job", action="store_true", help="call syncnorm.init() even if no launcher is found")
+    of_info.set_defaults(run=_info)
     about = "measure syncnorm against what it cannot beat, in one run; rank 0 prints"
     _add_benchmarks(tools.add_parser("bench", help=about, description=about))
     parsed = parser.parse_args(arguments)
@@ -65,8 +70,8 @@ def _positive(given: str) -> int:
     return int(given)
 
 
-def _info(_: argparse.Namespace) -> None:
-    joined = info.job()
+def _info(options: argparse.Namespace) -> None:
+    joined = info.job(join=options.job or launched().launcher != "none")
     if communicator().rank == 0:
         print(info.table({**info.machine(), **joined}))
 

@@ -160,10 +160,11 @@ def layer_norm(
     Raises:
         ValueError: the last axes are not normalized_shape, or this rank is not in the group.
         TypeError: the input is not floating point, or is sparse or mkldnn; beside a process group also: nested or a
-            DTensor.
+            DTensor; weight or bias is not a tensor, or another argument has the wrong type.
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
+    validate.numbers(eps=eps)
     shape = validate.trailing_axes(input, normalized_shape, weight, bias, split=process_group is not None)
     group = _sharing(input, process_group)
     if group.size == 1:
@@ -176,9 +177,9 @@ def rms_norm(
     input: Tensor,
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
-    bias: Tensor | None = None,
     eps: float | None = 1e-6,
     *,
+    bias: Tensor | None = None,
     eps_outside: bool = False,
     process_group: ProcessGroupLike = None,
 ) -> Tensor:
@@ -193,9 +194,9 @@ def rms_norm(
         input: (*, *normalized_shape) floating point; the output has its dtype.
         normalized_shape: the last axes, or the last one, as they are on this rank.
         weight: of normalized_shape, or None.
-        bias: of normalized_shape, or None.
         eps: added to the mean square, or to its root. None: what torch adds then, torch.finfo(torch.float32).eps, or
             that of float64 for such an input. (torch 2.6 itself adds finfo(input.dtype).eps in half precision.)
+        bias: of normalized_shape, or None.
         eps_outside: add it to the root. Both definitions are in use; a checkpoint wants the one that it was trained by.
         process_group: the ranks among which the last axes are split, as in `layer_norm`; the other axes are
             not compared here either.
@@ -206,10 +207,12 @@ def rms_norm(
     Raises:
         ValueError: the last axes are not normalized_shape, or this rank is not in the group.
         TypeError: the input is not floating point, or is sparse or mkldnn; beside a process group also: nested or a
-            DTensor.
+            DTensor; weight or bias is not a tensor, or another argument has the wrong type.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
+    validate.numbers_or_none(eps=eps)
+    validate.flags(eps_outside=eps_outside)
     shape = validate.trailing_axes(input, normalized_shape, weight, bias, split=process_group is not None)
     if eps_outside:
         validate.dense("input", input)
@@ -256,10 +259,12 @@ def group_norm(
 
     Raises:
         ValueError: the groups do not divide the channels, shapes do not fit, or this rank is not in the group.
-        TypeError: the input is not floating point, is nested, sparse or mkldnn, or is a DTensor beside a process group.
+        TypeError: the input is not floating point, is nested, sparse or mkldnn, or is a DTensor beside a process group;
+            weight or bias is not a tensor, or another argument has the wrong type.
 
     Source: Wu and He, Group Normalization, 2018.
     """
+    validate.numbers(eps=eps)
     validate.groups_of_channels(input, num_groups, weight, bias, split=process_group is not None)
     group = _sharing(input, process_group)
     if group.size == 1:

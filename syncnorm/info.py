@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from . import bootstrap, kernels
+from .communicators import communicator
 from .launchers import launched
 
 __all__ = ["job", "machine", "table"]
@@ -37,9 +38,9 @@ def machine() -> dict[str, str]:
     }
 
 
-def job() -> dict[str, str]:
-    """Join the job and return who is in it. Collective on all ranks of the job."""
-    group = bootstrap.init()
+def job(*, join: bool = True) -> dict[str, str]:
+    """Return who is in the job, which this process joins first if `join`. Collective on all ranks of the job."""
+    group = bootstrap.init() if join else communicator()
     hosts = Counter(group.all_gather_object(socket.gethostname()))
     return {
         "launcher": launched().launcher,

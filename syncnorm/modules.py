@@ -115,7 +115,7 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         ValueError: the activation is unknown or cannot be in place; the input has not C channels, or the residual
             another shape; this rank is not in the group; the whole batch has one value per channel.
         TypeError: the input is not floating point, or the residual of another dtype; `eps` is read from a layer with an
-            activation.
+            activation; an argument of the constructor has the wrong type.
         RuntimeError: a parameter or the residual is on another device than the input; the input cannot be written over.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015.
@@ -139,6 +139,10 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
         activation: str | None = None,
         inplace: bool = False,
     ):
+        validate.flags(affine=affine, track_running_stats=track_running_stats, bias=bias, inplace=inplace)
+        validate.numbers(eps=eps)
+        validate.numbers_or_none(momentum=momentum)
+        validate.factory_arguments(device, dtype)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
@@ -230,6 +234,7 @@ class SyncBatchNorm(_Grouped, _BatchNorm):
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
             + (f", activation={self.activation}" if self.activation else "")
             + (", inplace=True" if self.inplace else "")
+            + self._ranks()
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -307,6 +312,10 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         activation: str | None = None,
         inplace: bool = False,
     ):
+        validate.flags(affine=affine, track_running_stats=track_running_stats, bias=bias, inplace=inplace)
+        validate.numbers(eps=eps)
+        validate.numbers_or_none(momentum=momentum)
+        validate.factory_arguments(device, dtype)
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
@@ -396,7 +405,8 @@ class LayerNorm(_Grouped, nn.LayerNorm):
         DesyncError: on every rank; the ranks are in different layers, or their inputs differ in dtype.
         ValueError: the input does not end with normalized_shape; this rank is not in the group; on every rank, the
             ranks have unequal axes beside the last ones. Ranks that have met their size before do not compare it again.
-        TypeError: the input is not floating point, or is a DTensor beside a process group.
+        TypeError: the input is not floating point, or is a DTensor beside a process group; an argument of the
+            constructor has the wrong type.
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
@@ -412,6 +422,9 @@ class LayerNorm(_Grouped, nn.LayerNorm):
         *,
         process_group: ProcessGroupLike = None,
     ):
+        validate.flags(elementwise_affine=elementwise_affine, bias=bias)
+        validate.numbers(eps=eps)
+        validate.factory_arguments(device, dtype)
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.process_group = process_group
 
@@ -438,9 +451,9 @@ class RMSNorm(_Grouped, nn.RMSNorm):
 
         y = x / sqrt(mean(x²) + eps) * weight + bias        with eps_outside: x / (sqrt(mean(x²)) + eps) * weight + bias
 
-    State-dict keys are those of `torch.nn.RMSNorm`, to which a bias may come, and so are the arguments but for two: eps
-    is 1e-6 unless given (torch's is None), and `bias` stands before device. Without a process group it needs no
-    communication. With one, normalized_shape, weight and bias are this rank's shares, of any size.
+    Positional arguments and state-dict keys are those of `torch.nn.RMSNorm`, but eps defaults to 1e-6 instead of None.
+    A bias is optional. Without a process group the norm needs no communication. With one, normalized_shape, weight and
+    bias are this rank's shares, of any size.
 
     Shapes: input and output (*, *normalized_shape).
 
@@ -449,9 +462,9 @@ class RMSNorm(_Grouped, nn.RMSNorm):
         eps: added to the mean square, or to its root. None: what torch adds then, torch.finfo(torch.float32).eps, or
             that of float64 for such an input. (torch 2.6 itself adds finfo(input.dtype).eps in half precision.)
         elementwise_affine: learn weight (and bias), of normalized_shape.
-        bias: learn a bias, if elementwise_affine.
         device: of the parameters.
         dtype: of the parameters.
+        bias: learn a bias, if elementwise_affine.
         eps_outside: add eps to the root. Both definitions are in use; a checkpoint wants the one it was trained by.
         process_group: the ranks among which the last axes are split; None: they are whole.
 
@@ -463,7 +476,8 @@ class RMSNorm(_Grouped, nn.RMSNorm):
         DesyncError: on every rank; the ranks are in different layers, or their inputs differ in dtype.
         ValueError: the input does not end with normalized_shape; this rank is not in the group; on every rank, the
             ranks have unequal axes beside the last ones. Ranks that have met their size before do not compare it again.
-        TypeError: the input is not floating point, or is a DTensor beside a process group.
+        TypeError: the input is not floating point, or is a DTensor beside a process group; an argument of the
+            constructor has the wrong type.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
@@ -475,13 +489,16 @@ class RMSNorm(_Grouped, nn.RMSNorm):
         normalized_shape: int | Sequence[int],
         eps: float | None = 1e-6,
         elementwise_affine: bool = True,
-        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = False,
         eps_outside: bool = False,
         process_group: ProcessGroupLike = None,
     ):
+        validate.flags(elementwise_affine=elementwise_affine, bias=bias, eps_outside=eps_outside)
+        validate.numbers_or_none(eps=eps)
+        validate.factory_arguments(device, dtype)
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         has_bias = elementwise_affine and bias
         self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if has_bias else None)
@@ -496,8 +513,9 @@ class RMSNorm(_Grouped, nn.RMSNorm):
         weight, bias = self._parameters_beside(x)
         validate.trailing_axes(x, shape, weight, bias, split=split)  # before the ranks compare anything
         group = self._group.resolve_for(self, x, x.shape[: -len(shape)])
-        outside = self.eps_outside
-        return functional.rms_norm(x, shape, weight, bias, self.eps, eps_outside=outside, process_group=group)
+        return functional.rms_norm(
+            x, shape, weight, self.eps, bias=bias, eps_outside=self.eps_outside, process_group=group
+        )
 
     def extra_repr(self) -> str:
         """Return the arguments that the module was made with."""
@@ -542,7 +560,8 @@ class GroupNorm(_Grouped, nn.GroupNorm):
         DesyncError: on every rank; the ranks are in different layers, or their inputs differ in dtype.
         ValueError: the input has not num_channels, or the groups do not divide them; this rank is not in the group; on
             every rank, the ranks have unequal N or num_groups. Ranks that have met their N before do not compare it.
-        TypeError: the input is not floating point, or is a DTensor beside a process group.
+        TypeError: the input is not floating point, or is a DTensor beside a process group; an argument of the
+            constructor has the wrong type.
 
     Source: Wu and He, Group Normalization, 2018.
     """
@@ -559,6 +578,9 @@ class GroupNorm(_Grouped, nn.GroupNorm):
         bias: bool = True,
         process_group: ProcessGroupLike = None,
     ):
+        validate.flags(affine=affine, bias=bias)
+        validate.numbers(eps=eps)
+        validate.factory_arguments(device, dtype)
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         if not bias:
             self.register_parameter("bias", None)

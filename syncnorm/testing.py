@@ -222,6 +222,8 @@ class Call(NamedTuple):
 class CountingCommunicator:
     """A communicator that passes every collective on and notes it in `calls`.
 
+    The group that `split` returns is another CountingCommunicator, with `calls` of its own.
+
     Args:
         process_group: whose rank, size and collectives it has, as in `syncnorm.communicator`.
     """
@@ -269,6 +271,13 @@ class CountingCommunicator:
         """Note and pass on."""
         self._note("barrier")
         self.communicator.barrier()
+
+    def split(self, block: int) -> CountingCommunicator:
+        """Note, pass on, and count what the new group calls on its own. TypeError: the communicator below has none."""
+        if not callable(getattr(self.communicator, "split", None)):
+            raise TypeError(f"expected a communicator that defines split(block), got {self.communicator!r}: add it")
+        self._note("split")
+        return CountingCommunicator(self.communicator.split(block))
 
     def _note(self, name: str, tensor: Tensor | None = None) -> None:
         self.calls.append(Call(name, 0 if tensor is None else tensor.numel() * tensor.element_size()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import _C, Tensor, fx
@@ -14,12 +16,58 @@ __all__ = [
     "channel_axis",
     "dense",
     "epilogue",
+    "factory_arguments",
+    "flags",
     "groups_of_channels",
     "known_activation",
     "mask_over_channels",
     "memory_of",
+    "numbers",
+    "numbers_or_none",
     "trailing_axes",
 ]
+
+
+def flags(**given: Any) -> None:
+    """Raise TypeError unless each argument is True or False: another one stands in the wrong place."""
+    for name, value in given.items():
+        if value is not True and value is not False:
+            raise TypeError(f"expected {name} to be True or False, got {_described(value)}")
+
+
+def numbers(**given: Any) -> None:
+    """Raise TypeError unless each argument is a number: another one stands in the wrong place."""
+    for name, value in given.items():
+        if not _is_number(value):
+            raise TypeError(f"expected {name} to be a number, got {_described(value)}")
+
+
+def numbers_or_none(**given: Any) -> None:
+    """Raise TypeError unless each argument is a number or None: another one stands in the wrong place."""
+    for name, value in given.items():
+        if value is not None and not _is_number(value):
+            raise TypeError(f"expected {name} to be a number or None, got {_described(value)}")
+
+
+def factory_arguments(device: Any, dtype: Any) -> None:
+    """Raise TypeError unless device and dtype can be those of parameters."""
+    if not (device is None or isinstance(device, torch.device | str | int)) or isinstance(device, bool):
+        raise TypeError(f"expected device to be a torch.device, a string, an integer or None, got {_described(device)}")
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise TypeError(f"expected dtype to be a torch.dtype or None, got {_described(dtype)}")
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether torch takes the value for a float; a bool is a flag in the wrong place."""
+    if isinstance(value, float):
+        return True
+    if isinstance(value, Tensor):
+        return value.dim() == 0
+    return isinstance(value, Real | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def batch_norm_arguments(
@@ -36,13 +84,19 @@ def batch_norm_arguments(
     """Raise ValueError, TypeError or RuntimeError if the arguments do not fit together."""
     vectors = running_mean, running_var, weight, bias
     shape, device = (_channels(input, vectors),), input.device
+    flags(training=training)
+    numbers(eps=eps)
+    numbers_or_none(momentum=momentum)
     if training and eps <= 0:
         raise ValueError(f"expected a positive eps in training, got {eps}")
     if eps < 0:
         raise ValueError(f"expected an eps of at least 0, got {eps}")
     for vector in vectors:
         if vector is not None and not (
-            vector.shape == shape and vector.is_floating_point() and vector.device == device
+            isinstance(vector, Tensor)
+            and vector.shape == shape
+            and vector.is_floating_point()
+            and vector.device == device
         ):
             raise _unfit(vector, {"running_mean": running_mean, "running_var": running_var, "weight": weight}, input)
     if (running_mean is None) != (running_var is None):
@@ -59,7 +113,11 @@ def _channels(input: Tensor, vectors: tuple[Tensor | None, ...]) -> int:
     dense("input", input)
     if input.dim() > 1:
         return input.shape[1]
-    if input.dim() == 1 and len(input) == 0 and all(vector is None or vector.shape == (0,) for vector in vectors):
+    if (
+        input.dim() == 1
+        and len(input) == 0
+        and all(vector is None or (isinstance(vector, Tensor) and vector.shape == (0,)) for vector in vectors)
+    ):
         return 0
     raise _without_channel_axis(input)
 
@@ -67,6 +125,8 @@ def _channels(input: Tensor, vectors: tuple[Tensor | None, ...]) -> int:
 def _unfit(vector: Tensor, others: dict[str, Tensor | None], input: Tensor) -> Exception:
     """Return what is wrong with a vector of the channels, which is one of the others or the bias."""
     name = next((name for name, other in others.items() if other is vector), "bias")
+    if not isinstance(vector, Tensor):
+        return TypeError(f"expected {name} to be a tensor or None, got {vector!r}")
     if vector.dim() != 1:
         return ValueError(f"expected a {name} of shape {(input.shape[1],)}, got {tuple(vector.shape)}")
     if len(vector) != input.shape[1]:
@@ -210,10 +270,12 @@ def groups_of_channels(
     _part_of_this_rank(input, split)
     channels = input.shape[1]
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.dim() == 1 and len(parameter) != channels:
+        if isinstance(parameter, Tensor) and parameter.dim() == 1 and len(parameter) != channels:
             raise _other_channels(len(parameter), f" as {name} has it", input)
     if weight is None and bias is None and num_channels is not None and num_channels != channels:
         raise _other_channels(num_channels, "", input)
+    if isinstance(num_groups, bool) or not isinstance(num_groups, Integral | torch.SymInt):
+        raise TypeError(f"expected num_groups to be an integer, got {_described(num_groups)}")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"expected a number of groups that divides the {channels} channels, got {num_groups}")
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -221,9 +283,13 @@ def groups_of_channels(
 
 
 def _parameter(name: str, tensor: Tensor | None, shape: tuple[int, ...], input: Tensor) -> None:
-    if tensor is not None and tuple(tensor.shape) != shape:
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected {name} to be a tensor or None, got {tensor!r}")
+    if tuple(tensor.shape) != shape:
         raise ValueError(f"expected a {name} of shape {shape}, got {tuple(tensor.shape)}")
-    if tensor is not None and tensor.device != input.device:
+    if tensor.device != input.device:
         raise RuntimeError(f"expected {name} on the input's device {input.device}, got it on {tensor.device}")
 
 

@@ -8,6 +8,8 @@ import torch
 from launchers import launch
 
 import syncnorm
+from syncnorm.cli import main
+from syncnorm.launchers import Launched
 
 
 def rows(output):
@@ -42,17 +44,31 @@ def test_info(tmp_path, launcher, ranks, name, communicator, backend):
     assert "Open MPI" in table["mpi"]
 
 
-def test_a_tool_that_is_not_there(capsys):
-    from syncnorm.cli import main
+def test_info_joins_no_job_unless_it_is_asked_to(monkeypatch, capsys):
+    joined = []
+    monkeypatch.setattr("syncnorm.bootstrap.init", lambda: joined.append(True) or syncnorm.communicator())
+    monkeypatch.setattr("syncnorm.cli.launched", lambda: Launched("none", 0, 1))
+    main(["info"])
+    assert rows(capsys.readouterr().out)["rank"] == "0 of 1"
+    assert joined == []
+    main(["info", "--job"])
+    assert rows(capsys.readouterr().out)["rank"] == "0 of 1"
+    assert joined == [True]
 
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"syncnorm {syncnorm.__version__}\n"
+
+
+def test_a_tool_that_is_not_there(capsys):
     with pytest.raises(SystemExit):
         main(["nothing"])
     assert "invalid choice: 'nothing'" in capsys.readouterr().err
 
 
 def test_benchmarks_have_names(capsys):
-    from syncnorm.cli import main
-
     with pytest.raises(SystemExit):
         main(["bench"])
     assert "required: NAME" in capsys.readouterr().err

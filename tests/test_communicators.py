@@ -124,6 +124,13 @@ class Contract:
         assert [len(o["payload"]) for o in objects] == [1000 * r for r in range(group.size)]
 
     @staticmethod
+    def split_returns_the_ranks_of_the_block(group):
+        part = group.split(group.rank % 2)
+        assert isinstance(part, syncnorm.Communicator)
+        assert part.all_gather_object(group.rank) == list(range(group.rank % 2, group.size, 2))
+        assert (part.rank, part.size) == (group.rank // 2, len(range(group.rank % 2, group.size, 2)))
+
+    @staticmethod
     def barrier_returns(group):
         assert group.barrier() is None
 

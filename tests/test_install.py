@@ -134,6 +134,9 @@ def test_with_a_compiler(compiled):
     kernels = f"cpu ({isa})" if find_spec("syncnorm.kernels.cpu") else "reference"
     assert compiled.info()["kernels on cpu"] == kernels
     assert str(compiled.site_packages) in compiled.python("-c", STEP)
+    script = run(compiled.directory / "bin" / "syncnorm", "--version", cwd=compiled.directory)
+    assert script == compiled.python("-m", "syncnorm", "--version")
+    assert script.startswith("syncnorm ")
 
 
 @needs_compiler

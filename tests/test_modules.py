@@ -43,6 +43,18 @@ def test_repr_tells_the_arguments():
     )
 
 
+def test_repr_tells_the_ranks_that_were_given():
+    group = LocalCommunicator()
+    text = "SyncBatchNorm(4, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True"
+    assert repr(SyncBatchNorm(4)) == f"{text})"
+    assert repr(SyncBatchNorm(4, process_group=group)) == f"{text}, process_group=1 rank)"
+    assert repr(LazySyncBatchNorm(process_group=group)).endswith("track_running_stats=True, process_group=1 rank)")
+    assert repr(syncnorm.convert_sync_batchnorm(nn.BatchNorm2d(4))) == f"{text})"
+    converted = syncnorm.convert_sync_batchnorm(nn.BatchNorm2d(4), group)
+    assert repr(converted) == f"{text}, process_group=1 rank)"
+    assert "process_group" not in repr(syncnorm.revert_sync_batchnorm(converted))
+
+
 def spoiled(state, name, value):
     return {**state, name: value} if value is not None else {k: v for k, v in state.items() if k != name}
 
@@ -286,7 +298,7 @@ def test_lazy_takes_the_channels_from_its_input(arguments):
     group = LocalCommunicator()
     layer = LazySyncBatchNorm(momentum=0.3, process_group=group, **arguments)
     layer(torch.randn(4, 7, 2))
-    expected = SyncBatchNorm(7, momentum=0.3, **arguments)
+    expected = SyncBatchNorm(7, momentum=0.3, process_group=group, **arguments)
     assert type(layer) is SyncBatchNorm
     assert layer.num_features == 7
     assert layer.process_group is group

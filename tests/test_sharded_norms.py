@@ -3,6 +3,7 @@
 The oracle is one process on the unsplit tensor in float64, with a random upstream gradient.
 """
 
+import inspect
 from dataclasses import dataclass, field
 
 import pytest
@@ -184,10 +185,10 @@ FUNCTIONS = {
         x.movedim(0, -1), x.shape[:1], weight, bias, process_group=group
     ),
     "rms": lambda x, weight, bias, group: syncnorm.functional.rms_norm(
-        x.movedim(0, -1), x.shape[:1], weight, bias, 1e-2, process_group=group
+        x.movedim(0, -1), x.shape[:1], weight, 1e-2, bias=bias, process_group=group
     ),
     "rms, eps outside": lambda x, weight, bias, group: syncnorm.functional.rms_norm(
-        x.movedim(0, -1), x.shape[:1], weight, bias, 1e-2, eps_outside=True, process_group=group
+        x.movedim(0, -1), x.shape[:1], weight, 1e-2, bias=bias, eps_outside=True, process_group=group
     ),
     "group": lambda x, weight, bias, group: syncnorm.functional.group_norm(
         x.movedim(0, -1), 1, weight[:2], bias[:2], process_group=group
@@ -271,6 +272,110 @@ def test_without_an_eps_the_shards_match_torchs_module(run, world_size, dtype):
     torch.testing.assert_close(torch.cat([y for _, y in results], -1), expected, rtol=4 * eps, atol=eps * 1e-2)
     with pytest.raises(AssertionError):  # our own default is another
         torch.testing.assert_close(syncnorm.RMSNorm(8, dtype=dtype)(x), expected, rtol=4 * eps, atol=eps)
+
+
+SIGNATURES = [
+    (syncnorm.LayerNorm, nn.LayerNorm),
+    (syncnorm.RMSNorm, nn.RMSNorm),
+    (syncnorm.GroupNorm, nn.GroupNorm),
+    (syncnorm.SyncBatchNorm, nn.SyncBatchNorm),
+    (syncnorm.functional.layer_norm, F.layer_norm),
+    (syncnorm.functional.rms_norm, F.rms_norm),
+    (syncnorm.functional.group_norm, F.group_norm),
+    (syncnorm.functional.sync_batch_norm, F.batch_norm),
+    *[(getattr(syncnorm, name).forward, getattr(nn, name).forward) for name in ("LayerNorm", "RMSNorm", "GroupNorm")],
+    (syncnorm.SyncBatchNorm.forward, nn.SyncBatchNorm.forward),
+]
+
+
+def positional(function):
+    """Return the names of the arguments that may be given by position, and what each is unless given."""
+    given = inspect.signature(function).parameters.values()
+    return {item.name: item.default for item in given if item.kind is item.POSITIONAL_OR_KEYWORD}
+
+
+@pytest.mark.parametrize(("ours", "torchs"), SIGNATURES, ids=lambda function: function.__qualname__)
+def test_positional_arguments_are_torchs(ours, torchs):
+    expected = positional(torchs)
+    assert list(positional(ours)) == list(expected)
+    different = {name for name, default in positional(ours).items() if default != expected[name]}
+    assert different == ({"eps"} if "rms" in ours.__name__.lower() else set())  # 1e-6, not None
+
+
+def test_positional_arguments_of_the_lazy_norm_are_those_of_what_it_becomes():
+    expected = positional(syncnorm.SyncBatchNorm)
+    del expected["num_features"]
+    assert positional(syncnorm.LazySyncBatchNorm) == expected
+
+
+def test_torchs_positional_calls_give_torchs_results():
+    x, weight, bias = torch.randn(4, 6), torch.randn(6), torch.randn(6)
+    assert torch.equal(syncnorm.functional.rms_norm(x, (6,), weight, 0.1), F.rms_norm(x, (6,), weight, 0.1))
+    y = syncnorm.functional.rms_norm(x, (6,), weight, 0.1, bias=bias)
+    assert torch.equal(y, F.rms_norm(x, (6,), weight, 0.1) + bias)
+    ours, torchs = (kind(6, 0.1, True, "meta", torch.float64) for kind in (syncnorm.RMSNorm, nn.RMSNorm))
+    assert ours.bias is None
+    assert ours.weight.is_meta
+    assert ours.weight.dtype == torchs.weight.dtype == torch.float64
+
+
+MISPLACED = [
+    (
+        lambda: syncnorm.RMSNorm(6, 1e-6, True, True),
+        "device to be a torch.device, a string, .* got True",
+    ),
+    (lambda: syncnorm.RMSNorm(6, 1e-6, True, False, "cpu"), "device to be a torch.device, .* got False"),
+    (lambda: syncnorm.RMSNorm(6, 1e-6, "cpu"), "elementwise_affine to be True or False, got 'cpu'"),
+    (lambda: syncnorm.RMSNorm(6, 1e-6, True, None, "cpu"), "dtype to be a torch.dtype or None, got 'cpu'"),
+    (lambda: syncnorm.RMSNorm(6, 1e-6, True, torch.float64), "device to be .* got torch.float64"),
+    (lambda: syncnorm.RMSNorm(6, True), "eps to be a number or None, got True"),
+    (lambda: syncnorm.RMSNorm(6, bias=torch.zeros(6)), r"bias to be True or False, got a tensor of shape \(6,\)"),
+    (lambda: syncnorm.LayerNorm(6, 1e-5, True, "cpu"), "bias to be True or False, got 'cpu'"),
+    (lambda: syncnorm.LayerNorm(6, 1e-5, True, torch.float64), "bias to be True or False, got torch.float64"),
+    (lambda: syncnorm.LayerNorm(6, None), "eps to be a number, got None"),
+    (lambda: syncnorm.LayerNorm(6, 1e-5, True, True, True), "device to be .* got True"),
+    (lambda: syncnorm.GroupNorm(2, 6, True), "eps to be a number, got True"),
+    (lambda: syncnorm.GroupNorm(2, 6, 1e-5, 0), "affine to be True or False, got 0"),
+    (lambda: syncnorm.GroupNorm(2, 6, 1e-5, True, False), "device to be .* got False"),
+    (lambda: syncnorm.SyncBatchNorm(6, 1e-5, True), "momentum to be a number or None, got True"),
+    (lambda: syncnorm.SyncBatchNorm(6, 1e-5, 0.1, 0.1), "affine to be True or False, got 0.1"),
+    (lambda: syncnorm.SyncBatchNorm(6, 1e-5, 0.1, True, "cpu"), "track_running_stats to be True or False, got 'cpu'"),
+    (lambda: syncnorm.SyncBatchNorm(6, 1e-5, 0.1, True, True, "cpu"), "process_group to be .* got 'cpu'"),
+    (lambda: syncnorm.LazySyncBatchNorm(1e-5, 0.1, True, True, "cpu"), "process_group to be .* got 'cpu'"),
+    (
+        lambda: syncnorm.LazySyncBatchNorm(1e-5, 0.1, True, True, None, torch.float64),
+        "device to be .* got torch.float64",
+    ),
+    (lambda: on(syncnorm.functional.rms_norm, (6,), W, W), r"eps to be a number or None, got a tensor of shape \(6,\)"),
+    (lambda: on(syncnorm.functional.rms_norm, (6,), W, W, 1e-6), "takes from 2 to 4 positional arguments"),
+    (lambda: on(syncnorm.functional.rms_norm, (6,), 1e-6), "weight to be a tensor or None, got 1e-06"),
+    (lambda: on(syncnorm.functional.rms_norm, (6,), W, bias=True), "bias to be a tensor or None, got True"),
+    (lambda: on(syncnorm.functional.rms_norm, (6,), W, eps_outside=1e-6), "eps_outside to be True or False, got 1e-06"),
+    (lambda: on(syncnorm.functional.layer_norm, (6,), W, 1e-5), "bias to be a tensor or None, got 1e-05"),
+    (lambda: on(syncnorm.functional.layer_norm, (6,), W, None, W), "eps to be a number, got a tensor"),
+    (lambda: on(syncnorm.functional.group_norm, 2.0), "num_groups to be an integer, got 2.0"),
+    (lambda: on(syncnorm.functional.group_norm, 2, 1e-5), "weight to be a tensor or None, got 1e-05"),
+    (lambda: on(syncnorm.functional.group_norm, 2, W, W, True), "eps to be a number, got True"),
+    (lambda: on(syncnorm.functional.sync_batch_norm, None, None, 0.1), "weight to be a tensor or None, got 0.1"),
+    (lambda: on(syncnorm.functional.sync_batch_norm, True, 0.1), "running_mean to be a tensor or None, got True"),
+    (lambda: on(syncnorm.functional.sync_batch_norm, None, None, W, W, 0.1), "training to be True or False, got 0.1"),
+    (lambda: on(syncnorm.functional.sync_batch_norm, None, None, W, W, True, True), "momentum to be a number or None"),
+    (
+        lambda: on(syncnorm.functional.sync_batch_norm, None, None, W, W, True, 0.1, W),
+        "eps to be a number, got a tensor",
+    ),
+]
+W = torch.ones(6)
+
+
+def on(function, *arguments, **options):
+    return function(torch.randn(4, 6), *arguments, **options)
+
+
+@pytest.mark.parametrize(("call", "message"), MISPLACED)
+def test_arguments_in_the_wrong_place_are_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
 
 
 def test_group_norm_without_a_bias():

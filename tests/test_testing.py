@@ -174,10 +174,15 @@ def test_calls_are_counted_with_their_bytes():
     group.all_gather(torch.zeros(2, 2))
     group.all_gather_object("anything")
     group.barrier()
+    part = group.split(0)
+    assert part.calls == []
+    part.barrier()
+    assert part.calls == [("barrier", 0)]
     assert group.calls == [
         ("all_reduce", 24),
         ("broadcast", 3),
         ("all_gather", 16),
         ("all_gather_object", 0),
         ("barrier", 0),
+        ("split", 0),
     ]

@@ -104,12 +104,12 @@ def layer(x, weight, bias):
 
 
 def rms(x, weight, bias):
-    return rms_norm(x, x.shape[-1:], weight, bias, 1e-2, process_group=syncnorm.communicator())
+    return rms_norm(x, x.shape[-1:], weight, 1e-2, bias=bias, process_group=syncnorm.communicator())
 
 
 def rms_outside(x, weight, bias):
     group = syncnorm.communicator()
-    return rms_norm(x, x.shape[-1:], weight, bias, 1e-1, process_group=group, eps_outside=True)
+    return rms_norm(x, x.shape[-1:], weight, 1e-1, bias=bias, process_group=group, eps_outside=True)
 
 
 def groups(x, weight, bias):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch.distributed as dist
 
-from .base import Communicator
+from .base import Collectives, Communicator
 from .local import LocalCommunicator
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
+    "Collectives",
     "Communicator",
     "LocalCommunicator",
     "ProcessGroupLike",
@@ -28,7 +29,7 @@ __all__ = [
     "uncounted",
 ]
 
-ProcessGroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | MPI.Comm | Communicator | None"
+ProcessGroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | MPI.Comm | Collectives | None"
 
 _default: Communicator | None = None  # what syncnorm.init() made, other than torch.distributed's default group
 _beside: dist.ProcessGroup | None = None  # the default group that it was made with
@@ -71,8 +72,8 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
 
     Args:
         process_group: a `torch.distributed.ProcessGroup`, a one-dimensional `DeviceMesh`, an `mpi4py.MPI.Comm`, a
-            `Communicator` (returned as it is), or None: the communicator that `syncnorm.init()` made, else
-            torch.distributed's default group, else this process alone.
+            `Communicator` (returned as it is; it may lack `split`), or None: the communicator that `syncnorm.init()`
+            made, else torch.distributed's default group, else this process alone.
 
     Raises:
         ValueError: this rank is not a member of the group, or the mesh has more than one dimension.
@@ -108,10 +109,10 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
         if made is None or made.comm != process_group:  # a handle is used again after Free
             _made[process_group.handle] = made = MpiCommunicator(process_group)
         return made
-    if isinstance(process_group, Communicator) and not isinstance(process_group, type):
+    if isinstance(process_group, Collectives) and not isinstance(process_group, type):
         if type(process_group).__module__.startswith(__name__):
             _own.add(type(process_group))
-        return process_group
+        return process_group  # type: ignore[return-value]  # split may be missing: new_subgroups says so
     raise TypeError(
         "expected process_group to be a torch.distributed ProcessGroup, a one-dimensional DeviceMesh, an mpi4py Comm, "
         f"an object with the members of syncnorm.Communicator, or None, got {process_group!r}"

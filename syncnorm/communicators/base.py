@@ -1,4 +1,4 @@
-"""What the package needs of a group of ranks: the `Communicator` protocol."""
+"""What the package needs of a group of ranks: `Collectives`; what its own groups have: the `Communicator` protocol."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Communicator"]
+__all__ = ["Collectives", "Communicator"]
 
 
 @runtime_checkable
-class Communicator(Protocol):
-    """A group of ranks that exchange tensors.
+class Collectives(Protocol):
+    """The members that an object needs to be a `process_group`.
 
     Every method below is collective: all ranks of the group call it, in the same order and, for tensors, with
     the same shape and dtype. Tensors may have any dtype that the group's library can carry, any strides, any
     number of elements (zero included), and live on any device; results are written on that device.
 
     Any object with these members is accepted wherever a `process_group` is, so a communicator can be wrapped
-    (see `syncnorm.testing.CountingCommunicator`).
+    (see `syncnorm.testing.CountingCommunicator`). Only `syncnorm.new_subgroups` needs `Communicator.split` too.
     """
 
     @property
@@ -50,3 +50,25 @@ class Communicator(Protocol):
     def barrier(self) -> None:
         """Return when every rank of the group has called it."""
         ...
+
+
+class _WithoutSplit(type(Protocol)):  # type: ignore[misc]
+    """Let `isinstance` take an object without `split`: groups of ranks were accepted before there was one."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, Collectives) if cls is Communicator else super().__instancecheck__(instance)
+
+
+@runtime_checkable
+class Communicator(Collectives, Protocol, metaclass=_WithoutSplit):
+    """A group of ranks that exchange tensors and can be divided.
+
+    Its members are those of `Collectives`, and `split`. Every method is collective, as described there.
+
+    `isinstance(obj, Communicator)` does not look for `split`, which only `syncnorm.new_subgroups` calls. A class that
+    inherits from `Communicator` and does not define it cannot be divided.
+    """
+
+    def split(self, block: int) -> Communicator:
+        """Return the ranks that call this with the same `block`, in the order of their ranks here."""
+        raise TypeError(f"expected a communicator that defines split(block), got {self!r}: add the method")

@@ -76,11 +76,36 @@ class ProcessGroupCommunicator:
             dist.barrier(group=self.group, device_ids=[torch.cuda.current_device()] if on_gpu else None)
 
     def split(self, block: int) -> ProcessGroupCommunicator:
-        """Return the ranks that give the same block: one `dist.new_group` for each block, which all ranks call."""
-        blocks = self.all_gather_object((block, dist.get_rank()))
-        members = {number: [rank for other, rank in blocks if other == number] for number, _ in blocks}
-        groups = {number: dist.new_group(ranks) for number, ranks in members.items()}
-        return ProcessGroupCommunicator(groups[block])
+        """Return the ranks that give the same block, in the order of their ranks in the job.
+
+        Of the whole job: one `dist.new_group` for each block, which all ranks call. Of a part of it: one
+        `dist.new_group` for this rank's block, which only the ranks of that block call.
+
+        Raises:
+            RuntimeError: on every rank; the group is a part of the job, and the ranks of a block are in unequally many
+                process groups, by which torch names the new one.
+        """
+        groups_so_far = len(
+            dist.distributed_c10d._world.pg_names
+        )  # a part of what names a group made without the others
+        places = self.all_gather_object((block, dist.get_rank(), groups_so_far))
+        if self.size == dist.get_world_size():
+            members = {number: [rank for other, rank, _ in places if other == number] for number, *_ in places}
+            groups = {number: dist.new_group(ranks) for number, ranks in members.items()}
+            return ProcessGroupCommunicator(groups[block])
+        for number in {number for number, *_ in places}:
+            if len({groups for other, _, groups in places if other == number}) > 1:
+                known = ", ".join(f"rank {rank} in {groups}" for other, rank, groups in places if other == number)
+                raise RuntimeError(
+                    f"expected the ranks of a new group to be in equally many process groups, got {known}: divide the "
+                    "group before other groups are made, or divide the whole job"
+                )
+        ranks = [rank for other, rank, _ in places if other == block]
+        backend = dist.get_backend(self.group)
+        made = dist.new_group(
+            ranks, backend=None if backend == "undefined" else backend, use_local_synchronization=True
+        )
+        return ProcessGroupCommunicator(made)
 
     def _run(self, collective: Callable[..., Any], *tensors: Any, **arguments: Any) -> None:
         """Run a collective of tensors. What it says of its arguments, before it starts, is raised as it is."""
