@@ -173,7 +173,8 @@ def _from_sync(layer: nn.Module) -> nn.Module:
     if issubclass(kind, _LazyNormBase) and not isinstance(layer, _LazyNormBase):
         kind = kind.cls_to_become
     old: nn.Module = _become(layer, kind)
-    for name in (ORIGIN, _FUSED, "_group", "activation"):
+    of_ours = ("_group", "activation", "inplace") if isinstance(layer, SyncBatchNorm) else ()  # nn.ReLU has an inplace
+    for name in (ORIGIN, _FUSED, *of_ours):
         old.__dict__.pop(name, None)
     if issubclass(kind, nn.SyncBatchNorm):
         old.process_group = own.given

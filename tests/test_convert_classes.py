@@ -384,3 +384,10 @@ def test_converted_layers_train_under_ddp_on_cpus():
     first, second = run_ranks(trained_under_ddp, 2)
     assert first[0] == ["BatchNorm2d", "Named", "BatchNorm1d"]
     assert first == second
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_reverts_to_the_attributes_of_the_original(copied):
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    converted = copied(syncnorm.convert_sync_batchnorm(copy.deepcopy(model)))
+    assert vars(syncnorm.revert_sync_batchnorm(converted)[0]).keys() == vars(model[0]).keys()
