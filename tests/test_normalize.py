@@ -2,35 +2,12 @@
 
 import pytest
 import torch
+from shares import Enter, Leave
 
 import syncnorm
 from syncnorm.functional import sync_batch_norm
 
 SIZES = {1: (4,), 2: (3, 1), 3: (2, 0, 1), 4: (1, 1, 1, 1)}
-
-
-class Enter(torch.autograd.Function):
-    """A tensor that all ranks hold alike, used by each for its own share: identity; the adjoint sums the shares."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Leave.apply(grad)
-
-
-class Leave(torch.autograd.Function):
-    """Shares that sum to a tensor that all ranks hold alike. The adjoint of Enter, as Enter is of it."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return syncnorm.communicator().all_reduce(x.clone())
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Enter.apply(grad)
 
 
 def on_the_whole_batch(sizes, function):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from test_normalize import Enter, Leave
+from shares import Enter, Leave
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 

@@ -5,57 +5,17 @@ The oracle is torch's own norm in one process on the whole batch, in float64, un
 
 import pytest
 import torch
+from shares import Enter, Leave
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F  # noqa: N812
 
 import syncnorm
-from syncnorm.all_reduce import all_reduce
 from syncnorm.functional import group_norm, layer_norm, rms_norm, sync_batch_norm
 from syncnorm.testing import CountingCommunicator
 
 # Forward-mode AD loads its decompositions by torch.jit.script.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-
-
-class Enter(torch.autograd.Function):
-    """A tensor that all ranks hold alike, used by each for its own share: identity; the adjoint sums the shares."""
-
-    @staticmethod
-    def forward(x):
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Leave.apply(grad)
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return tangent.clone()
-
-
-class Leave(torch.autograd.Function):
-    """Shares that sum to a tensor that all ranks hold alike. The adjoint of Enter, as Enter is of it."""
-
-    @staticmethod
-    def forward(x):
-        return all_reduce(x, syncnorm.communicator()).clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Enter.apply(grad)
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return Leave.apply(tangent)
 
 
 def share(size):
