@@ -43,17 +43,13 @@ class _Place(NamedTuple):
     layer: str  # its class; this and the shape are for the report
     shape: list[int]  # of the input
 
-    @property
-    def label(self) -> str:
-        return f"{self.path} of {self.model}"
-
     def is_same_as(self, other: _Place) -> bool:
         """Return whether both can be the same layer. A rank may wrap the model, or call a part of it itself."""
         if (self.is_split, self.dtype, self.call) != (other.is_split, other.dtype, other.call):
             return False
         if not self.is_split and self.sizes != other.sizes:
             return False
-        if self.label == other.label:  # as of layers outside a model
+        if (self.model, self.path) == (other.model, other.path):  # as of layers outside a model
             alike = self.constructed == other.constructed  # else a rank has constructed others besides
             return self.overtaken == other.overtaken and (self.number == other.number or not alike)
         if self.model == other.model:
@@ -129,14 +125,15 @@ class History:
         self, layer: nn.Module, input: Tensor, sizes: list[int], group: Communicator, *, is_split: bool
     ) -> list[_Place]:
         """Return the places of all ranks, if they can be the same."""
-        met: dict[str, list[int]] = getattr(group, "__dict__", {}).setdefault("_norms_met", {})  # label -> numbers
-        model, path = _find(layer)
+        met: dict[tuple[str, str], list[int]] = getattr(group, "__dict__", {}).setdefault("_norms_met", {})
+        model, path = map(_shortened, _find(layer))
+        earlier = met.setdefault((model, path), [])  # numbers of the norms that were called there
         place = _Place(
-            model=_shortened(model),
-            path=_shortened(path),
+            model=model,
+            path=path,
             number=self.number,
             constructed=self.constructed,
-            overtaken=0,
+            overtaken=sum(other > self.number for other in earlier),
             call=self.calls + 1,
             sizes=sizes,
             is_split=is_split,
@@ -144,8 +141,6 @@ class History:
             layer=_shortened(type(layer).__name__),
             shape=list(input.shape)[:8],
         )
-        earlier = met.setdefault(place.label, [])
-        place = place._replace(overtaken=sum(other > self.number for other in earlier))
         places = _gather(place, input.device, group)
         if not all(places[0].is_same_as(other) for other in places):
             ranks = (f"  rank {rank}: {other}" for rank, other in enumerate(places))

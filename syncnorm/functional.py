@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import _C, Tensor
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import running, transforms, validate
@@ -279,7 +279,7 @@ def without_values(tensor: Tensor) -> bool:
     """Return whether a tensor has a shape alone: on the meta device, or in a FakeTensorMode that records no graph."""
     if tensor.is_meta or not isinstance(tensor, FakeTensor):
         return tensor.is_meta
-    return not torch.compiler.is_compiling() and _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is None
+    return not (torch.compiler.is_compiling() or transforms.recording())
 
 
 def _sharing_batch(input: Tensor, process_group: ProcessGroupLike) -> Communicator:

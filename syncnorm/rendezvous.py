@@ -310,13 +310,13 @@ def _enter(store: Store, note: dict[str, Any], waiting: _Waiting) -> Store:
     if serves_the_store():  # where a launcher does, several jobs may share it
         _compare_jobs(store, where)
     words = _of_meeting(_meetings + 1, store)
-    if (first := _write_once(words, "size", str(size))) != str(size):
+    if (first := job_store.write_once(words, "size", str(size))) != str(size):
         raise RuntimeError(
             f"expected all ranks at {where} to have one WORLD_SIZE, got {size} on rank {rank} and {printable(first)} "
             "on the first that came: is the port another job's? Then set MASTER_PORT to another port on all ranks of "
             "this one"
         )
-    _refuse_another(_read(_write_once(words, f"note of {rank}", json.dumps(note)), rank, where), note, waiting)
+    _refuse_another(_read(job_store.write_once(words, f"note of {rank}", json.dumps(note)), rank, where), note, waiting)
     return words
 
 
@@ -363,12 +363,6 @@ def _gather_notes(words: Store, waiting: _Waiting) -> list[dict[str, Any]]:
             waiting.say(f"rank{'s' * (',' in missing)} {missing} at {waiting.where}")
         else:
             return [_read(note, rank, waiting.where) for rank, note in enumerate(words.multi_get(keys))]
-
-
-def _write_once(store: Store, key: str, value: str) -> str:
-    """Write under the key unless someone did, and return what stands there."""
-    written: bytes = store.compare_set(key, "", value)
-    return written.decode(errors="replace")
 
 
 def _read(written: str | bytes, rank: int, where: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from .errors import DesyncError, printable
 from .launchers import launched
 from .rendezvous import connect, serves_the_store
+from .store import write_once
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -273,8 +274,7 @@ def _let_mpi_progress() -> None:
 
 
 def _write_once(store: Store, key: str, words: str) -> None:
-    """Write words that nobody has written before."""
-    store.compare_set(key, "", words[:LONGEST])
+    write_once(store, key, words[:LONGEST])
 
 
 def _note_exit(attendance: _Attendance) -> None:

@@ -23,7 +23,16 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["ANOTHER_PROGRAM", "LOCALHOST", "PortInUseError", "connect", "free_port", "obstacle", "open_store"]
+__all__ = [
+    "ANOTHER_PROGRAM",
+    "LOCALHOST",
+    "PortInUseError",
+    "connect",
+    "free_port",
+    "obstacle",
+    "open_store",
+    "write_once",
+]
 
 LOCALHOST = "127.0.0.1"
 ANOTHER_PROGRAM = "another program uses the port"
@@ -80,6 +89,12 @@ def obstacle(host: str, port: int, timeout: float) -> str | None:
         if connection.recv(4, socket.MSG_WAITALL) == struct.pack("=I", NUMBER):
             return None
     return ANOTHER_PROGRAM
+
+
+def write_once(store: Store, key: str, value: str) -> str:
+    """Write under the key unless someone did, and return what stands there."""
+    written: bytes = store.compare_set(key, "", value)
+    return written.decode(errors="replace")
 
 
 def free_port() -> int:

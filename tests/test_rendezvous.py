@@ -18,7 +18,7 @@ import torch.distributed as dist
 import syncnorm
 from syncnorm import rendezvous
 from syncnorm.rendezvous import address_of_this_host, first_host, tasks_per_node
-from syncnorm.store import free_port, obstacle
+from syncnorm.store import free_port, obstacle, write_once
 from syncnorm.testing import PRELOADED
 
 HOST = socket.gethostname()
@@ -264,8 +264,8 @@ def test_a_rank_that_failed_to_join_leaves_the_port(monkeypatch):
 
 def test_notes_are_written_once():
     store = dist.TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
-    assert rendezvous._write_once(store, "note", "first") == "first"
-    assert rendezvous._write_once(store, "note", "second") == "first"
+    assert write_once(store, "note", "first") == "first"
+    assert write_once(store, "note", "second") == "first"
     assert store.get("note") == b"first"
 
 

@@ -34,9 +34,8 @@ ProcessGroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | MPI.Comm | Colle
 _default: Communicator | None = None  # what syncnorm.init() made, other than torch.distributed's default group
 _beside: dist.ProcessGroup | None = None  # the default group that it was made with
 _ALONE = LocalCommunicator()
-_made: weakref.WeakValueDictionary[int, Any] = (
-    weakref.WeakValueDictionary()
-)  # one communicator for each group, by id or MPI handle
+# one communicator for each group, by id or MPI handle
+_made: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _of_world: tuple[weakref.ref[dist.ProcessGroup], Communicator] | None = None  # the default group's communicator
 _own: set[type] = set()  # classes of this package that were met, of which nobody has to look at the members, for 15 µs
 

@@ -96,7 +96,7 @@ class MpiCommunicator:
 
     def local_rank(self) -> int:
         """Return this rank's place among those on its host: one `MPI_Comm_split_type`, which all ranks call."""
-        self.standing.check()
+        self._check()
         host = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         rank: int = host.Get_rank()
         host.Free()
@@ -104,14 +104,12 @@ class MpiCommunicator:
 
     def split(self, block: int) -> MpiCommunicator:
         """Return the ranks that give the same block: one `MPI_Comm_split`, which all ranks of this group call."""
-        self.standing.check()
+        self._check()
         return MpiCommunicator(self.comm.Split(block, self.rank), self.timeout)
 
     def _run(self, function: str, *arguments: Any, memory: Any = None) -> None:
         """Call the MPI function: blocking, or under the timeout in its non-blocking form. `memory` must outlive it."""
-        if self.unusable:
-            raise RuntimeError(self.unusable)
-        self.standing.check()
+        self._check()
         try:
             if self.timeout is None:
                 getattr(self.comm, function)(*arguments)
@@ -124,6 +122,12 @@ class MpiCommunicator:
                 raise
         except (MPI.Exception, TimeoutError) as error:
             self._raise(function, error)
+
+    def _check(self) -> None:
+        """Raise if no call can be made here: in a forked child, in a group that was destroyed, after a failure."""
+        if self.unusable:
+            raise RuntimeError(self.unusable)
+        self.standing.check()
 
     def _raise(self, function: str, error: Exception) -> NoReturn:
         """Let no call follow on one that failed, and raise its error: with the place of every rank, if it is theirs."""

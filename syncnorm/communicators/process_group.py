@@ -85,9 +85,8 @@ class ProcessGroupCommunicator:
             RuntimeError: on every rank; the group is a part of the job, and the ranks of a block are in unequally many
                 process groups, by which torch names the new one.
         """
-        groups_so_far = len(
-            dist.distributed_c10d._world.pg_names
-        )  # a part of what names a group made without the others
+        # a part of what names a group that is made without the others
+        groups_so_far = len(dist.distributed_c10d._world.pg_names)
         places = self.all_gather_object((block, dist.get_rank(), groups_so_far))
         if self.size == dist.get_world_size():
             members = {number: [rank for other, rank, _ in places if other == number] for number, *_ in places}
