@@ -28,3 +28,9 @@ __all__ = [
     "revert_sync_batchnorm",
     "testing",
 ]
+
+# Pickles name a class by its module. Public classes are named by the place where users find them.
+for _name in __all__:
+    if isinstance(globals()[_name], type):
+        globals()[_name].__module__ = __name__
+del _name

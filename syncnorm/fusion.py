@@ -128,7 +128,7 @@ class _Tracer(fx.Tracer):
         self.watched: set[fx.Node] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = m.__module__.startswith(__package__ + ".")
+        own = m.__module__.partition(".")[0] == __package__
         return isinstance(m, _BatchNorm) or own or self.is_closed(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
