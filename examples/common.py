@@ -15,7 +15,7 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm.launchers import launched
+from syncnorm.job.launcher import launched
 from syncnorm.testing import Call, CountingCommunicator
 
 

@@ -36,7 +36,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 import syncnorm
 from syncnorm.communicators import LocalCommunicator
-from syncnorm.launchers import launched
+from syncnorm.job.launcher import launched
 
 EXAMPLES = {"cnn": cnn, "transformer": transformer}
 NORMS = {"cnn": ["bn", "sync_bn", "gn", "ln", "rms"], "transformer": ["ln", "rms", "sync_bn"]}

@@ -1,12 +1,12 @@
 """Synchronized BatchNorm for PyTorch: the statistics of the whole batch, over NCCL, Gloo or MPI."""
 
 from . import functional, testing
-from .bootstrap import init
 from .communicators import Communicator, communicator
+from .communicators.subgroups import new_subgroups
 from .convert import convert_sync_batchnorm, register_conversion, revert_sync_batchnorm
 from .errors import DesyncError, SyncNormError
+from .job.init import init
 from .modules import GroupNorm, LayerNorm, LazySyncBatchNorm, RMSNorm, SyncBatchNorm
-from .subgroups import new_subgroups
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, info
 from .communicators import communicator
-from .launchers import launched
+from .job.launcher import launched
 
 if TYPE_CHECKING:
     from .bench import report

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import bootstrap, kernels
+from . import kernels
 from .communicators import communicator
-from .launchers import launched
+from .job.init import init
+from .job.launcher import launched
 
 __all__ = ["job", "machine", "table"]
 
@@ -40,7 +41,7 @@ def machine() -> dict[str, str]:
 
 def job(*, join: bool = True) -> dict[str, str]:
     """Return who is in the job, which this process joins first if `join`. Collective on all ranks of the job."""
-    group = bootstrap.init() if join else communicator()
+    group = init() if join else communicator()
     hosts = Counter(group.all_gather_object(socket.gethostname()))
     return {
         "launcher": launched().launcher,
@@ -80,11 +81,10 @@ def _mpi() -> str:
     if importlib.util.find_spec("mpi4py") is None:
         return "no mpi4py to reach it"
     try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # which of them depends on how mpi4py was built
-        return f"mpi4py finds none: {str(error).splitlines()[0]}"
-    from .communicators.messages import cuda_aware
-
+        from .mpi.buffers import cuda_aware
+        from .mpi.library import MPI
+    except RuntimeError as error:
+        return f"mpi4py finds none: {str(error.__cause__).splitlines()[0]}"
     library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0")
     return f"{' '.join(library.split())}, {'CUDA-aware' if cuda_aware() else 'not CUDA-aware'}"
 

@@ -11,7 +11,7 @@ import torch
 from launchers import COMMANDS, launch
 
 import syncnorm
-from syncnorm.store import free_port
+from syncnorm.job.store import free_port
 
 JOIN = """
     import sys, torch, torch.distributed as dist, syncnorm

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from syncnorm.launchers import launched
+from syncnorm.job.launcher import launched
 
 STEP = {
     "SLURM_JOB_ID": "7",

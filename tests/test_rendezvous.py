@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 import syncnorm
-from syncnorm import rendezvous
-from syncnorm.rendezvous import address_of_this_host, first_host, tasks_per_node
-from syncnorm.store import free_port, obstacle, write_once
+from syncnorm.job import rendezvous
+from syncnorm.job.rendezvous import address_of_this_host
+from syncnorm.job.slurm import first_host, tasks_per_node
+from syncnorm.job.store import free_port, obstacle, write_once
 from syncnorm.testing import PRELOADED
 
 HOST = socket.gethostname()

@@ -1,15 +1,18 @@
 """Roll calls, in jobs whose ranks are started one by one: no launcher ends the others after one has failed."""
 
+import builtins
+import importlib
 import inspect
 import re
 import socket
 import textwrap
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from launchers import launch
 
-from syncnorm.roll_call import C10D, tells_of_peers, whereabouts
+from syncnorm.job.desync import tells_of_peers, whereabouts
 
 HOST = socket.gethostname()
 
@@ -159,8 +162,8 @@ def test_control_characters_of_another_rank_are_escaped(run):
 
 def test_what_a_rank_wrote_is_not_overwritten(run):
     jobs = run("""
-        from syncnorm.rendezvous import connect
-        from syncnorm.roll_call import _write_once
+        from syncnorm.job.rendezvous import connect
+        from syncnorm.job.desync import _write_once
 
         group.barrier()
         if group.rank == 1:
@@ -190,7 +193,7 @@ def test_a_typo_at_a_prompt_and_an_error_in_a_thread_end_no_rank(run):
             code.interact("", read, globals(), "")
         else:
             time.sleep(2)
-            report = syncnorm.roll_call.take([1])
+            report = syncnorm.job.desync.take([1])
             group.all_reduce(ones)
             sys.stdout.write(report)
     """)
@@ -225,12 +228,20 @@ def test_errors_that_were_raised_in_a_collective():
     def all_reduce():
         raise RuntimeError("a word that nobody knows")
 
-    outside = all_reduce.__code__
-    for name, told in [("of_the_program.py", False), (C10D, True)]:
-        all_reduce.__code__ = outside.replace(co_filename=name)
+    modules = [
+        {"__name__": "of_the_program"},
+        {"__name__": "torch.distributed.distributed_c10d"},
+        {"__name__": "a_communicator", "ISSUES_COLLECTIVES": True},
+    ]
+    for module, told in zip(modules, [False, True, True], strict=True):
         with pytest.raises(RuntimeError) as caught:
-            all_reduce()
+            types.FunctionType(all_reduce.__code__, module | {"__builtins__": builtins})()
         assert tells_of_peers(caught.value) == told
+
+
+@pytest.mark.parametrize("name", ["communicators.process_group", "mpi.communicator", "mpi.process_group", "mpi.work"])
+def test_modules_of_collectives_are_marked(name):
+    assert importlib.import_module(f"syncnorm.{name}").ISSUES_COLLECTIVES
 
 
 def test_whereabouts_are_the_line_of_the_program():

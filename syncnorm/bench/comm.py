@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import bootstrap, info
+from .. import info
 from ..communicators import Communicator, communicator
+from ..job import init as bootstrap
 from . import floor, report
 from .timing import FULL, QUICK, Candidates, Effort, Timing, interleave
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from .. import bootstrap
 from ..communicators import Communicator
-from ..launchers import launched
+from ..job import init as bootstrap
+from ..job.launcher import launched
 
 __all__ = ["Job", "join"]
 

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch.distributed as dist
 
-from .base import Collectives, Communicator
 from .local import LocalCommunicator
+from .protocol import Collectives, Communicator
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -25,6 +25,7 @@ __all__ = [
     "ProcessGroupLike",
     "communicator",
     "has_default",
+    "register_group_type",
     "set_default",
     "uncounted",
 ]
@@ -37,7 +38,9 @@ _ALONE = LocalCommunicator()
 # one communicator for each group, by id or MPI handle
 _made: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _of_world: tuple[weakref.ref[dist.ProcessGroup], Communicator] | None = None  # the default group's communicator
-_own: set[type] = set()  # classes of this package that were met, of which nobody has to look at the members, for 15 µs
+_known: set[type] = {LocalCommunicator}  # our own classes seen so far: looking at the members takes 15 µs
+_PACKAGE = __name__.rpartition(".")[0] + "."
+_resolvers: dict[type[dist.ProcessGroup], Callable[[Any], Communicator]] = {}
 
 
 def set_default(made: Communicator | None, beside: dist.ProcessGroup | None = None) -> None:
@@ -78,7 +81,7 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
         ValueError: this rank is not a member of the group, or the mesh has more than one dimension.
         TypeError: `process_group` is something else.
     """
-    if type(process_group) in _own:
+    if type(process_group) in _known:
         return process_group  # type: ignore[return-value]
     if process_group is None:
         made = _current_default()
@@ -95,27 +98,23 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
             )
         if isinstance(process_group, _device_mesh_type()):
             return _of_process_group(_group_of_mesh(process_group))
-    mpi = sys.modules.get("mpi4py.MPI")  # whoever holds a Comm has imported it
-    if mpi is not None and isinstance(process_group, mpi.Comm):
-        if process_group == mpi.COMM_NULL:
-            raise ValueError(
-                f"expected an MPI communicator that this rank is a member of, got MPI.COMM_NULL on rank "
-                f"{mpi.COMM_WORLD.rank} of MPI.COMM_WORLD"
-            )
-        from .mpi import MpiCommunicator
+    if any(kind.__module__ == "mpi4py.MPI" for kind in type(process_group).__mro__):
+        from ..mpi.communicator import of_comm
 
-        made = _made.get(process_group.handle)
-        if made is None or made.comm != process_group:  # a handle is used again after Free
-            _made[process_group.handle] = made = MpiCommunicator(process_group)
-        return made
+        return of_comm(process_group)  # type: ignore[arg-type]
     if isinstance(process_group, Collectives) and not isinstance(process_group, type):
-        if type(process_group).__module__.startswith(__name__):
-            _own.add(type(process_group))
+        if type(process_group).__module__.startswith(_PACKAGE):
+            _known.add(type(process_group))
         return process_group  # type: ignore[return-value]  # split may be missing: new_subgroups says so
     raise TypeError(
         "expected process_group to be a torch.distributed ProcessGroup, a one-dimensional DeviceMesh, an mpi4py Comm, "
         f"an object with the members of syncnorm.Communicator, or None, got {process_group!r}"
     )
+
+
+def register_group_type(kind: type[dist.ProcessGroup], resolve: Callable[[Any], Communicator]) -> None:
+    """Let `resolve` turn process groups of this class into communicators, in place of a `ProcessGroupCommunicator`."""
+    _resolvers[kind] = resolve
 
 
 def _of_default_group(world: dist.ProcessGroup) -> Communicator:
@@ -131,10 +130,10 @@ def _of_default_group(world: dist.ProcessGroup) -> Communicator:
 def _of_process_group(group: dist.ProcessGroup) -> Communicator:
     from .process_group import ProcessGroupCommunicator
 
-    mpi_backend = sys.modules.get("syncnorm.mpi_backend")  # imported by whoever made such a group
-    if mpi_backend is not None and isinstance(group, mpi_backend.MpiProcessGroup):
-        direct: Communicator = group.communicator
-        return (_current_default() or direct) if group is dist.group.WORLD else direct
+    if group is dist.group.WORLD and (default := _current_default()) is not None:
+        return default
+    if (resolve := _resolvers.get(type(group))) is not None:
+        return resolve(group)
     if group is dist.group.WORLD:
         return _of_default_group(group)
     made = _made.get(id(group))

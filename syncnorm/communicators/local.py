@@ -8,6 +8,8 @@ from torch import Tensor
 
 __all__ = ["LocalCommunicator"]
 
+ISSUES_COLLECTIVES = True  # what `syncnorm.job.desync` knows these functions by
+
 
 class LocalCommunicator:
     """The communicator of one process. Every collective is the identity; none leaves the process."""

@@ -31,11 +31,11 @@ from torch.autograd import Function
 
 from . import kernels, transforms
 from .all_reduce import all_reduce
+from .arguments import memory_of
 from .communicators import Communicator
 from .kernels import PLAIN, Epilogue
 from .kernels.epilogue import channels_last
 from .moments import Moments
-from .validate import memory_of
 
 __all__ = ["made_by_relu", "normalize", "normalize_by_constants"]
 

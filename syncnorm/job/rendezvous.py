@@ -14,7 +14,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import secrets
 import socket
 import struct
@@ -26,17 +25,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from ..errors import printable
 from . import forks
 from . import store as job_store
-from .errors import printable
-from .launchers import RENDEZVOUS, launched, refuse_to_be_alone
-from .store import ANOTHER_PROGRAM, LOCALHOST
+from .launcher import launched
+from .store import ANOTHER_PROGRAM
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
     from torch._C._distributed_c10d import Store
 
-__all__ = ["connect", "job_id", "meet", "serves_the_store", "tell_by_slurm", "tell_over_mpi"]
+__all__ = ["address_of_this_host", "connect", "export", "have_met", "job_id", "meet", "serve", "serves_the_store"]
 
 JOIN_TIMEOUT = 300.0  # seconds for all ranks to come; the timeout of collectives counts from then on
 FIRST_WORD = 8.0  # seconds after which a rank says on stderr for whom it waits
@@ -50,56 +48,7 @@ _token = secrets.token_hex(8)  # of this process: process ids repeat in containe
 _meetings = 0  # of this process with the others, for each of its groups: the same number on all ranks
 
 
-def tell_over_mpi(world: MPI.Comm) -> None:
-    """Set what torchrun would, unless it is set: rank 0 opens a store on a free port and tells all ranks where.
-
-    Raises:
-        RuntimeError: the launcher tells of several ranks, and MPI of one; or the environment tells of another rank.
-    """
-    from .communicators.library import MPI
-
-    if os.environ.keys() >= {*RENDEZVOUS}:
-        _compare_with_mpi(world)
-        return
-    if world.size == 1:
-        refuse_to_be_alone("MPI")
-        if _meetings == 0:  # for torch.distributed's own init_process_group
-            _tell(0, 1, 0, 1, LOCALHOST, job_store.free_port(), is_served=False)
-        return
-    host = world.Split_type(MPI.COMM_TYPE_SHARED)
-    where = None
-    if world.rank == 0:
-        address = LOCALHOST if host.size == world.size else address_of_this_host()
-        os.environ["SYNCNORM_JOB_ID"] = f"{secrets.token_hex(8)} of mpirun"
-        where = os.environ["SYNCNORM_JOB_ID"], address, _serve(address, 0)
-    os.environ["SYNCNORM_JOB_ID"], address, port = world.bcast(where)
-    _tell(world.rank, world.size, host.rank, host.size, address, port, is_served=True)
-    host.Free()
-
-
-def _compare_with_mpi(world: MPI.Comm) -> None:
-    """Raise unless RANK and WORLD_SIZE are those of MPI."""
-    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    if (rank, size) != (str(world.rank), str(world.size)):
-        raise RuntimeError(
-            f"expected one launcher, got two that contradict each other: RANK={rank}, WORLD_SIZE={size} of torchrun, "
-            f"and rank {world.rank} of {world.size} of MPI. Unset RANK and WORLD_SIZE to join the ranks of MPI"
-        )
-
-
-def tell_by_slurm() -> None:
-    """Set what torchrun would, from the variables of a step of Slurm's; MASTER_ADDR and MASTER_PORT stay if set."""
-    _, rank, size = launched()
-    told = os.environ
-    ranks_by_node = tasks_per_node(told["SLURM_STEP_TASKS_PER_NODE"])
-    host = first_host(told["SLURM_STEP_NODELIST"]) if len(ranks_by_node) > 1 else LOCALHOST
-    step = 101 * int(told["SLURM_JOB_ID"]) + int(told["SLURM_STEP_ID"])
-    port = 20000 + step % 12000  # below those that systems give to clients; another job may have the same
-    where = told.get("MASTER_ADDR", host), told.get("MASTER_PORT", port)
-    _tell(rank, size, told["SLURM_LOCALID"], ranks_by_node[int(told["SLURM_NODEID"])], *where, is_served=False)
-
-
-def _tell(rank: int, size: int, local_rank: Any, local_size: int, address: str, port: Any, *, is_served: bool) -> None:
+def export(rank: int, size: int, local_rank: Any, local_size: int, address: str, port: Any, *, is_served: bool) -> None:
     """Set torchrun's variables; unless the store `is_served`, rank 0 will open it when it joins."""
     launched()  # reads the environment as it was
     os.environ |= {
@@ -139,7 +88,7 @@ def meet(rank: int, size: int, note: dict[str, Any]) -> tuple[Store, list[dict[s
     waiting = _Waiting(rank, size, f"{host}:{port}")
     serves = rank == 0 and serves_the_store() and not _served
     if serves:
-        _serve(host, port)
+        serve(host, port)
     try:
         words = _enter(_reach(host, port, waiting), note, waiting)
         notes = _gather_notes(words, waiting)
@@ -155,6 +104,11 @@ def meet(rank: int, size: int, note: dict[str, Any]) -> tuple[Store, list[dict[s
         raise
     _meetings += 1
     return dist.PrefixStore("torch", words), notes  # type: ignore[attr-defined]
+
+
+def have_met() -> bool:
+    """Return whether this process has met the others of its job, or was alone in it."""
+    return _meetings > 0
 
 
 def serves_the_store() -> bool:
@@ -250,7 +204,7 @@ def _join_timeout() -> float:
     raise ValueError(f"expected SYNCNORM_JOIN_TIMEOUT to be a positive number of seconds, got {told!r}")
 
 
-def _serve(host: str, port: int) -> int:
+def serve(host: str, port: int) -> int:
     """Open the job's store and return its port."""
     try:
         store: Any = job_store.open_store(host, port, OPERATION)
@@ -385,17 +339,6 @@ def _numbers(ranks: Sequence[int]) -> str:
     """Return ranks as text: "1, 3", of many the first ones and how many more there are."""
     shown = ", ".join(map(str, ranks[:16]))
     return f"{shown} and {len(ranks) - 16} more" if len(ranks) > 16 else shown
-
-
-def first_host(nodes: str) -> str:
-    """Return the first host of a list as Slurm writes it: node03 of "node[03-05,9],gpu1"."""
-    first = re.match(r"([^,\[]|\[[^\]]*\])*", nodes)
-    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0] if first else "")
-
-
-def tasks_per_node(counts: str) -> list[int]:
-    """Return how many tasks each node has, as Slurm writes it: [2, 2, 2, 1] of "2(x3),1"."""
-    return [int(tasks) for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
 
 
 def address_of_this_host() -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import bootstrap
+from ..job.init import init
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _call(directory: Path, rank: int, job: Job) -> Any:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.world_size))
     limit = timedelta(seconds=job.timeout)
     if job.backend == "mpi":
-        bootstrap.init("mpi", limit)
+        init("mpi", limit)
         return job.fn(*job.args)
     os.environ.clear()
     os.environ.update({"GLOO_SOCKET_IFNAME": "lo"} | job.environment)  # all ranks are on this machine
@@ -107,7 +107,7 @@ def _picklable(error: Exception) -> Exception:
 
 def main_under_mpirun() -> None:
     """Run the job of the directory that the command line names, as the rank that MPI says."""
-    from mpi4py import MPI
+    from ..mpi.library import MPI
 
     directory = Path(sys.argv[1])
     spawn.prepare(pickle.loads((directory / "preparation").read_bytes()))

@@ -10,7 +10,8 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils.parametrize import is_parametrized
 
-from .modules import ORIGIN, SyncBatchNorm, class_after_conversion
+from ..modules import SyncBatchNorm
+from ..modules.batch_norm import ORIGIN, class_after_conversion
 
 __all__ = ["check_convertible", "check_revertible"]
 

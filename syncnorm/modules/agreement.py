@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import transforms
-from .communicators import Communicator, uncounted
-from .errors import DesyncError
+from .. import transforms
+from ..communicators import Communicator, uncounted
+from ..errors import DesyncError
 
 __all__ = ["History"]
 

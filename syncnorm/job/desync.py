@@ -21,7 +21,7 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from .errors import DesyncError, printable
-from .launchers import launched
+from ..errors import DesyncError, printable
+from .launcher import launched
 from .rendezvous import connect, serves_the_store
 from .store import write_once
 
@@ -48,6 +48,7 @@ __all__ = [
     "tells_of_peers",
     "whereabouts",
     "whereabouts_of",
+    "while_serving",
 ]
 
 INTERVAL = 1.0  # seconds between two looks into the store
@@ -56,14 +57,13 @@ SILENCE = 5 * INTERVAL  # seconds without a sign of life after which a rank coun
 SERVICE = 600.0  # seconds for which the rank that serves the store waits at most for the others to end
 LONGEST = 500  # characters of what a rank says
 LEFT = b"left"  # the last sign of life
-PACKAGE = str(Path(__file__).parent)
-LIBRARIES = (PACKAGE, str(Path(torch.__file__).parent), sysconfig.get_path("stdlib"), "<")
-C10D = str(Path(dist.__file__).parent / "distributed_c10d.py")
-COLLECTIVES = (os.path.join(PACKAGE, "communicators"), os.path.join(PACKAGE, "mpi_backend.py"), C10D)
+LIBRARIES = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), sysconfig.get_path("stdlib"), "<")
+MARK = "ISSUES_COLLECTIVES"  # variable of the modules whose functions are collectives
 OF_ARGUMENTS = "Invalid scalar type"  # what Gloo's threads say of a dtype, on every rank
 OF_PEERS = ("connect", "timed out", "timeout", "closed", "reset by", "waited")  # in what Gloo, NCCL and we say of them
 
 _attendance: _Attendance | None = None
+_progress: list[Callable[[], object]] = []
 
 
 def attend(rank: int, hosts: Sequence[str]) -> None:
@@ -71,6 +71,11 @@ def attend(rank: int, hosts: Sequence[str]) -> None:
     global _attendance
     _attendance = _Attendance(rank, hosts)
     _note_exit(_attendance)
+
+
+def while_serving(progress: Callable[[], object]) -> None:
+    """Call `progress` again and again while this rank waits at its exit, so that what the others wait for goes on."""
+    _progress.append(progress)
 
 
 def is_attended() -> bool:
@@ -258,19 +263,13 @@ class _Attendance:
                     del signs[rank]
                 if sign == LEFT:
                     signs.pop(rank, None)
-            _let_mpi_progress()
+            for progress in _progress:
+                progress()
             time.sleep(INTERVAL / 20)
 
     def _name(self, ranks: Sequence[int]) -> str:
         hosts = dict.fromkeys(printable(self.hosts[rank]) for rank in ranks)
         return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} on {', '.join(hosts)}"
-
-
-def _let_mpi_progress() -> None:
-    """Let MPI go on with what is under way: the others may wait for it, and this rank for them."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.COMM_WORLD.Iprobe()
 
 
 def _write_once(store: Store, key: str, words: str) -> None:
@@ -305,9 +304,13 @@ def _describe(stack: Stack, stacks: list[Stack]) -> str:
     return f"in {collectives[0] if collectives else 'no collective'}, {line}"
 
 
+def _issues_collectives(module: dict[str, Any]) -> bool:
+    return MARK in module or module.get("__name__") == dist.distributed_c10d.__name__
+
+
 def _collective(stack: Stack) -> str | None:
     """Return the name of the outermost collective on a stack, and what this rank gives to it."""
-    inside = [frame for frame, _ in stack if frame.f_code.co_filename.startswith(COLLECTIVES)]
+    inside = [frame for frame, _ in stack if _issues_collectives(frame.f_globals)]
     if not inside:
         return None
     given = inside[-1].f_locals

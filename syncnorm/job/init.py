@@ -18,10 +18,11 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from . import communicators, forks, rendezvous, roll_call
-from .communicators import Communicator
-from .errors import DesyncError
-from .launchers import launched, refuse_to_be_alone
+from .. import communicators
+from ..communicators import Communicator
+from ..errors import DesyncError
+from . import desync, forks, rendezvous, slurm
+from .launcher import launched, refuse_to_be_alone
 from .terminate import before_terminate, hang_up
 
 __all__ = ["init"]
@@ -108,15 +109,16 @@ def _joined() -> str | None:
 
 def _join_over_mpi(backend: str, timeout: timedelta | None) -> None:
     """Join MPI's world, and torch.distributed's default group of the same ranks."""
-    from .communicators.library import MPI
-    from .communicators.mpi import MpiCommunicator
+    from ..mpi.communicator import MpiCommunicator
+    from ..mpi.library import MPI
+    from ..mpi.rendezvous import export_rendezvous
 
     world = MpiCommunicator(MPI.COMM_WORLD, timeout)
     if world.size == 1:
         refuse_to_be_alone("MPI")
     if dist.is_available():
         if world.size > 1 or launched().launcher != "none":
-            rendezvous.tell_over_mpi(world.comm)
+            export_rendezvous(world.comm)
         _make_default_group(backend, timeout, world.rank, world.size)
     beside = dist.group.WORLD if dist.is_available() else None
     communicators.set_default(world if backend == "mpi" else None, beside)
@@ -130,7 +132,7 @@ def _join_by_torch(backend: str, timeout: timedelta | None) -> None:
         raise RuntimeError(f"{backend} was asked for, and this torch was built without torch.distributed")
     launcher, rank, size = launched()
     if launcher == "srun":
-        rendezvous.tell_by_slurm()
+        slurm.export_rendezvous()
     _make_default_group(backend, timeout, rank, size)
 
 
@@ -141,16 +143,16 @@ def _make_default_group(backend: str, timeout: timedelta | None, rank: int, size
         gpus = {other.get("gpu") for other in ranks}
         backend = "nccl" if None not in gpus and len(gpus) == len(ranks) else "gloo"
     if backend == "mpi":
-        from . import mpi_backend
+        from ..mpi.backend import BACKEND
 
-        backend = mpi_backend.BACKEND
+        backend = BACKEND
     device = None
     if backend == "nccl":
         device = torch.device("cuda", _local_device())
         torch.cuda.set_device(device)
     hook = sys.excepthook
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size, device_id=device)
-    if roll_call.is_attended():  # this is not the first group, and the hook is ours
+    if desync.is_attended():  # this is not the first group, and the hook is ours
         sys.excepthook = hook
     elif size > 1:
         _report_an_exception(rank, [other["host"] for other in ranks])
@@ -173,7 +175,7 @@ def _local_device() -> int:
 def _destroy_process_group() -> None:
     if forks.is_inherited(None):
         return
-    roll_call.last_words()  # before its connections close, after which others ask
+    desync.last_words()  # before its connections close, after which others ask
     gc.collect()  # DistributedDataParallel refers to the group in cycles
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -182,8 +184,8 @@ def _destroy_process_group() -> None:
 
 def _report_an_exception(rank: int, hosts: list[str]) -> None:
     """Answer roll calls, and tell the other ranks of what ends this one."""
-    roll_call.attend(rank, hosts)
-    atexit.register(roll_call.leave)
+    desync.attend(rank, hosts)
+    atexit.register(desync.leave)
     before_terminate(functools.partial(_say_before_terminate, rank, hosts))
     process = os.getpid()
     print_exception = sys.excepthook  # torch.distributed's own
@@ -192,14 +194,14 @@ def _report_an_exception(rank: int, hosts: list[str]) -> None:
         if os.getpid() != process or _is_interactive():
             print_exception(kind, error, traceback)
             return
-        in_collective = roll_call.tells_of_peers(error)
+        in_collective = desync.tells_of_peers(error)
         is_reported = isinstance(error, DesyncError)
-        here = roll_call.whereabouts_of(error)
-        roll_call.last_words(here if in_collective and not is_reported else error)
+        here = desync.whereabouts_of(error)
+        desync.last_words(here if in_collective and not is_reported else error)
         print_exception(kind, error, traceback)
         print(f"rank {rank} of {len(hosts)} on {hosts[rank]} ended with {kind.__name__}", file=sys.stderr)
         if in_collective and not is_reported:
-            print(roll_call.take(range(len(hosts)), here), file=sys.stderr)
+            print(desync.take(range(len(hosts)), here), file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         if in_collective:
@@ -210,25 +212,25 @@ def _report_an_exception(rank: int, hosts: list[str]) -> None:
 
 def _say_before_terminate(rank: int, hosts: list[str]) -> None:
     """Write where all ranks are before C++ ends this one, and leave the same of it to the others."""
-    here = roll_call.whereabouts()
-    roll_call.last_words(f"ended by C++ {here}")
+    here = desync.whereabouts()
+    desync.last_words(f"ended by C++ {here}")
     sys.stdout.flush()
     print(
         f"rank {rank} of {len(hosts)} on {hosts[rank]} is ended by C++, whose words follow. If Gloo received data of "
         "another size than it expected, ranks are at different layers or collectives:\n"
-        + roll_call.take(range(len(hosts)), here),
+        + desync.take(range(len(hosts)), here),
         file=sys.stderr,
         flush=True,
     )
     hang_up(but=int(os.environ["MASTER_PORT"]))  # which is the store's
-    time.sleep(2 * roll_call.INTERVAL)  # launchers end all ranks after the first: the others report before that
-    roll_call.leave()
+    time.sleep(2 * desync.INTERVAL)  # launchers end all ranks after the first: the others report before that
+    desync.leave()
 
 
 @functools.cache  # once in a process
 def _abort_on_an_exception() -> None:
     """Make an unhandled exception of one rank end all ranks, which else would wait for it for ever."""
-    from .communicators.library import MPI
+    from ..mpi.library import MPI
 
     process = os.getpid()
     report = sys.excepthook

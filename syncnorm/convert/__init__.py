@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-import types
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
-from torch.nn.modules.module import _WrappedHook
 
+from ..communicators import ProcessGroupLike
+from ..modules import SyncBatchNorm
+from ..modules.batch_norm import ORIGIN, class_after_conversion
+from ..modules.process_group import ProcessGroupReference
 from . import fusion
-from .communicators import ProcessGroupLike
-from .convertible import check_convertible, check_revertible
-from .modules import ORIGIN, ProcessGroupReference, SyncBatchNorm, class_after_conversion
+from .checks import check_convertible, check_revertible
+from .surgery import become, replace
 
 __all__ = ["convert_sync_batchnorm", "register_conversion", "revert_sync_batchnorm"]
 
@@ -66,7 +66,7 @@ def convert_sync_batchnorm(
     """
     check_convertible(module, _is_registered)
     if not fuse or isinstance(module, _BatchNorm) or _is_registered(module):  # a layer alone has nothing after it
-        return _replace(module, lambda layer: _to_sync(layer, process_group), _is_registered, {})
+        return replace(module, lambda layer: _to_sync(layer, process_group), _is_registered, {})
     norms, activations = fusion.plan(module, _can_take_over, _is_registered)
 
     def exchange(layer: nn.Module) -> nn.Module:
@@ -78,7 +78,7 @@ def convert_sync_batchnorm(
             new.__dict__[_FUSED] = True
         return new
 
-    return _replace(module, exchange, _is_registered, {})
+    return replace(module, exchange, _is_registered, {})
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
@@ -95,7 +95,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
             or its forward or class was replaced. Nothing was changed.
     """
     check_revertible(module)
-    return _replace(module, _from_sync, lambda layer: False, {})
+    return replace(module, _from_sync, lambda layer: False, {})
 
 
 def register_conversion(original: type[nn.Module], converter: Converter) -> None:
@@ -118,22 +118,6 @@ def _is_registered(layer: nn.Module) -> bool:
     return type(layer) in _registered
 
 
-def _replace(
-    module: nn.Module,
-    exchange: Callable[[nn.Module], nn.Module],
-    is_closed: Callable[[nn.Module], bool],
-    done: dict[nn.Module, nn.Module],
-) -> nn.Module:
-    """Exchange `module` and all below it but what closed modules hold, each once however often it occurs."""
-    if module not in done:
-        done[module] = new = exchange(module)
-        if new is module and not is_closed(module):
-            for name, child in module._modules.items():
-                if child is not None:
-                    module._modules[name] = _replace(child, exchange, is_closed, done)
-    return done[module]
-
-
 def _to_sync(layer: nn.Module, process_group: ProcessGroupLike) -> nn.Module:
     if type(layer) in _registered:
         made = _registered[type(layer)](layer, process_group)
@@ -144,7 +128,7 @@ def _to_sync(layer: nn.Module, process_group: ProcessGroupLike) -> nn.Module:
         layer.process_group = process_group
     if isinstance(layer, SyncBatchNorm) or not isinstance(layer, _BatchNorm):
         return layer
-    new: SyncBatchNorm = _become(layer, class_after_conversion(type(layer), is_lazy=isinstance(layer, _LazyNormBase)))
+    new: SyncBatchNorm = become(layer, class_after_conversion(type(layer), is_lazy=isinstance(layer, _LazyNormBase)))
     own = new.__dict__.pop("process_group", None)  # a torch.nn.SyncBatchNorm's
     new.process_group = own if process_group is None else process_group
     new.__dict__[ORIGIN] = type(layer), ProcessGroupReference(own)
@@ -159,7 +143,7 @@ def _can_take_over(layer: nn.Module) -> bool:
 
 
 def _stand_in(activation: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    new: nn.Module = _become(activation, kind)
+    new: nn.Module = become(activation, kind)
     new.__dict__[ORIGIN] = type(activation), ProcessGroupReference(None)
     return new
 
@@ -172,34 +156,10 @@ def _from_sync(layer: nn.Module) -> nn.Module:
     kind, own = layer.__dict__[ORIGIN]
     if issubclass(kind, _LazyNormBase) and not isinstance(layer, _LazyNormBase):
         kind = kind.cls_to_become
-    old: nn.Module = _become(layer, kind)
+    old: nn.Module = become(layer, kind)
     of_ours = ("_group", "activation", "inplace") if isinstance(layer, SyncBatchNorm) else ()  # nn.ReLU has an inplace
     for name in (ORIGIN, _FUSED, *of_ours):
         old.__dict__.pop(name, None)
     if issubclass(kind, nn.SyncBatchNorm):
         old.process_group = own.given
     return old
-
-
-def _become(layer: nn.Module, kind: type[nn.Module]) -> Any:
-    """Return a module of another class with all that `layer` holds. The hook tables are shared: handles point there."""
-    new = object.__new__(kind)
-    new.__dict__.update(layer.__dict__)
-    for name in ("_parameters", "_buffers", "_modules"):
-        new.__dict__[name] = layer.__dict__[name].copy()
-    for name, value in new.__dict__.items():
-        if name.endswith("_hooks"):
-            for key, hook in value.items():
-                value[key] = _rebind(hook, layer, new)
-        elif inspect.ismethod(value) and value.__self__ is layer:  # such as a `train` that was set on the layer
-            new.__dict__[name] = types.MethodType(value.__func__, new)
-    return new
-
-
-def _rebind(hook: Any, layer: nn.Module, new: nn.Module) -> Any:
-    """Return the hook with `new` in the place of `layer`, where it is bound to that module."""
-    if isinstance(hook, _WrappedHook):
-        return _WrappedHook(_rebind(hook.hook, layer, new), new if hook.with_module else None)
-    if inspect.ismethod(hook) and hook.__self__ is layer and hasattr(new, hook.__name__):
-        return getattr(new, hook.__name__)
-    return hook

@@ -3,7 +3,7 @@
 import os
 from typing import NoReturn
 
-from ..roll_call import raise_desync
+from ..job.desync import raise_desync, while_serving
 
 # Open MPI's own choice for non-blocking all-reduces takes three times as long for 25 MB
 os.environ.setdefault("OMPI_MCA_coll_libnbc_iallreduce_algorithm", "3")
@@ -29,6 +29,15 @@ def raise_of_mpi(error: MPI.Exception, name: str, comm: MPI.Comm) -> NoReturn:
     if error.Get_error_class() in OF_ARGUMENTS:
         raise error
     raise_desync(error, f"{name}: {error}", ranks_in_the_job(comm))
+
+
+def _make_progress() -> None:
+    """Let MPI go on with what was started."""
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        MPI.COMM_WORLD.Iprobe()
+
+
+while_serving(_make_progress)
 
 
 def ranks_in_the_job(comm: MPI.Comm) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from .communicators import Communicator, ProcessGroupLike, communicator
+from . import Communicator, ProcessGroupLike, communicator
 
 __all__ = ["new_subgroups"]
 

@@ -6,20 +6,26 @@ Importing this module imports mpi4py, which initializes MPI.
 from __future__ import annotations
 
 import pickle
+import weakref
 from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..roll_call import raise_desync
+from ..communicators.contiguous import write_back
+from ..job.desync import raise_desync
+from .buffers import memory_at, message, stage
+from .datatypes import ARITHMETIC, arithmetic
+from .forks import forbid
 from .library import MPI, raise_of_mpi, ranks_in_the_job
-from .messages import ARITHMETIC, arithmetic, memory_at, message, stage, wait_until
-from .staging import write_back
+from .progress import wait_until
 from .standing import standing
-from .under_way import hold
+from .unfinished import hold
 
-__all__ = ["MpiCommunicator"]
+__all__ = ["MpiCommunicator", "of_comm"]
+
+ISSUES_COLLECTIVES = True  # what `syncnorm.job.desync` knows these functions by
 
 IN_PLACE = MPI.IN_PLACE
 
@@ -142,3 +148,22 @@ class MpiCommunicator:
 
     def __repr__(self) -> str:
         return f"MpiCommunicator(rank={self.rank}, size={self.size})"
+
+
+_made: weakref.WeakValueDictionary[int, MpiCommunicator] = weakref.WeakValueDictionary()  # by MPI handle
+
+
+def of_comm(comm: MPI.Comm) -> MpiCommunicator:
+    """Return the communicator of an MPI.Comm, the same one for each."""
+    if comm == MPI.COMM_NULL:
+        raise ValueError(
+            f"expected an MPI communicator that this rank is a member of, got MPI.COMM_NULL on rank "
+            f"{MPI.COMM_WORLD.rank} of MPI.COMM_WORLD"
+        )
+    made = _made.get(comm.handle)
+    if made is None or made.comm != comm:  # a handle is used again after Free
+        _made[comm.handle] = made = MpiCommunicator(comm)
+    return made
+
+
+forbid(MpiCommunicator)

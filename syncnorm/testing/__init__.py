@@ -19,16 +19,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import _rank
-from .communicators import Communicator, ProcessGroupLike, communicator, uncounted
-from .launchers import RENDEZVOUS
+from ..communicators import Communicator, ProcessGroupLike, communicator, uncounted
+from ..job.launcher import RENDEZVOUS
+from . import worker
 
 __all__ = ["Call", "CountingCommunicator", "RankError", "run_ranks"]
 
 GRACE = 5.0  # seconds beyond the timeout after which a rank that did not end itself is killed
-MPI_RANK = "from syncnorm import _rank; _rank.main_under_mpirun()"
+MPI_RANK = f"from {__name__} import worker; worker.main_under_mpirun()"
 PRELOADED = [  # what every rank would import: torch with us, what its backward imports late, and the test runner
-    "syncnorm._rank",
+    worker.__name__,
     "torch.fx.experimental.symbolic_shapes",
     *({"pytest"} & sys.modules.keys()),
 ]
@@ -77,7 +77,7 @@ def run_ranks(
         raise RuntimeError("nccl was asked for, and there is no CUDA device")
     with tempfile.TemporaryDirectory(prefix="syncnorm-ranks-") as name:
         directory = Path(name)
-        job = _rank.Job(fn, args, backend, world_size, timeout, dict(os.environ))
+        job = worker.Job(fn, args, backend, world_size, timeout, dict(os.environ))
         (directory / "job").write_bytes(pickle.dumps(job))
         processes = _start(directory, world_size, backend)
         deadline = time.monotonic() + timeout + GRACE
@@ -89,7 +89,7 @@ def run_ranks(
         finally:
             for process in processes:
                 process.stop()
-        outcomes = [_rank.read_outcome(directory, rank) for rank in range(world_size)]
+        outcomes = [worker.read_outcome(directory, rank) for rank in range(world_size)]
         for rank, outcome in sorted(enumerate(outcomes), key=lambda item: item[1].time if item[1] else 0.0):
             if outcome is not None and outcome.error is not None:
                 raise outcome.error from RankError(f"rank {rank} of {world_size} raised:\n{outcome.traceback}")
@@ -114,7 +114,7 @@ class _Forked:
 
     def __init__(self, context: Any, directory: Path, rank: int):
         self.name = f"rank {rank}"
-        self.process = context.Process(target=_rank.main, args=(directory, rank), daemon=True)
+        self.process = context.Process(target=worker.main, args=(directory, rank), daemon=True)
         self.process.start()
 
     @property
@@ -148,7 +148,7 @@ class _Mpirun:
         self.process = subprocess.Popen(
             [mpirun, "-n", str(world_size), sys.executable, "-c", MPI_RANK, str(directory)],
             env=mpirun_environment() | {"PATH": path},  # Intel's mpirun looks for its mpiexec there
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
             stdout=self.output,
             stderr=subprocess.STDOUT,
         )
@@ -191,7 +191,7 @@ def mpirun_environment() -> dict[str, str]:
 
 
 def _describe(
-    directory: Path, processes: list[_Process], outcomes: Iterable[_rank.Outcome | None], timeout: float
+    directory: Path, processes: list[_Process], outcomes: Iterable[worker.Outcome | None], timeout: float
 ) -> str:
     lines = []
     for rank, outcome in enumerate(outcomes):
