@@ -15,7 +15,7 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm.job.launcher import launched
+from syncnorm.job.launcher import detect_launcher
 from syncnorm.testing import Call, CountingCommunicator
 
 
@@ -104,7 +104,7 @@ def my_device():
 
 
 def launcher():
-    return launched().launcher.replace("none", "alone")
+    return detect_launcher().launcher.replace("none", "alone")
 
 
 def on_all_ranks(group, option, function, *args):

@@ -36,7 +36,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 import syncnorm
 from syncnorm.communicators import LocalCommunicator
-from syncnorm.job.launcher import launched
+from syncnorm.job.launcher import detect_launcher
 
 EXAMPLES = {"cnn": cnn, "transformer": transformer}
 NORMS = {"cnn": ["bn", "sync_bn", "gn", "ln", "rms"], "transformer": ["ln", "rms", "sync_bn"]}
@@ -208,7 +208,7 @@ def main():
     args = arguments()
     runs = matrix(args)
     missing = [run for run in runs if run not in read(args.out, runs)]
-    if launched().launcher == "none":
+    if detect_launcher().launcher == "none":
         on_all_ranks(LocalCommunicator(), "--out", check_folder, args.out)
         if missing:
             sys.exit(start_ranks(args))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, info
 from .communicators import communicator
-from .job.launcher import launched
+from .job.launcher import detect_launcher
 
 if TYPE_CHECKING:
     from .bench import report
@@ -71,7 +71,7 @@ def _positive(given: str) -> int:
 
 
 def _info(options: argparse.Namespace) -> None:
-    joined = info.job(join=options.job or launched().launcher != "none")
+    joined = info.job(join=options.job or detect_launcher().launcher != "none")
     if communicator().rank == 0:
         print(info.table({**info.machine(), **joined}))
 
@@ -105,6 +105,6 @@ def _files(options: argparse.Namespace) -> report.Files:
     from .bench import report
 
     files = report.Files(options.json, options.markdown, getattr(options, "figure", None))
-    if launched().rank == 0:
+    if detect_launcher().rank == 0:
         files.check()
     return files

@@ -19,7 +19,7 @@ from . import arguments, running, transforms
 from .all_reduce import all_reduce
 from .autograd import normalize, normalize_by_constants
 from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
-from .job.launcher import warn_if_alone_in_a_larger_job
+from .job.launcher import warn_if_not_joined
 from .moments import Moments, MomentsAboutZero
 
 __all__ = ["group_norm", "layer_norm", "rms_norm", "sync_batch_norm"]
@@ -288,7 +288,7 @@ def _sharing_batch(input: Tensor, process_group: ProcessGroupLike) -> Communicat
         return _ALONE
     group = communicator(process_group)
     if process_group is None and isinstance(group, LocalCommunicator) and not torch.compiler.is_compiling():
-        warn_if_alone_in_a_larger_job()
+        warn_if_not_joined()
     return group
 
 

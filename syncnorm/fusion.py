@@ -1,5 +1,5 @@
 """Where pickles of 0.1.0 look for a class."""
 
-from .convert.fusion import SparingReLU
+from .convert.fusion import ReLUIfNeeded as SparingReLU
 
 __all__ = ["SparingReLU"]

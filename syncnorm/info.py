@@ -16,7 +16,7 @@ import torch.distributed as dist
 from . import kernels
 from .communicators import communicator
 from .job.init import init
-from .job.launcher import launched
+from .job.launcher import detect_launcher
 
 __all__ = ["job", "machine", "table"]
 
@@ -44,7 +44,7 @@ def job(*, join: bool = True) -> dict[str, str]:
     group = init() if join else communicator()
     hosts = Counter(group.all_gather_object(socket.gethostname()))
     return {
-        "launcher": launched().launcher,
+        "launcher": detect_launcher().launcher,
         "communicator": type(group).__name__,
         "torch.distributed": dist.get_backend() if dist.is_available() and dist.is_initialized() else "not initialized",
         "rank": f"{group.rank} of {group.size}",

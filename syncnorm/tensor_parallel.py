@@ -35,16 +35,16 @@ class ShardedNorm(ParallelStyle):
             raise TypeError(f"expected a LayerNorm or an RMSNorm, got {type(module).__name__}")
         if len(module.normalized_shape) != 1:
             raise ValueError(f"expected a norm over one axis, got one over {module.normalized_shape}")
-        norm = become_ours(module)  # in its place: a plan cannot put another module there
+        norm = convert_in_place(module)  # in its place: a plan cannot put another module there
         norm.process_group = device_mesh
         for name, parameter in list(norm.named_parameters(recurse=False)):
             sharded = distribute_tensor(parameter.detach(), device_mesh, [Shard(0)])
             norm.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-        norm.normalized_shape = (share(norm.normalized_shape[0], device_mesh),)
+        norm.normalized_shape = (local_size(norm.normalized_shape[0], device_mesh),)
         return norm
 
 
-def become_ours(module: nn.LayerNorm | nn.RMSNorm) -> LayerNorm | RMSNorm:
+def convert_in_place(module: nn.LayerNorm | nn.RMSNorm) -> LayerNorm | RMSNorm:
     """Turn a norm of torch's into syncnorm's, which has more attributes, as it stands."""
     if isinstance(module, LayerNorm | RMSNorm):
         return module
@@ -55,7 +55,7 @@ def become_ours(module: nn.LayerNorm | nn.RMSNorm) -> LayerNorm | RMSNorm:
     return module  # type: ignore[return-value]
 
 
-def share(features: int, mesh: DeviceMesh) -> int:
+def local_size(features: int, mesh: DeviceMesh) -> int:
     """Return how many of the features `Shard` gives to this rank."""
     per_rank = -(-features // mesh.size())
     return max(0, min(per_rank, features - per_rank * mesh.get_local_rank()))

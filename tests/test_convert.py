@@ -416,7 +416,7 @@ def test_a_shared_relu_passes_on_what_is_activated():
 
 
 def test_a_shared_relu_computes_what_was_changed():
-    sync, relu = convert_sync_batchnorm(Block(4, nn.ReLU()), fuse=True).bn1, fusion.SparingReLU()
+    sync, relu = convert_sync_batchnorm(Block(4, nn.ReLU()), fuse=True).bn1, fusion.ReLUIfNeeded()
     y = sync(torch.randn(2, 4, 3, 3))
     assert relu(y) is y
     for changed in (y - 1, y.detach(), -y):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from syncnorm.job.launcher import launched
+from syncnorm.job.launcher import detect_launcher
 
 STEP = {
     "SLURM_JOB_ID": "7",
@@ -28,7 +28,7 @@ def told(monkeypatch):
 
     def tell(environment):
         monkeypatch.setattr(os, "environ", environment)
-        return launched.__wrapped__()
+        return detect_launcher.__wrapped__()
 
     return tell
 

@@ -259,7 +259,7 @@ def test_a_rank_that_failed_to_join_leaves_the_port(monkeypatch):
     monkeypatch.setenv("SYNCNORM_JOIN_TIMEOUT", "0.2")
     for _ in range(2):  # as in a notebook
         with pytest.raises(RuntimeError, match=r"expected 2 ranks to join within 0.2 s, missing: 1$"):
-            rendezvous.meet(0, 2, {})
+            rendezvous.join(0, 2, {})
         assert not rendezvous._served
 
 
@@ -275,7 +275,7 @@ def test_what_is_no_port_is_refused(monkeypatch, port):
     monkeypatch.setenv("MASTER_ADDR", "node1")
     monkeypatch.setenv("MASTER_PORT", port)
     with pytest.raises(ValueError, match=f"expected MASTER_PORT to be a number from 1 to 65535, got '{port}'"):
-        rendezvous.meet(1, 2, {})
+        rendezvous.join(1, 2, {})
 
 
 def test_no_address_is_refused(monkeypatch):
@@ -284,7 +284,7 @@ def test_no_address_is_refused(monkeypatch):
     with pytest.raises(
         ValueError, match="expected MASTER_ADDR to be the name or the address of rank 0's host, got ' '"
     ):
-        rendezvous.meet(1, 2, {})
+        rendezvous.join(1, 2, {})
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon", ""])
@@ -294,7 +294,7 @@ def test_what_is_no_time_to_join_is_refused(monkeypatch, seconds):
     monkeypatch.setenv("SYNCNORM_JOIN_TIMEOUT", seconds)
     text = f"expected SYNCNORM_JOIN_TIMEOUT to be a positive number of seconds, got '{seconds}'"
     with pytest.raises(ValueError, match=text):
-        rendezvous.meet(1, 2, {})
+        rendezvous.join(1, 2, {})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ..communicators import Communicator
 from ..job import init as bootstrap
-from ..job.launcher import launched
+from ..job.launcher import detect_launcher
 
 __all__ = ["Job", "join"]
 
@@ -34,5 +34,5 @@ def join() -> Job:
         return Job(bootstrap.init(), torch.device("cpu"))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    alone = launched().launcher == "none" and dist.is_nccl_available()
+    alone = detect_launcher().launcher == "none" and dist.is_nccl_available()
     return Job(bootstrap.init("nccl" if alone else "auto"), device)

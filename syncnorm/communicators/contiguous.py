@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["dense", "write_back"]
+__all__ = ["as_contiguous", "write_back"]
 
 
-def dense(tensor: Tensor) -> Tensor:
+def as_contiguous(tensor: Tensor) -> Tensor:
     """Return contiguous memory that holds the numbers of the tensor: its own wherever that is possible."""
     return tensor.detach().resolve_conj().resolve_neg().contiguous()  # views whose memory is another number first
 

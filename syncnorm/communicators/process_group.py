@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..job import forks
 from ..job.desync import fails_by_arguments, raise_desync
-from .contiguous import dense, write_back
+from .contiguous import as_contiguous, write_back
 
 __all__ = ["ProcessGroupCommunicator"]
 
@@ -47,19 +47,19 @@ class ProcessGroupCommunicator:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks in place: one `dist.all_reduce`."""
-        message = dense(tensor)
+        message = as_contiguous(tensor)
         self._run(dist.all_reduce, message)
         return write_back(tensor, message)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Replace `tensor` by that of `root` (a rank of this group) in place: one `dist.broadcast`."""
-        message = dense(tensor)
+        message = as_contiguous(tensor)
         self._run(dist.broadcast, message, group_src=root)
         return write_back(tensor, message)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks: one `dist.all_gather`."""
-        message = dense(tensor)
+        message = as_contiguous(tensor)
         gathered = [torch.empty_like(message) for _ in range(self.size)]
         self._run(dist.all_gather, gathered, message)
         return gathered

@@ -67,11 +67,11 @@ def convert_sync_batchnorm(
     check_convertible(module, _is_registered)
     if not fuse or isinstance(module, _BatchNorm) or _is_registered(module):  # a layer alone has nothing after it
         return replace(module, lambda layer: _to_sync(layer, process_group), _is_registered, {})
-    norms, activations = fusion.plan(module, _can_take_over, _is_registered)
+    norms, activations = fusion.find_fusions(module, _can_take_over, _is_registered)
 
     def exchange(layer: nn.Module) -> nn.Module:
         if layer in activations:
-            return _stand_in(layer, activations[layer])
+            return _replace_activation(layer, activations[layer])
         new = _to_sync(layer, process_group)
         if layer in norms:
             new.activation = norms[layer]  # type: ignore[assignment]
@@ -142,7 +142,7 @@ def _can_take_over(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) and not _is_registered(layer)
 
 
-def _stand_in(activation: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def _replace_activation(activation: nn.Module, kind: type[nn.Module]) -> nn.Module:
     new: nn.Module = become(activation, kind)
     new.__dict__[ORIGIN] = type(activation), ProcessGroupReference(None)
     return new

@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd import made_by_relu
 
-__all__ = ["Plan", "SparingReLU", "plan"]
+__all__ = ["Fusion", "ReLUIfNeeded", "find_fusions"]
 
 
-class Plan(NamedTuple):
+class Fusion(NamedTuple):
     """What to put in whose place.
 
     Attributes:
@@ -28,7 +28,7 @@ class Plan(NamedTuple):
     activations: dict[nn.Module, type[nn.Module]]
 
 
-class SparingReLU(nn.ReLU):
+class ReLUIfNeeded(nn.ReLU):
     """A ReLU that passes on the output of a norm with activation="relu", which it would not change.
 
     It knows it by the graph. Where there is none it computes, and the result is the same: relu(relu(x)) = relu(x).
@@ -39,7 +39,9 @@ class SparingReLU(nn.ReLU):
         return input if made_by_relu(input) else super().forward(input)
 
 
-def plan(model: nn.Module, is_norm: Callable[[nn.Module], bool], is_closed: Callable[[nn.Module], bool]) -> Plan:
+def find_fusions(
+    model: nn.Module, is_norm: Callable[[nn.Module], bool], is_closed: Callable[[nn.Module], bool]
+) -> Fusion:
     """Return which of the norms in `model` are followed by an activation module and nothing else.
 
     Such a norm is called once, and nothing but the activation reads its output: no other operation, no hook, no
@@ -71,9 +73,9 @@ def plan(model: nn.Module, is_norm: Callable[[nn.Module], bool], is_closed: Call
     paired = {norm for norm, _ in pairs}
     elsewhere = {activation for activation, modules in before.items() if not modules <= paired}
     pairs = [(n, activation) for n, activation in pairs if type(activation) is nn.ReLU or activation not in elsewhere]
-    return Plan(
+    return Fusion(
         {norm: str(_name(activation)) for norm, activation in pairs},
-        {activation: SparingReLU if activation in elsewhere else nn.Identity for _, activation in pairs},
+        {activation: ReLUIfNeeded if activation in elsewhere else nn.Identity for _, activation in pairs},
     )
 
 

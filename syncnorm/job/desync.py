@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import DesyncError, printable
-from .launcher import launched
+from .launcher import detect_launcher
 from .rendezvous import connect, serves_the_store
 from .store import write_once
 
@@ -38,21 +38,21 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 __all__ = [
-    "attend",
+    "collect",
+    "current_location",
     "fails_by_arguments",
-    "is_attended",
-    "last_words",
-    "leave",
+    "is_peer_failure",
+    "is_started",
+    "location_of",
+    "post_exit_reason",
     "raise_desync",
-    "take",
-    "tells_of_peers",
-    "whereabouts",
-    "whereabouts_of",
+    "start",
+    "stop",
     "while_serving",
 ]
 
 INTERVAL = 1.0  # seconds between two looks into the store
-PATIENCE = 2.5  # seconds for all answers to come
+REPLY_TIMEOUT = 2.5  # seconds for all answers to come
 SILENCE = 5 * INTERVAL  # seconds without a sign of life after which a rank counts as ended
 SERVICE = 600.0  # seconds for which the rank that serves the store waits at most for the others to end
 LONGEST = 500  # characters of what a rank says
@@ -62,15 +62,15 @@ MARK = "ISSUES_COLLECTIVES"  # variable of the modules whose functions are colle
 OF_ARGUMENTS = "Invalid scalar type"  # what Gloo's threads say of a dtype, on every rank
 OF_PEERS = ("connect", "timed out", "timeout", "closed", "reset by", "waited")  # in what Gloo, NCCL and we say of them
 
-_attendance: _Attendance | None = None
+_responder: _Responder | None = None
 _progress: list[Callable[[], object]] = []
 
 
-def attend(rank: int, hosts: Sequence[str]) -> None:
-    """Answer roll calls from now on, as `rank` of a job whose ranks are on these hosts."""
-    global _attendance
-    _attendance = _Attendance(rank, hosts)
-    _note_exit(_attendance)
+def start(rank: int, hosts: Sequence[str]) -> None:
+    """Answer queries from now on, as `rank` of a job whose ranks are on these hosts."""
+    global _responder
+    _responder = _Responder(rank, hosts)
+    _note_exit(_responder)
 
 
 def while_serving(progress: Callable[[], object]) -> None:
@@ -78,50 +78,52 @@ def while_serving(progress: Callable[[], object]) -> None:
     _progress.append(progress)
 
 
-def is_attended() -> bool:
-    """Return whether this rank answers roll calls."""
-    return _attendance is not None
+def is_started() -> bool:
+    """Return whether this rank answers queries."""
+    return _responder is not None
 
 
 def _forget() -> None:
-    global _attendance
-    _attendance = None
+    global _responder
+    _responder = None
 
 
 os.register_at_fork(after_in_child=_forget)  # a forked child is no rank
 
 
-def leave() -> None:
+def stop() -> None:
     """Answer no more."""
-    global _attendance
-    if _attendance is not None:
-        _attendance.leave()
-    _attendance = None
+    global _responder
+    if _responder is not None:
+        _responder.stop()
+    _responder = None
 
 
-def take(ranks: Iterable[int], here: str | None = None) -> str:
-    """Return where these ranks of the job are, a line for each place; "" in a job without roll calls.
+def collect(ranks: Iterable[int], here: str | None = None) -> str:
+    """Return where these ranks of the job are, a line for each place; "" in a job without queries.
 
     Args:
         ranks: of the job.
         here: where this one is; None: where it is now.
     """
-    if _attendance is None:
+    if _responder is None:
         return ""
     report: list[str] = []
-    asking = threading.Thread(target=_attendance.call, args=(list(ranks), here or whereabouts(), report), daemon=True)
+    asking = threading.Thread(
+        target=_responder.call, args=(list(ranks), here or current_location(), report), daemon=True
+    )
     asking.start()
-    asking.join(2 * PATIENCE)  # the network may be gone
-    return report[0] if report else _attendance.unreachable()
+    asking.join(2 * REPLY_TIMEOUT)  # the network may be gone
+    return report[0] if report else _responder.unreachable()
 
 
-def last_words(error: BaseException | str | None = None) -> None:
+def post_exit_reason(error: BaseException | str | None = None) -> None:
     """Leave what the other ranks are told of this one from now on: what ends it. None: the last line, or sys.exit."""
-    if _attendance is not None:
-        words = _attendance.exit if error is None else error
-        saying = threading.Thread(target=_attendance.end, args=(words,), daemon=True)
+    if _responder is not None:
+        words = _responder.exit if error is None else error
+        saying = threading.Thread(target=_responder.end, args=(words,), daemon=True)
         saying.start()
-        saying.join(2 * PATIENCE)  # the network may be gone
+        saying.join(2 * REPLY_TIMEOUT)  # the network may be gone
 
 
 def fails_by_arguments(error: BaseException) -> bool:
@@ -129,7 +131,7 @@ def fails_by_arguments(error: BaseException) -> bool:
     return OF_ARGUMENTS in str(error)
 
 
-def tells_of_peers(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Return whether the error that ends a program is that of a collective: it was raised in one, or tells of ranks."""
     if not isinstance(error, RuntimeError | TimeoutError) or fails_by_arguments(error):
         return False
@@ -142,10 +144,10 @@ def raise_desync(error: Exception, what: str, ranks: Iterable[int]) -> NoReturn:
     """Raise the error of a collective of these ranks of the job that failed: with the roll call."""
     if isinstance(error, DesyncError):
         raise error
-    raise DesyncError("\n".join(filter(None, [what, take(ranks)]))) from error
+    raise DesyncError("\n".join(filter(None, [what, collect(ranks)]))) from error
 
 
-def whereabouts() -> str:
+def current_location() -> str:
     """Return where this process is: the collective, if it is in one, and the line of the program."""
     frames = sys._current_frames()
     stacks = {thread: list(traceback.walk_stack(frame)) for thread, frame in frames.items()}
@@ -153,14 +155,14 @@ def whereabouts() -> str:
     return _describe(main, [main, *stacks.values()])
 
 
-def whereabouts_of(error: BaseException) -> str:
+def location_of(error: BaseException) -> str:
     """Return where the program was when it raised the error."""
     stack = list(traceback.walk_tb(error.__traceback__))[::-1]
     return _describe(stack, [stack])
 
 
-class _Attendance:
-    """This rank's part in the roll calls of a job."""
+class _Responder:
+    """This rank's part in the queries of a job."""
 
     def __init__(self, rank: int, hosts: Sequence[str]):
         self.rank = rank
@@ -169,12 +171,12 @@ class _Attendance:
         self.ended = False
         self.exit = "ended normally"
         self.leaving = threading.Event()
-        self.thread = threading.Thread(target=self._answer, name="syncnorm roll call", daemon=True)
+        self.thread = threading.Thread(target=self._answer, name="syncnorm desync", daemon=True)
         self.thread.start()
 
-    def leave(self) -> None:
+    def stop(self) -> None:
         """Answer no more. The rank that serves the store lets the others leave it first."""
-        last_words()
+        post_exit_reason()
         self.leaving.set()
         self.thread.join(INTERVAL)
         if self.rank == 0 and serves_the_store():
@@ -191,7 +193,7 @@ class _Attendance:
             self.words = f"ended with {type(error).__name__}: {error}".splitlines()[0]
         self.ended = True
         with contextlib.suppress(RuntimeError):
-            _write_once(self._store(), f"last words of {self.rank}", self.words)
+            _write_once(self._store(), f"exit reason of {self.rank}", self.words)
 
     def call(self, ranks: list[int], here: str, report: list[str]) -> None:
         """Call the roll and append what came: where each rank is, this one `here`."""
@@ -199,14 +201,14 @@ class _Attendance:
             self.words = here
             store = self._store()
             _write_once(store, f"failure of {self.rank}", here)
-            number = store.add("roll calls", 1)
+            number = store.add("queries", 1)
             _write_once(store, f"{number} of {self.rank}", here)
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + REPLY_TIMEOUT
             while not self._all_said(store, number, ranks) and time.monotonic() < deadline:
                 time.sleep(INTERVAL / 20)
             places: dict[str, list[int]] = {}
             for rank in ranks:
-                sources = f"{number} of {rank}", f"last words of {rank}", f"failure of {rank}"
+                sources = f"{number} of {rank}", f"exit reason of {rank}", f"failure of {rank}"
                 key = next((key for key in sources if store.check([key])), None)
                 words = "MISSING: no answer" if key is None else store.get(key).decode(errors="backslashreplace")
                 places.setdefault(printable(words[:LONGEST]), []).append(rank)
@@ -218,7 +220,7 @@ class _Attendance:
     def unreachable(self) -> str:
         """Return what a rank that cannot reach the store knows of the others."""
         where = printable(f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
-        if launched().launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if detect_launcher().launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             there = [rank for rank, host in enumerate(self.hosts) if host == self.hosts[0]]
             who, server = self._name(there), "torchrun serves there. The host is unreachable, or torchrun has ended"
         else:
@@ -232,7 +234,7 @@ class _Attendance:
         return connect()
 
     def _all_said(self, store: Store, number: int, ranks: list[int]) -> bool:
-        return all(store.check([f"{number} of {rank}"]) or store.check([f"last words of {rank}"]) for rank in ranks)
+        return all(store.check([f"{number} of {rank}"]) or store.check([f"exit reason of {rank}"]) for rank in ranks)
 
     def _answer(self) -> None:
         with contextlib.suppress(RuntimeError):  # whoever served the store has ended
@@ -241,9 +243,9 @@ class _Attendance:
             while True:
                 signs += 1
                 store.set(f"sign of {self.rank}", str(signs))
-                called = store.add("roll calls", 0)
+                called = store.add("queries", 0)
                 for number in range(answered + 1, called + 1):
-                    _write_once(store, f"{number} of {self.rank}", self.words if self.ended else whereabouts())
+                    _write_once(store, f"{number} of {self.rank}", self.words if self.ended else current_location())
                 answered = called
                 if self.leaving.wait(INTERVAL):
                     break
@@ -276,7 +278,7 @@ def _write_once(store: Store, key: str, words: str) -> None:
     write_once(store, key, words[:LONGEST])
 
 
-def _note_exit(attendance: _Attendance) -> None:
+def _note_exit(attendance: _Responder) -> None:
     """Have the last words tell of a sys.exit in the main thread, which ends the program like its last line does."""
     exit = sys.exit
 

@@ -22,7 +22,7 @@ from .. import communicators
 from ..communicators import Communicator
 from ..errors import DesyncError
 from . import desync, forks, rendezvous, slurm
-from .launcher import launched, refuse_to_be_alone
+from .launcher import check_world_size, detect_launcher
 from .terminate import before_terminate, hang_up
 
 __all__ = ["init"]
@@ -75,7 +75,7 @@ def init(backend: str = "auto", timeout: float | timedelta | None = None) -> Com
             'take backend="gloo"'
         )
 
-    launcher = launched().launcher
+    launcher = detect_launcher().launcher
     if backend == "auto":
         backend = {"none": "alone", "mpirun": "mpi"}.get(launcher, "nccl or gloo")
     if backend == "mpi" or launcher == "mpirun":
@@ -115,9 +115,9 @@ def _join_over_mpi(backend: str, timeout: timedelta | None) -> None:
 
     world = MpiCommunicator(MPI.COMM_WORLD, timeout)
     if world.size == 1:
-        refuse_to_be_alone("MPI")
+        check_world_size("MPI")
     if dist.is_available():
-        if world.size > 1 or launched().launcher != "none":
+        if world.size > 1 or detect_launcher().launcher != "none":
             export_rendezvous(world.comm)
         _make_default_group(backend, timeout, world.rank, world.size)
     beside = dist.group.WORLD if dist.is_available() else None
@@ -130,7 +130,7 @@ def _join_by_torch(backend: str, timeout: timedelta | None) -> None:
     """Join torch.distributed's default group, of torchrun's or srun's ranks, or of this process."""
     if not dist.is_available():
         raise RuntimeError(f"{backend} was asked for, and this torch was built without torch.distributed")
-    launcher, rank, size = launched()
+    launcher, rank, size = detect_launcher()
     if launcher == "srun":
         slurm.export_rendezvous()
     _make_default_group(backend, timeout, rank, size)
@@ -138,7 +138,7 @@ def _join_by_torch(backend: str, timeout: timedelta | None) -> None:
 
 def _make_default_group(backend: str, timeout: timedelta | None, rank: int, size: int) -> None:
     """Make torch.distributed's default group of the ranks that meet where the environment tells."""
-    store, ranks = rendezvous.meet(rank, size, {"gpu": _gpu()})
+    store, ranks = rendezvous.join(rank, size, {"gpu": _gpu()})
     if backend == "nccl or gloo":
         gpus = {other.get("gpu") for other in ranks}
         backend = "nccl" if None not in gpus and len(gpus) == len(ranks) else "gloo"
@@ -152,7 +152,7 @@ def _make_default_group(backend: str, timeout: timedelta | None, rank: int, size
         torch.cuda.set_device(device)
     hook = sys.excepthook
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size, device_id=device)
-    if desync.is_attended():  # this is not the first group, and the hook is ours
+    if desync.is_started():  # this is not the first group, and the hook is ours
         sys.excepthook = hook
     elif size > 1:
         _report_an_exception(rank, [other["host"] for other in ranks])
@@ -175,7 +175,7 @@ def _local_device() -> int:
 def _destroy_process_group() -> None:
     if forks.is_inherited(None):
         return
-    desync.last_words()  # before its connections close, after which others ask
+    desync.post_exit_reason()  # before its connections close, after which others ask
     gc.collect()  # DistributedDataParallel refers to the group in cycles
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -184,8 +184,8 @@ def _destroy_process_group() -> None:
 
 def _report_an_exception(rank: int, hosts: list[str]) -> None:
     """Answer roll calls, and tell the other ranks of what ends this one."""
-    desync.attend(rank, hosts)
-    atexit.register(desync.leave)
+    desync.start(rank, hosts)
+    atexit.register(desync.stop)
     before_terminate(functools.partial(_say_before_terminate, rank, hosts))
     process = os.getpid()
     print_exception = sys.excepthook  # torch.distributed's own
@@ -194,14 +194,14 @@ def _report_an_exception(rank: int, hosts: list[str]) -> None:
         if os.getpid() != process or _is_interactive():
             print_exception(kind, error, traceback)
             return
-        in_collective = desync.tells_of_peers(error)
+        in_collective = desync.is_peer_failure(error)
         is_reported = isinstance(error, DesyncError)
-        here = desync.whereabouts_of(error)
-        desync.last_words(here if in_collective and not is_reported else error)
+        here = desync.location_of(error)
+        desync.post_exit_reason(here if in_collective and not is_reported else error)
         print_exception(kind, error, traceback)
         print(f"rank {rank} of {len(hosts)} on {hosts[rank]} ended with {kind.__name__}", file=sys.stderr)
         if in_collective and not is_reported:
-            print(desync.take(range(len(hosts)), here), file=sys.stderr)
+            print(desync.collect(range(len(hosts)), here), file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         if in_collective:
@@ -212,19 +212,19 @@ def _report_an_exception(rank: int, hosts: list[str]) -> None:
 
 def _say_before_terminate(rank: int, hosts: list[str]) -> None:
     """Write where all ranks are before C++ ends this one, and leave the same of it to the others."""
-    here = desync.whereabouts()
-    desync.last_words(f"ended by C++ {here}")
+    here = desync.current_location()
+    desync.post_exit_reason(f"ended by C++ {here}")
     sys.stdout.flush()
     print(
         f"rank {rank} of {len(hosts)} on {hosts[rank]} is ended by C++, whose words follow. If Gloo received data of "
         "another size than it expected, ranks are at different layers or collectives:\n"
-        + desync.take(range(len(hosts)), here),
+        + desync.collect(range(len(hosts)), here),
         file=sys.stderr,
         flush=True,
     )
     hang_up(but=int(os.environ["MASTER_PORT"]))  # which is the store's
     time.sleep(2 * desync.INTERVAL)  # launchers end all ranks after the first: the others report before that
-    desync.leave()
+    desync.stop()
 
 
 @functools.cache  # once in a process

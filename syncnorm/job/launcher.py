@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = ["RENDEZVOUS", "Launched", "launched", "refuse_to_be_alone", "warn_if_alone_in_a_larger_job"]
+__all__ = ["RENDEZVOUS", "LaunchInfo", "check_world_size", "detect_launcher", "warn_if_not_joined"]
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torch.distributed reads
 STEP = ("JOB_ID", "STEP_ID", "STEP_NODELIST", "STEP_TASKS_PER_NODE", "NODEID", "LOCALID")  # of Slurm's variables
@@ -52,7 +52,7 @@ LAUNCHERS = (  # the first to be recognised counts: torchrun runs inside of mpir
 )
 
 
-class Launched(NamedTuple):
+class LaunchInfo(NamedTuple):
     """Who started this process ("torchrun", "mpirun", "srun" or "none"), and which rank of how many it is."""
 
     launcher: str
@@ -61,7 +61,7 @@ class Launched(NamedTuple):
 
 
 @functools.cache  # joining the job adds what torchrun would set
-def launched() -> Launched:
+def detect_launcher() -> LaunchInfo:
     """Return what the environment tells of the launcher.
 
     Raises:
@@ -71,7 +71,7 @@ def launched() -> Launched:
     known = [item for item in LAUNCHERS if {item.rank, item.size} <= os.environ.keys()]
     half = [item for item in LAUNCHERS[:-1] if {item.rank, item.size} & os.environ.keys()]  # srun's shell sets its rank
     if not known and not half:
-        return Launched("none", 0, 1)
+        return LaunchInfo("none", 0, 1)
     name, *numbers, others = (known or half)[0]
     if known and os.environ[known[0].size] == "1":
         _refuse_to_hide(known[0], known[1:])
@@ -86,7 +86,7 @@ def launched() -> Launched:
         raise RuntimeError(
             f"expected {numbers[0]} to be a rank below {numbers[1]}, as {name} sets them; got {rank} and {size}"
         )
-    return Launched(name, int(rank), int(size))
+    return LaunchInfo(name, int(rank), int(size))
 
 
 def _refuse_to_hide(alone: Launcher, others: Iterable[Launcher]) -> None:
@@ -107,9 +107,9 @@ def _setting(launcher: Launcher) -> str:
     return ", ".join(f"{name}={os.environ[name]}" for name in (launcher.rank, launcher.size))
 
 
-def refuse_to_be_alone(backend: str) -> None:
+def check_world_size(backend: str) -> None:
     """Raise if the launcher tells of more ranks than the group of one that `backend` gives."""
-    launcher, _, size = launched()
+    launcher, _, size = detect_launcher()
     if size > 1:
         raise RuntimeError(
             f"expected a group of {size} ranks, as {launcher} tells, got this process alone from {backend}: "
@@ -118,7 +118,7 @@ def refuse_to_be_alone(backend: str) -> None:
 
 
 @functools.cache
-def warn_if_alone_in_a_larger_job() -> None:
+def warn_if_not_joined() -> None:
     """Warn, once, if the environment tells of more ranks than this process and nobody joined them."""
     for name in SIZES:
         ranks = os.environ.get(name, "")

@@ -28,29 +28,29 @@ import torch.distributed as dist
 from ..errors import printable
 from . import forks
 from . import store as job_store
-from .launcher import launched
+from .launcher import detect_launcher
 from .store import ANOTHER_PROGRAM
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["address_of_this_host", "connect", "export", "have_met", "job_id", "meet", "serve", "serves_the_store"]
+__all__ = ["address_of_this_host", "connect", "export", "have_joined", "job_id", "join", "serve", "serves_the_store"]
 
 JOIN_TIMEOUT = 300.0  # seconds for all ranks to come; the timeout of collectives counts from then on
-FIRST_WORD = 8.0  # seconds after which a rank says on stderr for whom it waits
-FURTHER_WORDS = 60.0  # seconds from one such line to the next
+FIRST_NOTICE = 8.0  # seconds after which a rank says on stderr for whom it waits
+FURTHER_NOTICES = 60.0  # seconds from one such line to the next
 FOREIGN = 10.0  # seconds for which another program at the store's port may be the store of a job that is ending
 OPERATION = timedelta(minutes=5)  # for one operation of the store, once the ranks have met
 SIOCGIFADDR = 0x8915  # Linux's request for the address of an interface
 JOB = "syncnorm/job"  # the key of the job's id in a store that is the job's own
 _served: list[Any] = forks.keep([])  # the store that the other ranks connect to, on the rank that opened it
 _token = secrets.token_hex(8)  # of this process: process ids repeat in containers
-_meetings = 0  # of this process with the others, for each of its groups: the same number on all ranks
+_joined = 0  # of this process with the others, for each of its groups: the same number on all ranks
 
 
 def export(rank: int, size: int, local_rank: Any, local_size: int, address: str, port: Any, *, is_served: bool) -> None:
     """Set torchrun's variables; unless the store `is_served`, rank 0 will open it when it joins."""
-    launched()  # reads the environment as it was
+    detect_launcher()  # reads the environment as it was
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -62,7 +62,7 @@ def export(rank: int, size: int, local_rank: Any, local_size: int, address: str,
     }
 
 
-def meet(rank: int, size: int, note: dict[str, Any]) -> tuple[Store, list[dict[str, Any]]]:
+def join(rank: int, size: int, note: dict[str, Any]) -> tuple[Store, list[dict[str, Any]]]:
     """Wait for all ranks at the address that the environment tells; return a store for torch, and each rank's note.
 
     The store is this attempt's: where torchrun starts ranks anew, those of before have left their addresses in its own.
@@ -79,10 +79,10 @@ def meet(rank: int, size: int, note: dict[str, Any]) -> tuple[Store, list[dict[s
             unless set); the port is another program's or another job's; another process has joined as this rank; the
             ranks disagree on how many they are.
     """
-    global _meetings
+    global _joined
     note = note | {"host": socket.gethostname(), "process": os.getpid(), "token": _token}
     if size == 1:
-        _meetings += 1
+        _joined += 1
         return dist.HashStore(), [note]  # type: ignore[attr-defined]
     host, port = _address()
     waiting = _Waiting(rank, size, f"{host}:{port}")
@@ -90,7 +90,7 @@ def meet(rank: int, size: int, note: dict[str, Any]) -> tuple[Store, list[dict[s
     if serves:
         serve(host, port)
     try:
-        words = _enter(_reach(host, port, waiting), note, waiting)
+        words = _register(_reach(host, port, waiting), note, waiting)
         notes = _gather_notes(words, waiting)
         _refuse_another(notes[rank], note, waiting)  # who overwrote ours
     except Exception as error:
@@ -102,13 +102,13 @@ def meet(rank: int, size: int, note: dict[str, Any]) -> tuple[Store, list[dict[s
                 "it has ended, which is rank 0's or torchrun"
             ) from None
         raise
-    _meetings += 1
+    _joined += 1
     return dist.PrefixStore("torch", words), notes  # type: ignore[attr-defined]
 
 
-def have_met() -> bool:
+def have_joined() -> bool:
     """Return whether this process has met the others of its job, or was alone in it."""
-    return _meetings > 0
+    return _joined > 0
 
 
 def serves_the_store() -> bool:
@@ -137,7 +137,7 @@ def job_id() -> str:
     told = os.environ
     if name := told.get("SYNCNORM_JOB_ID") or told.get("TORCHELASTIC_RUN_ID"):
         return name
-    step = f".{told['SLURM_STEP_ID']}" if launched().launcher == "srun" else ""
+    step = f".{told['SLURM_STEP_ID']}" if detect_launcher().launcher == "srun" else ""
     return f"{told['SLURM_JOB_ID']}{step} of Slurm" if "SLURM_JOB_ID" in told else "unnamed"
 
 
@@ -147,7 +147,7 @@ def _ours(store: Store) -> Store:
     return dist.PrefixStore(f"syncnorm/{job_id()}/{attempt}", store)  # type: ignore[attr-defined]
 
 
-def _of_meeting(number: int, store: Store) -> Store:
+def _of_attempt(number: int, store: Store) -> Store:
     """Return the part of the store for one meeting: keys of groups that were destroyed are left in others."""
     return dist.PrefixStore(f"meeting/{number}", _ours(store))  # type: ignore[attr-defined]
 
@@ -178,7 +178,7 @@ class _Waiting:
         self.limit = _join_timeout()
         now = time.monotonic()
         self.deadline = now + self.limit
-        self.next_word = now + FIRST_WORD
+        self.next_word = now + FIRST_NOTICE
 
     def left(self) -> float:
         """Return for how many seconds it may go on."""
@@ -192,7 +192,7 @@ class _Waiting:
         """Say for what this rank waits."""
         line = f"syncnorm: rank {self.rank} of {self.size} is waiting for {what}. It gives up in {self.left():.0f} s"
         print(line, file=sys.stderr, flush=True)
-        self.next_word = time.monotonic() + FURTHER_WORDS
+        self.next_word = time.monotonic() + FURTHER_NOTICES
 
 
 def _join_timeout() -> float:
@@ -229,7 +229,7 @@ def _user_of(host: str, port: int) -> str:
     if (job := store.get(JOB).decode(errors="replace")) != job_id():
         return f"job {printable(job)}"
     try:
-        note = _of_meeting(1, store).get("note of 0")
+        note = _of_attempt(1, store).get("note of 0")
         return f"rank 0 of this job, {_process(_read(note, 0, f'{host}:{port}'))}"
     except dist.DistStoreError:
         return "another process of this job"
@@ -258,12 +258,12 @@ def _reach(host: str, port: int, waiting: _Waiting) -> Store:
         time.sleep(0.1)
 
 
-def _enter(store: Store, note: dict[str, Any], waiting: _Waiting) -> Store:
+def _register(store: Store, note: dict[str, Any], waiting: _Waiting) -> Store:
     """Leave this rank's note in the job's part of the store, which is returned."""
     rank, size, where = waiting.rank, waiting.size, waiting.where
     if serves_the_store():  # where a launcher does, several jobs may share it
         _compare_jobs(store, where)
-    words = _of_meeting(_meetings + 1, store)
+    words = _of_attempt(_joined + 1, store)
     if (first := job_store.write_once(words, "size", str(size))) != str(size):
         raise RuntimeError(
             f"expected all ranks at {where} to have one WORLD_SIZE, got {size} on rank {rank} and {printable(first)} "

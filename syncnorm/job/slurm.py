@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from .launcher import launched
+from .launcher import detect_launcher
 from .rendezvous import export
 from .store import LOCALHOST
 
@@ -14,7 +14,7 @@ __all__ = ["export_rendezvous", "first_host", "tasks_per_node"]
 
 def export_rendezvous() -> None:
     """Set what torchrun would, from the variables of a step of Slurm's; MASTER_ADDR and MASTER_PORT stay if set."""
-    _, rank, size = launched()
+    _, rank, size = detect_launcher()
     told = os.environ
     ranks_by_node = tasks_per_node(told["SLURM_STEP_TASKS_PER_NODE"])
     host = first_host(told["SLURM_STEP_NODELIST"]) if len(ranks_by_node) > 1 else LOCALHOST

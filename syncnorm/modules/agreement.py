@@ -91,7 +91,7 @@ class History:
         Raises:
             DesyncError: on every rank; they are in different layers or calls, or differ in C or dtype.
         """
-        self._enter(group)
+        self._register(group)
         if group.size == 1:
             self.calls = COMPARED_CALLS
         elif not _is_recorded(input):
@@ -107,7 +107,7 @@ class History:
         """
         if group.size == 1 or (group is self.group and sizes in self.sizes) or _is_recorded(input):
             return
-        self._enter(group)
+        self._register(group)
         places = self._compare(layer, input, list(sizes), group, is_split=True)
         everyones = [tuple(place.sizes) for place in places]
         if len(set(everyones)) > 1:
@@ -117,7 +117,7 @@ class History:
             )
         self.sizes.add(sizes)
 
-    def _enter(self, group: Communicator) -> None:
+    def _register(self, group: Communicator) -> None:
         if group is not self.group:
             self.group, self.calls, self.sizes = group, 0, set()
 

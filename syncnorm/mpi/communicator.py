@@ -18,9 +18,9 @@ from ..job.desync import raise_desync
 from .buffers import memory_at, message, stage
 from .datatypes import ARITHMETIC, arithmetic
 from .forks import forbid
+from .health import health
 from .library import MPI, raise_of_mpi, ranks_in_the_job
 from .progress import wait_until
-from .standing import standing
 from .unfinished import hold
 
 __all__ = ["MpiCommunicator", "of_comm"]
@@ -49,7 +49,7 @@ class MpiCommunicator:
         self.timeout = timeout
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
-        self.standing = standing(comm)
+        self.health = health(comm)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks in place: one `MPI_Allreduce`. float16 and bfloat16 are summed in float32."""
@@ -57,7 +57,7 @@ class MpiCommunicator:
             datatype = ARITHMETIC[tensor.dtype]
         except KeyError:
             return self._all_reduce_staged(tensor)
-        if self.timeout is None and tensor.is_cpu and tensor.is_contiguous() and self.standing.failure is None:
+        if self.timeout is None and tensor.is_cpu and tensor.is_contiguous() and self.health.failure is None:
             # What a layer sends. MPI takes 2 µs for it, so each further look-up would show.
             if self.unusable:
                 raise RuntimeError(self.unusable)
@@ -133,14 +133,14 @@ class MpiCommunicator:
         """Raise if no call can be made here: in a forked child, in a group that was destroyed, after a failure."""
         if self.unusable:
             raise RuntimeError(self.unusable)
-        self.standing.check()
+        self.health.check()
 
     def _raise(self, function: str, error: Exception) -> NoReturn:
         """Let no call follow on one that failed, and raise its error: with the place of every rank, if it is theirs."""
         if isinstance(error, MPI.Exception):
-            self.standing.fail(f"{self._name(function)}: {error}")
+            self.health.fail(f"{self._name(function)}: {error}")
             raise_of_mpi(error, self._name(function), self.comm)
-        self.standing.fail(str(error))
+        self.health.fail(str(error))
         raise_desync(error, str(error), ranks_in_the_job(self.comm))
 
     def _name(self, function: str) -> str:

@@ -32,12 +32,12 @@ from ..communicators.process_group import DESTROYED
 from ..errors import DesyncError
 from .buffers import message, stage
 from .communicator import MpiCommunicator
+from .health import share
 from .library import MPI
 from .parts import Parts
 from .progress import overdue
 from .reductions import reduction
 from .signatures import torch_signatures
-from .standing import share
 from .work import NO_TIME, MpiWork, Started
 
 __all__ = ["BACKEND", "DEVICES", "MpiProcessGroup"]
@@ -67,8 +67,8 @@ class MpiProcessGroup(dist.ProcessGroup):
         super().__init__(comm.Get_rank(), comm.Get_size())  # type: ignore[call-arg]
         self.all = comm
         self.communicator = MpiCommunicator(comm.Dup())  # straight to MPI; its calls cannot meet those of `comm`
-        self.standing = self.communicator.standing
-        share(self.standing, comm)  # one fails with the other
+        self.health = self.communicator.health
+        share(self.health, comm)  # one fails with the other
         self.timeout = timeout
         self.store = store
         self.description = ""
@@ -95,7 +95,7 @@ class MpiProcessGroup(dist.ProcessGroup):
     @property
     def comm(self) -> MPI.Comm:
         """The MPI communicator; DesyncError after a call that failed."""
-        self.standing.check()
+        self.health.check()
         return self.all
 
     @property
@@ -112,7 +112,7 @@ class MpiProcessGroup(dist.ProcessGroup):
 
     def abort(self) -> None:
         """Let later calls raise; MPI has no way to end those under way."""
-        self.standing.fail(f"abort {self.where}")
+        self.health.fail(f"abort {self.where}")
 
     @torch_signatures(dist.AllreduceOptions, "tensors|tensor", rest="op timeout")
     def allreduce(self, tensors: Sequence[Tensor], opts: Any) -> MpiWork:
@@ -242,7 +242,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         limit = self.timeout if timeout is None else timeout
         self.barriers += 1
         tag = self.barriers % 2**15  # a message that comes too late is none of the next barrier
-        self.standing.check()
+        self.health.check()
         within = f"{limit.total_seconds() * 1000:g} ms"
         if self.rank() != 0:
             works = [self._tell(self.communicator.comm.Isend, 0, tag), self._tell(self.communicator.comm.Irecv, 0, tag)]
@@ -264,7 +264,7 @@ class MpiProcessGroup(dist.ProcessGroup):
     def _tell(self, function: Callable[..., MPI.Request], rank: int, tag: int) -> MpiWork:
         flag = torch.zeros(1, device="cpu")
         started = [(function(message(flag), rank, tag), lambda: flag)]
-        return MpiWork(f"monitored_barrier {self.where}", started, [], self.timeout, self.all, self.standing)
+        return MpiWork(f"monitored_barrier {self.where}", started, [], self.timeout, self.all, self.health)
 
     def _incomplete(self, works: list[MpiWork], limit: timedelta) -> list[int]:
         """Return the places of the works that are not complete after `limit`, at once if all are."""
@@ -274,7 +274,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             if not places:
                 return []
             if time.monotonic() > deadline:
-                self.standing.fail(overdue(works[0].name, limit))
+                self.health.fail(overdue(works[0].name, limit))
                 return places
             os.sched_yield()
 
@@ -295,11 +295,11 @@ class MpiProcessGroup(dist.ProcessGroup):
         try:
             started = start()
         except MPI.Exception as error:
-            self.standing.fail(f"{name} {self.where}: {error}")
+            self.health.fail(f"{name} {self.where}: {error}")
             raise
         given = NO_TIME if opts is None else opts.timeout  # less than none where the caller gave no timeout
         limit = given if given > NO_TIME else self.timeout
-        return MpiWork(f"{name} {self.where}", started, list(result), limit, self.all, self.standing, record)
+        return MpiWork(f"{name} {self.where}", started, list(result), limit, self.all, self.health, record)
 
     def _split(self, tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
         """Return the parts of a tensor, one for each rank: of these sizes along its first axis, or of equal ones."""

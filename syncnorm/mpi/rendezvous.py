@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 
-from ..job.launcher import RENDEZVOUS, refuse_to_be_alone
-from ..job.rendezvous import address_of_this_host, export, have_met, serve
+from ..job.launcher import RENDEZVOUS, check_world_size
+from ..job.rendezvous import address_of_this_host, export, have_joined, serve
 from ..job.store import LOCALHOST, free_port
 from .library import MPI
 
@@ -23,8 +23,8 @@ def export_rendezvous(world: MPI.Comm) -> None:
         _compare_with_mpi(world)
         return
     if world.size == 1:
-        refuse_to_be_alone("MPI")
-        if not have_met():  # for torch.distributed's own init_process_group
+        check_world_size("MPI")
+        if not have_joined():  # for torch.distributed's own init_process_group
             export(0, 1, 0, 1, LOCALHOST, free_port(), is_served=False)
         return
     host = world.Split_type(MPI.COMM_TYPE_SHARED)

@@ -18,7 +18,7 @@ from .library import MPI
 
 __all__ = ["hold", "release", "watch"]
 
-PATIENCE = 5.0  # seconds that the end of the process waits for calls that nobody waited for
+EXIT_TIMEOUT = 5.0  # seconds that the end of the process waits for calls that nobody waited for
 INTERVAL = 50e-6  # seconds between two looks of the thread
 OWNER = os.getpid()  # children that are forked have no MPI
 
@@ -91,8 +91,8 @@ def _end() -> None:
         _ending = True
         _changed.notify()
     if _watcher is not None:
-        _watcher.join(PATIENCE)
-    deadline = time.monotonic() + PATIENCE
+        _watcher.join(EXIT_TIMEOUT)
+    deadline = time.monotonic() + EXIT_TIMEOUT
     progress()
     while _held and time.monotonic() < deadline:
         os.sched_yield()

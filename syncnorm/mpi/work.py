@@ -20,9 +20,9 @@ from torch.futures import Future
 from ..errors import DesyncError
 from ..job.desync import raise_desync
 from . import unfinished
+from .health import Health
 from .library import MPI, raise_of_mpi, ranks_in_the_job
 from .progress import overdue, wait_until
-from .standing import Standing
 
 __all__ = ["NO_TIME", "MpiFuture", "MpiWork", "Started"]
 
@@ -45,7 +45,7 @@ class MpiWork(dist.Work):
         result: the tensors that `result` and `get_future` give.
         timeout: after which `wait` raises.
         comm: whose ranks take part.
-        standing: of its group.
+        health: of its group.
         record: the profiler's, which ends with the collective.
     """
 
@@ -56,13 +56,13 @@ class MpiWork(dist.Work):
         result: list[Tensor],
         timeout: timedelta,
         comm: MPI.Comm,
-        standing: Standing,
+        health: Health,
         record: Any = None,
     ):
         super().__init__()
         self.name = name
         self.comm = comm
-        self.standing = standing
+        self.health = health
         self.started = started
         self.tensors = result
         self.timeout = timeout
@@ -109,7 +109,7 @@ class MpiWork(dist.Work):
         """End in an error. What follows on this communicator may meet other calls of the peers."""
         self.error = error
         if isinstance(error, MPI.Exception | TimeoutError):
-            self.standing.fail(what)
+            self.health.fail(what)
 
     def is_completed(self) -> bool:
         """Return whether the result is there, or will never be; makes progress, does not block."""
@@ -126,7 +126,7 @@ class MpiWork(dist.Work):
     def wait(self, timeout: timedelta = NO_TIME) -> bool:
         """Return True when the result is there; raise what MPI reported, or DesyncError."""
         if not self.is_completed():
-            self.standing.check()
+            self.health.check()
             try:
                 wait_until(self.is_completed, timeout or self.timeout, self.name)
             except TimeoutError as error:

@@ -11,12 +11,12 @@ import time
 from ..errors import DesyncError
 from .library import MPI
 
-__all__ = ["Standing", "share", "standing"]
+__all__ = ["Health", "health", "share"]
 
 _KEY = MPI.Comm.Create_keyval()
 
 
-class Standing:
+class Health:
     """The first failure of an MPI communicator, if there was one."""
 
     def __init__(self) -> None:
@@ -38,15 +38,15 @@ class Standing:
             raise DesyncError(self.failure)
 
 
-def standing(comm: MPI.Comm) -> Standing:
-    """Return the standing of a communicator: one object, whoever asks. No collective."""
+def health(comm: MPI.Comm) -> Health:
+    """Return the health of a communicator: one object, whoever asks. No collective."""
     noted = comm.Get_attr(_KEY)
-    if isinstance(noted, Standing):
+    if isinstance(noted, Health):
         return noted
-    share(made := Standing(), comm)
+    share(made := Health(), comm)
     return made
 
 
-def share(noted: Standing, comm: MPI.Comm) -> None:
+def share(noted: Health, comm: MPI.Comm) -> None:
     """Let a communicator fail where another one does."""
     comm.Set_attr(_KEY, noted)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from launchers import launch
 
-from syncnorm.job.desync import tells_of_peers, whereabouts
+from syncnorm.job.desync import current_location, is_peer_failure
 
 HOST = socket.gethostname()
 
@@ -193,7 +193,7 @@ def test_a_typo_at_a_prompt_and_an_error_in_a_thread_end_no_rank(run):
             code.interact("", read, globals(), "")
         else:
             time.sleep(2)
-            report = syncnorm.job.desync.take([1])
+            report = syncnorm.job.desync.collect([1])
             group.all_reduce(ones)
             sys.stdout.write(report)
     """)
@@ -221,7 +221,7 @@ def test_ranks_may_leave_one_after_the_other_in_silence(run):
     ],
 )
 def test_errors_that_tell_of_peers(error, told):
-    assert tells_of_peers(error) == told
+    assert is_peer_failure(error) == told
 
 
 def test_errors_that_were_raised_in_a_collective():
@@ -236,7 +236,7 @@ def test_errors_that_were_raised_in_a_collective():
     for module, told in zip(modules, [False, True, True], strict=True):
         with pytest.raises(RuntimeError) as caught:
             types.FunctionType(all_reduce.__code__, module | {"__builtins__": builtins})()
-        assert tells_of_peers(caught.value) == told
+        assert is_peer_failure(caught.value) == told
 
 
 @pytest.mark.parametrize("name", ["communicators.process_group", "mpi.communicator", "mpi.process_group", "mpi.work"])
@@ -245,9 +245,7 @@ def test_modules_of_collectives_are_marked(name):
 
 
 def test_whereabouts_are_the_line_of_the_program():
-    here = whereabouts()
+    here = current_location()
     line = inspect.currentframe().f_lineno - 1
-    assert (
-        here
-        == f"in no collective, at {__file__}:{line} in {inspect.currentframe().f_code.co_name}: here = whereabouts()"
-    )
+    function = inspect.currentframe().f_code.co_name
+    assert here == f"in no collective, at {__file__}:{line} in {function}: here = current_location()"
