@@ -33,7 +33,7 @@ from . import kernels, transforms
 from .all_reduce import all_reduce
 from .communicators import Communicator
 from .kernels import PLAIN, Epilogue
-from .kernels.epilogue import channels_last
+from .kernels.layout import channels_last
 from .moments import Moments
 from .validate import memory_of
 
