@@ -34,7 +34,7 @@ from .all_reduce import all_reduce
 from .arguments import memory_of
 from .communicators import Communicator
 from .kernels import PLAIN, Epilogue
-from .kernels.epilogue import channels_last
+from .kernels.layout import channels_last
 from .moments import Moments
 
 __all__ = ["made_by_relu", "normalize", "normalize_by_constants"]
