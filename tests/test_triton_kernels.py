@@ -71,9 +71,11 @@ def kernels():
 @contextmanager
 def constants(values):
     """Give other values to constants of the kernels."""
+    from syncnorm.kernels.triton import plan
+
     with ExitStack() as stack:
         for name, value in values.items():
-            stack.enter_context(mock.patch.object(kernels(), name, value))
+            stack.enter_context(mock.patch.object(plan, name, value))
         yield
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "LEAST_NOISE", "NEGATIVE_SLOPE", "PLAIN", "Epilogue", "channels_last", "dense", "rounding"]
+__all__ = ["ACTIVATIONS", "LEAST_NOISE", "NEGATIVE_SLOPE", "PLAIN", "Epilogue", "rounding"]
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu_tanh")
 NEGATIVE_SLOPE = 0.01  # of leaky_relu
@@ -55,26 +55,3 @@ def rounding(dtype: torch.dtype, activation: str | None) -> tuple[float, float]:
     info = torch.finfo(dtype)
     relative: float = info.eps / 12**0.5
     return relative, relative * info.tiny / (NEGATIVE_SLOPE if activation == "leaky_relu" else 1)
-
-
-def channels_last(tensor: Tensor) -> bool | None:
-    """Return whether a dense tensor (N, C, *) has its channels innermost, or after N; None: it is neither."""
-    if tensor.is_contiguous():
-        return False
-    stride, expected = tensor.stride(), tensor.shape[1]
-    if stride[1] != 1:
-        return None
-    for axis in (*range(tensor.dim() - 1, 1, -1), 0):
-        if tensor.shape[axis] != 1:
-            if stride[axis] != expected:
-                return None
-            expected *= tensor.shape[axis]
-    return True
-
-
-def dense(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """Return a tensor (N, C, *) in a dense memory format, or in that of `like`; copied if need be."""
-    if like is not None:
-        same = tensor.stride() == like.stride()
-        return tensor if same else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-    return tensor if channels_last(tensor) is not None else tensor.contiguous()

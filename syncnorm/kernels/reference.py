@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .epilogue import LEAST_NOISE, NEGATIVE_SLOPE, PLAIN, Epilogue, channels_last, rounding
+from .epilogue import LEAST_NOISE, NEGATIVE_SLOPE, PLAIN, Epilogue, rounding
+from .layout import channels_last
 
 __all__ = [
     "Backward",

@@ -1,8 +1,7 @@
-"""The kernels on CPUs, compiled: what `reference` computes, at the speed of the memory.
+"""The compiled kernels, called by ctypes.
 
-cpu.cpp holds them, in a library without Python and without torch that is called by ctypes. It shares torch's threads,
-since torch has loaded the OpenMP library already that it asks for. SYNCNORM_ISA chooses the instruction set: avx512,
-avx2 or base; by default the best that the machine has.
+The library uses neither Python nor torch. It shares torch's threads, because the OpenMP library that it needs is the
+one that torch has loaded.
 
 Shapes are those of `reference`. A tensor that is dense neither as (N, C, *) nor as (N, *, C) is copied.
 """
@@ -12,14 +11,14 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .epilogue import ACTIVATIONS, PLAIN, Epilogue, channels_last, dense
+from ..epilogue import ACTIVATIONS, PLAIN, Epilogue
+from ..layout import channels_last, in_dense_format
 
 __all__ = ["ISA", "Backward", "moments", "normalize", "pack", "unpack", "update_running"]
 
@@ -33,10 +32,14 @@ def _load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         raise ImportError(f"expected compiled kernels, got {error}; there was no compiler at installation?") from None
-    source = LIBRARY.with_name("cpu.cpp")  # is there in a checkout alone
-    library.syncnorm_source.restype = ctypes.c_uint32
-    if source.exists() and library.syncnorm_source() != zlib.crc32(source.read_bytes()):
-        raise RuntimeError(f"expected {LIBRARY} to be compiled from {source} as it is now; pip install --editable .")
+    if LIBRARY.with_name("exports.cpp").exists():  # in a checkout alone
+        from .build import source_version
+
+        library.syncnorm_source.restype = ctypes.c_uint32
+        if library.syncnorm_source() != source_version():
+            raise RuntimeError(
+                f"expected {LIBRARY} to be compiled from the sources beside it: python -m syncnorm.kernels.cpu.build"
+            )
     return library
 
 
@@ -46,7 +49,7 @@ ISA: str = os.environ.get("SYNCNORM_ISA") or _library.syncnorm_isa().decode()
 if ISA not in ("avx512", "avx2", "base"):
     raise RuntimeError(f"expected SYNCNORM_ISA to be one of avx512, avx2, base, got {ISA}")
 
-# Arguments travel as one struct, packed as cpu.cpp declares it: one ctypes call of 16 arguments costs more than both.
+# Arguments travel as one struct, packed as arguments.h declares it: a ctypes call of 16 arguments costs more than both.
 _SHAPE, _PARAMETERS, _EPILOGUE = "6q", "PPq", "qPPq"
 _BACKWARD = _SHAPE + "PPP" + _PARAMETERS + _EPILOGUE + "P"
 
@@ -145,7 +148,7 @@ def normalize(
     activation, residual, inplace = epilogue
     signs = None
     if residual is not None:
-        residual = dense(residual, like=x)
+        residual = in_dense_format(residual, like=x)
         if epilogue.keeps_signs:
             signs = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
     y = x if inplace else torch.empty_like(x)
@@ -182,7 +185,7 @@ class Backward:
         if kept is not None and epilogue.keeps_signs:
             signs = kept
         elif kept is not None:
-            residual = dense(kept, like=x)
+            residual = in_dense_format(kept, like=x)
         weights = _weights(mask, x)
         self.arguments = (
             *(*shape, dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), *parameters),
