@@ -102,11 +102,11 @@ def sync_batch_norm(
     Source: Ioffe and Szegedy, Batch Normalization, 2015; the moments are merged as Chan, Golub and LeVeque do, 1979;
     in place: Rota Bulò, Porzi and Kontschieder, In-Place Activated BatchNorm, 2018.
     """
-    arguments.batch_norm_arguments(
+    arguments.check_batch_norm_arguments(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
     )
-    mask = arguments.mask_over_channels(mask, input)
-    epilogue = arguments.epilogue(input, weight, bias, residual, activation, inplace)
+    mask = arguments.parse_mask(mask, input)
+    epilogue = arguments.parse_epilogue(input, weight, bias, residual, activation, inplace)
     if input.dim() == 1:  # of shape (0,): there is nothing to normalize
         return input if inplace else input.clone()
     if not training:
@@ -164,8 +164,8 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
-    arguments.numbers(eps=eps)
-    shape = arguments.trailing_axes(input, normalized_shape, weight, bias, split=process_group is not None)
+    arguments.check_numbers(eps=eps)
+    shape = arguments.parse_normalized_shape(input, normalized_shape, weight, bias, split=process_group is not None)
     group = _sharing(input, process_group)
     if group.size == 1:
         return F.layer_norm(input, shape, weight, bias, eps)
@@ -211,11 +211,11 @@ def rms_norm(
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
-    arguments.numbers_or_none(eps=eps)
-    arguments.flags(eps_outside=eps_outside)
-    shape = arguments.trailing_axes(input, normalized_shape, weight, bias, split=process_group is not None)
+    arguments.check_numbers_or_none(eps=eps)
+    arguments.check_flags(eps_outside=eps_outside)
+    shape = arguments.parse_normalized_shape(input, normalized_shape, weight, bias, split=process_group is not None)
     if eps_outside:
-        arguments.dense("input", input)
+        arguments.check_dense("input", input)
     group = _sharing(input, process_group)
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
@@ -264,8 +264,8 @@ def group_norm(
 
     Source: Wu and He, Group Normalization, 2018.
     """
-    arguments.numbers(eps=eps)
-    arguments.groups_of_channels(input, num_groups, weight, bias, split=process_group is not None)
+    arguments.check_numbers(eps=eps)
+    arguments.check_groups(input, num_groups, weight, bias, split=process_group is not None)
     group = _sharing(input, process_group)
     if group.size == 1:
         return F.group_norm(input, num_groups, weight, bias, eps)

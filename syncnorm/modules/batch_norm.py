@@ -86,14 +86,14 @@ class SyncBatchNorm(Grouped, _BatchNorm):
         activation: str | None = None,
         inplace: bool = False,
     ):
-        arguments.flags(affine=affine, track_running_stats=track_running_stats, bias=bias, inplace=inplace)
-        arguments.numbers(eps=eps)
-        arguments.numbers_or_none(momentum=momentum)
-        arguments.factory_arguments(device, dtype)
+        arguments.check_flags(affine=affine, track_running_stats=track_running_stats, bias=bias, inplace=inplace)
+        arguments.check_numbers(eps=eps)
+        arguments.check_numbers_or_none(momentum=momentum)
+        arguments.check_factory_arguments(device, dtype)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        arguments.known_activation(activation, inplace)
+        arguments.check_activation(activation, inplace)
         self.activation, self.inplace = activation, inplace
         self.process_group = process_group
 
@@ -159,12 +159,12 @@ class SyncBatchNorm(Grouped, _BatchNorm):
             return given
         group = communicator() if given is None else given
         if not self._group.history.is_complete(group):
-            arguments.batch_norm_arguments(  # before the ranks compare anything
+            arguments.check_batch_norm_arguments(  # before the ranks compare anything
                 *(input, self.running_mean, self.running_var, self.weight, self.bias),
                 *(True, self.momentum, vars(self)["eps"], self.num_batches_tracked),
             )
-            arguments.mask_over_channels(mask, input)
-            arguments.epilogue(input, self.weight, self.bias, residual, self.activation, self.inplace)
+            arguments.parse_mask(mask, input)
+            arguments.parse_epilogue(input, self.weight, self.bias, residual, self.activation, self.inplace)
             if not functional.without_values(input):
                 self._group.history.check_call(self, input, group)
         return given if isinstance(group, LocalCommunicator) else group
@@ -259,14 +259,14 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         activation: str | None = None,
         inplace: bool = False,
     ):
-        arguments.flags(affine=affine, track_running_stats=track_running_stats, bias=bias, inplace=inplace)
-        arguments.numbers(eps=eps)
-        arguments.numbers_or_none(momentum=momentum)
-        arguments.factory_arguments(device, dtype)
+        arguments.check_flags(affine=affine, track_running_stats=track_running_stats, bias=bias, inplace=inplace)
+        arguments.check_numbers(eps=eps)
+        arguments.check_numbers_or_none(momentum=momentum)
+        arguments.check_factory_arguments(device, dtype)
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        arguments.known_activation(activation, inplace)
+        arguments.check_activation(activation, inplace)
         self.activation, self.inplace = activation, inplace
         self.process_group = process_group
 
@@ -274,7 +274,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         """Materialize parameters and buffers for the channels of `input`, (N, C, *); `others` are forward's."""
         if not self.has_uninitialized_params():
             return
-        arguments.channel_axis(input)
+        arguments.check_channel_axis(input)
         self.num_features = input.shape[1]
         for tensor in (self.weight, self.bias, self.running_mean, self.running_var):
             if tensor is not None and is_lazy(tensor):

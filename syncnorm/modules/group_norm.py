@@ -59,9 +59,9 @@ class GroupNorm(Grouped, nn.GroupNorm):
         bias: bool = True,
         process_group: ProcessGroupLike = None,
     ):
-        arguments.flags(affine=affine, bias=bias)
-        arguments.numbers(eps=eps)
-        arguments.factory_arguments(device, dtype)
+        arguments.check_flags(affine=affine, bias=bias)
+        arguments.check_numbers(eps=eps)
+        arguments.check_factory_arguments(device, dtype)
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
@@ -73,7 +73,7 @@ class GroupNorm(Grouped, nn.GroupNorm):
             return self._node(input)
         groups, split = self.num_groups, self.process_group is not None
         weight, bias = self._parameters_beside(input)
-        arguments.groups_of_channels(input, groups, weight, bias, self.num_channels, split=split)
+        arguments.check_groups(input, groups, weight, bias, self.num_channels, split=split)
         group = self._group.resolve_for(self, input, (len(input), groups))
         return functional.group_norm(input, groups, weight, bias, self.eps, process_group=group)
 

@@ -58,9 +58,9 @@ class LayerNorm(Grouped, nn.LayerNorm):
         *,
         process_group: ProcessGroupLike = None,
     ):
-        arguments.flags(elementwise_affine=elementwise_affine, bias=bias)
-        arguments.numbers(eps=eps)
-        arguments.factory_arguments(device, dtype)
+        arguments.check_flags(elementwise_affine=elementwise_affine, bias=bias)
+        arguments.check_numbers(eps=eps)
+        arguments.check_factory_arguments(device, dtype)
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.process_group = process_group
 
@@ -70,7 +70,7 @@ class LayerNorm(Grouped, nn.LayerNorm):
             return self._node(input)
         shape, split = self.normalized_shape, self.process_group is not None
         weight, bias = self._parameters_beside(input)
-        arguments.trailing_axes(input, shape, weight, bias, split=split)  # before the ranks compare anything
+        arguments.parse_normalized_shape(input, shape, weight, bias, split=split)  # before the ranks compare anything
         group = self._group.resolve_for(self, input, input.shape[: -len(shape)])
         return functional.layer_norm(input, shape, weight, bias, self.eps, process_group=group)
 

@@ -64,9 +64,9 @@ class RMSNorm(Grouped, nn.RMSNorm):
         eps_outside: bool = False,
         process_group: ProcessGroupLike = None,
     ):
-        arguments.flags(elementwise_affine=elementwise_affine, bias=bias, eps_outside=eps_outside)
-        arguments.numbers_or_none(eps=eps)
-        arguments.factory_arguments(device, dtype)
+        arguments.check_flags(elementwise_affine=elementwise_affine, bias=bias, eps_outside=eps_outside)
+        arguments.check_numbers_or_none(eps=eps)
+        arguments.check_factory_arguments(device, dtype)
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         has_bias = elementwise_affine and bias
         self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if has_bias else None)
@@ -79,7 +79,7 @@ class RMSNorm(Grouped, nn.RMSNorm):
             return self._node(x)
         shape, split = self.normalized_shape, self.process_group is not None
         weight, bias = self._parameters_beside(x)
-        arguments.trailing_axes(x, shape, weight, bias, split=split)  # before the ranks compare anything
+        arguments.parse_normalized_shape(x, shape, weight, bias, split=split)  # before the ranks compare anything
         group = self._group.resolve_for(self, x, x.shape[: -len(shape)])
         return functional.rms_norm(
             x, shape, weight, self.eps, bias=bias, eps_outside=self.eps_outside, process_group=group
