@@ -383,5 +383,5 @@ def test_layers_of_quantization_aware_training_normalize_as_before():
     fused = convert_sync_batchnorm(nn.Sequential(float_layer, nn.ReLU()), fuse=True)
     assert fused[0][1].activation == "relu"
     fused[0][0].qconfig, fused[0].qconfig = None, get_default_qat_qconfig("fbgemm")
-    with pytest.raises(TypeError, match="expected a norm without an activation where eps is read"):
+    with pytest.raises(TypeError, match="expected to read eps from a norm without an activation"):
         intrinsic.qat.ConvBn2d.from_float(fused[0])
