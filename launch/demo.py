@@ -8,10 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib as mpl
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 GLOBAL_BATCH = 16
 COMPARED = 20  # steps in which synchronized runs are held against one rank
@@ -70,6 +67,8 @@ def difference(records, run):
 
 def table(records):
     """Return the results, one run a row."""
+    from rich.table import Table
+
     result = Table(title=f"CNN on 8x8 digits, global batch {GLOBAL_BATCH}")
     for title in ("statistics", "launcher", "ranks", "samples per rank"):
         result.add_column(title)
@@ -100,6 +99,8 @@ def table(records):
 
 def draw(records, path):
     """Draw the losses of both norms, and how far each run is from that on one rank."""
+    import matplotlib as mpl
+
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -167,6 +168,8 @@ def main():
         sys.exit(f"{'--redraw' if args.redraw else '--out'}: {error}")
     if not args.redraw:
         records = {run: train(run, args.steps, directory) for run in RUNS}
+    from rich.console import Console
+
     Console(width=None if sys.stdout.isatty() else 130).print(table(records))
     largest = max(difference(records, run)[:COMPARED].max() for run in RUNS if run.norm == "sync_bn")
     print(f"synchronized: all runs within {largest:.1e} of one rank over the first {COMPARED} steps")

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from . import transforms
 from .communicators import Communicator
 
-__all__ = ["all_reduce"]
+__all__ = ["all_reduce", "sum_over_ranks"]
 
 
 def all_reduce(tensor: Tensor, group: Communicator) -> Tensor:
@@ -29,6 +29,13 @@ def all_reduce(tensor: Tensor, group: Communicator) -> Tensor:
         return tensor
     _refuse_recording(group)
     return _AllReduce.apply(tensor, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def sum_over_ranks(tensor: Tensor, group: Communicator, *, followed: bool) -> Tensor:
+    """Return the sum over the ranks. The tensor is overwritten unless a transform is active (`followed`)."""
+    if group.size == 1:
+        return tensor
+    return all_reduce(tensor, group) if followed else group.all_reduce(tensor)
 
 
 def _refuse_recording(group: Communicator) -> None:

@@ -202,7 +202,7 @@ def parse_epilogue(
             raise TypeError(f"expected a residual of the input's dtype {input.dtype}, got {residual.dtype}")
         if residual.device != input.device:
             raise RuntimeError(f"expected the residual on the input's device {input.device}, got {residual.device}")
-    return Epilogue(activation, residual, inplace)
+    return Epilogue(activation, inplace, adds_residual=residual is not None)
 
 
 def _check_writable(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:

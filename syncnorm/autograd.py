@@ -1,4 +1,4 @@
-"""Normalization by moments that depend on the input, or by constants: the one hand-written backward.
+"""Normalization by moments as an autograd Function: the one hand-written backward.
 
 Shapes: input and residual (N, C, *); mask what expands to (N, 1, *); weight, bias (C,); statistics (2C + 1,) = [mean,
 invstd, count]; sums (2, C).
@@ -30,14 +30,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import kernels, transforms
-from .all_reduce import all_reduce
+from .all_reduce import sum_over_ranks
 from .arguments import memory_of
 from .communicators import Communicator
-from .kernels import PLAIN, Epilogue
-from .kernels.epilogue import channels_last
+from .kernels import PLAIN, Epilogue, Kernels, RawMoments, Saved, Statistics
+from .kernels.layout import channels_last
 from .moments import Moments
 
-__all__ = ["made_by_relu", "normalize", "normalize_by_constants"]
+__all__ = ["Normalize", "normalize"]
 
 
 def normalize(
@@ -49,92 +49,57 @@ def normalize(
     group: Communicator,
     *,
     mask: Tensor | None = None,
+    residual: Tensor | None = None,
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
 ) -> Tensor:
-    """Return activation((x - mean) / sqrt(variance + eps) * weight + bias + residual), `moments` being of all inputs.
+    """Return activation((x - mean) / sqrt(variance + eps) * weight + bias + residual).
 
-    With `eps_outside` it divides by sqrt(variance) + eps. Backward issues one all-reduce of 2C float64 (C for moments
-    about zero) if the input needs a gradient and the group has more than one rank.
+    `moments` are those of the inputs of all ranks, or constants. With `eps_outside` it divides by sqrt(variance) + eps.
+
+    Collectives: in backward one all-reduce of 2C float64 (C for moments about zero), if the group has more than one
+    rank, the input needs a gradient and the moments are not constant.
     """
-    return _apply(input, moments, weight, bias, eps, group, mask, eps_outside, epilogue)
-
-
-def normalize_by_constants(
-    input: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    epilogue: Epilogue = PLAIN,
-) -> Tensor:
-    """Return the same for constant mean and variance. No collective."""
-    return _apply(input, Moments.constant(mean, variance), weight, bias, eps, None, None, False, epilogue)
-
-
-def made_by_relu(tensor: Tensor) -> bool:
-    """Return whether a tensor is known to be the output of a norm with activation="relu", not changed since."""
-    if torch.compiler.is_compiling():
-        return False
-    node: Any = tensor.grad_fn
-    by_us = isinstance(node, _Normalize._backward_cls)
-    return by_us and node.plan.epilogue.activation == "relu" and tensor._version == 0
-
-
-def _apply(
-    input: Tensor,
-    moments: Moments,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    group: Communicator | None,
-    mask: Tensor | None,
-    eps_outside: bool,
-    epilogue: Epilogue,
-) -> Tensor:
     if moments.followed:
-        return _composed(input, moments.values, weight, bias, eps, eps_outside, epilogue)
-    residual = epilogue.residual
-    plan = _Plan(eps, group, mask, moments.centered, eps_outside, _with(epilogue, None))
+        return _composed(input, moments.values, weight, bias, residual, eps, eps_outside, epilogue)
+    config = Config(moments.kernels, eps, eps_outside, moments.centered, moments.constant, group, epilogue)
     written = memory_of(input) if epilogue.inplace else input
-    output = _Normalize.apply(written, weight, bias, residual, moments.values, plan)[0]  # type: ignore[no-untyped-call]
+    output, _ = Normalize.apply(written, weight, bias, residual, moments.values, mask, config)  # type: ignore[no-untyped-call]
     return output if written is input else input
 
 
 def _composed(
     input: Tensor,
-    moments: Tensor,
+    moments: RawMoments,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     eps: float,
     eps_outside: bool,
     epilogue: Epilogue,
 ) -> Tensor:
     """Return y by torch's own operations, through which the derivatives go to the moments and so to the input."""
-    residual, reference = epilogue.residual, kernels.reference
-    z, _ = reference.preactivation(input, moments, weight, bias, eps, eps_outside=eps_outside, residual=residual)
+    reference = kernels.reference
+    z, _ = reference.preactivation(input, moments, weight, bias, residual, eps, eps_outside=eps_outside)
     y = reference.activate(z, epilogue.activation).to(input.dtype)
     return input.copy_(y) if epilogue.inplace else y
 
 
-def _with(epilogue: Epilogue, residual: Tensor | None) -> Epilogue:
-    return epilogue if residual is epilogue.residual else epilogue._replace(residual=residual)
+class Config(NamedTuple):
+    """What a normalization does, beside the tensors."""
 
-
-class _Plan(NamedTuple):
-    """What a normalization does, but for the tensors that autograd follows."""
-
+    kernels: Kernels  # of the forward
     eps: float
-    group: Communicator | None  # None: the moments are constants
-    mask: Tensor | None
-    centered: bool
     eps_outside: bool
-    epilogue: Epilogue  # without the residual
+    centered: bool
+    constant: bool  # whether the moments are
+    group: Communicator
+    epilogue: Epilogue
 
 
-class _Normalize(Function):
+class Normalize(Function):
+    """See `normalize`. Inputs that are not tensors with gradients: moments (2C + 1,), mask, config."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -142,69 +107,71 @@ class _Normalize(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        moments: Tensor,
-        plan: _Plan,
-    ) -> tuple[Tensor, Tensor]:
-        epilogue, constant = _with(plan.epilogue, residual), plan.group is None
-        output, statistics, signs = kernels.select(input, moments, weight, bias, residual).normalize(
-            input, moments, weight, bias, plan.eps, eps_outside=plan.eps_outside, epilogue=epilogue
+        moments: RawMoments,
+        mask: Tensor | None,
+        config: Config,
+    ) -> tuple[Tensor, Statistics]:
+        """Return y = activation(x̂ * weight + bias + residual), and [mean, invstd, count]."""
+        epilogue = config.epilogue
+        output, statistics, signs = config.kernels.normalize(
+            input, moments, weight, bias, residual, config.eps, eps_outside=config.eps_outside, epilogue=epilogue
         )
         if epilogue.inplace:
             ctx.mark_dirty(input)
-        if constant:
+        if config.constant:
             ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            output if epilogue.inplace else input,
-            statistics,
-            weight,
-            bias if epilogue.needs_bias else None,
-            residual if epilogue.keeps_residual else signs,
-            plan.mask,
-        )
-        ctx.dtype = _common_dtype(weight, bias)
-        if signs is not None:
-            ctx.channels_last = channels_last(input)
-        ctx.plan = plan._replace(mask=None) if plan.mask is not None else plan
+        saved = Saved(output if epilogue.inplace else input, signs, residual if epilogue.saves_residual else None)
+        ctx.save_for_backward(*saved, statistics, weight, bias if epilogue.needs_bias else None, mask)
+        ctx.config, ctx.dtype = config, _common_dtype(weight, bias)
+        ctx.channels_last = signs is not None and bool(channels_last(input))
         return output, statistics
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of input, weight, bias and residual: dx, Σ dz * x̂, Σ dz, dz."""
         grad_output, grad_statistics = grads
-        input, statistics, weight, bias, kept, mask = ctx.saved_tensors
+        *saved, statistics, weight, bias, mask = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-        plan = ctx.plan
+        config: Config = ctx.config
         followed = torch.is_grad_enabled() or transforms.active(grad_output, grad_statistics)
-        tensors = input, grad_output, statistics, weight, bias, kept, mask
-        kernel = kernels.reference if followed else kernels.select(*tensors)
-        epilogue = _with(plan.epilogue, kept)
-        if epilogue.keeps_signs and bool(channels_last(input)) != bool(ctx.channels_last):
-            # The signs are in the order of its memory, and a hook such as `save_on_cpu` has laid it out anew.
-            input = input.movedim(1, -1).contiguous().movedim(-1, 1) if ctx.channels_last else input.contiguous()
+        chosen = kernels.reference if followed else kernels.select(*ctx.saved_tensors, grad_output)
+        kept = _in_saved_order(Saved(*saved), ctx.channels_last)
         if grad_output is None:
-            grad_output = torch.zeros_like(input)
-        backward = kernel.Backward(grad_output, input, statistics, weight, bias, mask=mask, epilogue=epilogue)
-        through_statistics = needs_input and plan.group is not None
-        summed = grad_weight = grad_bias = grad_input = None
+            grad_output = torch.zeros_like(kept.input)
+        passes = chosen.Backward(grad_output, kept, statistics, weight, bias, mask=mask, epilogue=config.epilogue)
+        through_statistics = needs_input and not config.constant
+        grad_weight = grad_bias = summed = grad_input = None
         if through_statistics or needs_weight or needs_bias:
-            grad_weight, grad_bias, sums = backward.reduce_grad(ctx.dtype)
+            grad_weight, grad_bias, sums = passes.reduce_grad(ctx.dtype)  # Σ dz * x̂, Σ dz, [Σ weight * dz, ... * x̂]
             if through_statistics:
                 if grad_statistics is not None:  # of a backward pass through this backward pass
                     sums = sums + _sums_of(grad_statistics, statistics)
-                summed = (_all_reduced if plan.centered else _second_all_reduced)(sums, plan.group, followed)
-        grad_residual = grad_output if needs_residual else None
-        if needs_input or (needs_residual and kept is not None):
-            eps_outside = plan.eps if plan.eps_outside else 0.0
-            grad_input, passed = backward.grad_input(summed, centered=plan.centered, eps_outside=eps_outside)
-            grad_residual = grad_residual if passed is None else passed
+                summed = _sum_over_ranks(sums, config, followed)
+        grad_residual = grad_output
+        if needs_input or (needs_residual and kept.has_residual):
+            eps_outside = config.eps if config.eps_outside else 0.0
+            grad_input, dz = passes.grad_input(summed, centered=config.centered, eps_outside=eps_outside)
+            grad_residual = grad_output if dz is None else dz
         return (
             grad_input,
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
-            grad_residual,
-            None,
-            None,
+            grad_residual if needs_residual else None,
+            *[None] * 3,
         )
+
+
+def _in_saved_order(saved: Saved, is_channels_last: bool) -> Saved:
+    """Return what was saved with the input in the order that its signs have in memory.
+
+    A hook of autograd such as `save_on_cpu` may have given it another memory format.
+    """
+    input = saved.input
+    if saved.signs is None or bool(channels_last(input)) == is_channels_last:
+        return saved
+    restored = input.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last else input.contiguous()
+    return saved._replace(input=restored)
 
 
 def _common_dtype(weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
@@ -216,20 +183,15 @@ def _common_dtype(weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
     return torch.promote_types(weight.dtype, bias.dtype)
 
 
-def _sums_of(grad_statistics: Tensor, statistics: Tensor) -> Tensor:
+def _sums_of(grad_statistics: Tensor, statistics: Statistics) -> Tensor:
     """Return what a gradient with respect to mean and invstd adds to the sums; the count is a constant."""
-    _, invstd = statistics[:-1].view(2, -1)
+    invstd = kernels.second(statistics)
     return grad_statistics[:-1].view(2, -1) * torch.stack([-1 / invstd, invstd])
 
 
-def _all_reduced(sums: Tensor, group: Communicator, followed: bool) -> Tensor:
-    """Return the sum over the ranks, in the memory of this rank's unless operations are followed."""
-    if followed:
-        return all_reduce(sums, group)
-    return sums if group.size == 1 else group.all_reduce(sums)
-
-
-def _second_all_reduced(sums: Tensor, group: Communicator, followed: bool) -> Tensor:
-    """Return [0, the sum over the ranks of sums[1]]: what moments about zero need."""
-    second = _all_reduced(sums[1].clone(), group, followed)
+def _sum_over_ranks(sums: Tensor, config: Config, followed: bool) -> Tensor:
+    """Return the sums of all ranks, (2, C). Of moments about zero only the second one is needed, and sent."""
+    if config.centered:
+        return sum_over_ranks(sums, config.group, followed=followed)
+    second = sum_over_ranks(sums[1].clone(), config.group, followed=followed)
     return torch.stack([torch.zeros_like(second), second])

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import arguments, running, transforms
-from .all_reduce import all_reduce
-from .autograd import normalize, normalize_by_constants
-from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
+from .all_reduce import sum_over_ranks
+from .autograd import normalize
+from .communicators import ALONE, Communicator, LocalCommunicator, ProcessGroupLike, communicator
 from .job.launcher import warn_if_not_joined
-from .moments import Moments, MomentsAboutZero
+from .kernels import Packed
+from .moments import Moments, MomentsAboutZero, select_kernels
 
 __all__ = ["group_norm", "layer_norm", "rms_norm", "sync_batch_norm"]
 
@@ -72,20 +73,22 @@ def sync_batch_norm(
     epilogue = arguments.parse_epilogue(input, weight, bias, residual, activation, inplace)
     if input.dim() == 1:  # of shape (0,)
         return input if inplace else input.clone()
+    kernels = select_kernels(input, mask, residual, weight, bias, running_mean, running_var, num_batches_tracked)
     if not training:
         assert running_mean is not None  # checked above
         assert running_var is not None
-        return normalize_by_constants(input, running_mean, running_var, weight, bias, eps, epilogue=epilogue)
+        moments = Moments.given(running_mean, running_var, kernels)
+        return normalize(input, moments, weight, bias, eps, ALONE, residual=residual, epilogue=epilogue)
     group = _sharing_batch(input, process_group)
 
-    moments = _combined(Moments.of(input, mask), group)
+    moments = _of_all_ranks(Moments.of(input, mask, kernels), group)
     if _one_value(input, mask, moments):
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
             + (" and a mask" if mask is not None else "")
             + (f" on rank {group.rank} and 1 value on all {group.size} ranks" if group.size > 1 else "")
         )
-    output = normalize(input, moments, weight, bias, eps, group, mask=mask, epilogue=epilogue)
+    output = normalize(input, moments, weight, bias, eps, group, mask=mask, residual=residual, epilogue=epilogue)
     running.update(running_mean, running_var, num_batches_tracked, moments, momentum)
     return output
 
@@ -211,7 +214,7 @@ def without_values(tensor: Tensor) -> bool:
 def _sharing_batch(input: Tensor, process_group: ProcessGroupLike) -> Communicator:
     """Return the ranks that share the batch. For an input without values this is this process alone."""
     if without_values(input):
-        return _ALONE
+        return ALONE
     group = communicator(process_group)
     if process_group is None and isinstance(group, LocalCommunicator) and not torch.compiler.is_compiling():
         warn_if_not_joined()
@@ -220,7 +223,7 @@ def _sharing_batch(input: Tensor, process_group: ProcessGroupLike) -> Communicat
 
 def _sharing(input: Tensor, process_group: ProcessGroupLike) -> Communicator:
     """Return the ranks that share a sample: this process alone without a process group or without values."""
-    return _ALONE if process_group is None or without_values(input) else communicator(process_group)
+    return ALONE if process_group is None or without_values(input) else communicator(process_group)
 
 
 def _one_value(input: Tensor, mask: Tensor | None, moments: Moments) -> bool:
@@ -241,22 +244,18 @@ def _normalize_rows(
 ) -> Tensor:
     """Return rows, (1, R, values), each normalized by its moments over all ranks, in float32 or float64."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    moments = _combined(kind.of(rows), group)
+    moments = _of_all_ranks(kind.of(rows), group)
     return normalize(rows, moments, None, None, eps, group, eps_outside=eps_outside)
 
 
-def _combined(moments: Moments, group: Communicator) -> Moments:
+def _of_all_ranks(moments: Moments, group: Communicator) -> Moments:
     """Return the moments of all ranks. Issues one all-reduce."""
     if group.size == 1:
         return moments
-    packed = moments.pack()
-    summed = all_reduce(packed, group) if moments.followed else group.all_reduce(packed)
-    return type(moments).unpack(summed, moments.followed)
+    packed = moments.pack()  # [n·mean, M2 + n·mean², n], (2C + 1,) float64
+    return moments.unpack(Packed(sum_over_ranks(packed, group, followed=moments.followed)))
 
 
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
-
-
-_ALONE = LocalCommunicator()

@@ -97,6 +97,6 @@ def _kernels(device: str) -> str:
     name = getattr(implementation, "__name__", "unknown").rpartition(".")[2]
     if isa := getattr(implementation, "ISA", None):
         return f"{name} ({isa})"
-    if device == "cpu" and not Path(kernels.__file__).with_name("libsyncnorm_cpu.so").exists():
+    if device == "cpu" and not Path(kernels.__file__).with_name("cpu").joinpath("libsyncnorm_cpu.so").exists():
         return f"{name}: no compiled library (no compiler at install time?)"
     return name

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import kernels
+from .kernels import RawMoments
 from .moments import Moments
 
 __all__ = ["update"]
@@ -34,10 +34,10 @@ def update(
         return
     buffers = running_mean, running_var, num_batches_tracked
     if not moments.followed:
-        kernels.select(*buffers, moments.values).update_running(*buffers, moments.values, momentum)
+        moments.kernels.update_running(*buffers, moments.values, momentum)
         return
     try:
-        kernels.reference.update_running(*buffers, moments.values.detach(), momentum)
+        moments.kernels.update_running(*buffers, RawMoments(moments.values.detach()), momentum)
     except RuntimeError as error:  # from torch.func, which does not say which tensor it cannot update
         raise RuntimeError(
             "expected running statistics that the transform can update, got buffers that it does not map or receive: "

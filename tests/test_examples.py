@@ -10,6 +10,7 @@ from launchers import launch
 
 CNN = Path(__file__).parent.parent / "examples" / "cnn.py"
 STEPS = 8
+BACKENDS = {"alone": "alone", "torchrun": "nccl" if torch.cuda.device_count() >= 4 else "gloo", "mpirun": "mpi4py"}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_cnn_seeds_differ(train):
 @pytest.mark.parametrize(("launcher", "ranks"), [("alone", 1), *LAUNCHES[1:]])
 def test_cnn_record(train, launcher, ranks):
     record = train("sync_bn", launcher, ranks)
-    assert (record["launcher"], record["ranks"], record["batch_per_rank"]) == (launcher, ranks, 8 // ranks)
+    assert (record["backend"], record["ranks"], record["batch_per_rank"]) == (BACKENDS[launcher], ranks, 8 // ranks)
     assert len(record["loss"]) == STEPS
     assert 0 <= record["test_accuracy"] <= 1
     assert record["samples_per_second"] > 0

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
+    "ALONE",
     "Collectives",
     "Communicator",
     "LocalCommunicator",
@@ -34,7 +35,7 @@ ProcessGroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | MPI.Comm | Colle
 
 _default: Communicator | None = None  # what syncnorm.init() made, other than torch.distributed's default group
 _beside: dist.ProcessGroup | None = None  # the default group that it was made with
-_ALONE = LocalCommunicator()
+ALONE = LocalCommunicator()  # this process, which communicates with nobody
 # one communicator for each group, by id or MPI handle
 _made: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _of_world: tuple[weakref.ref[dist.ProcessGroup], Communicator] | None = None  # the default group's communicator
@@ -88,7 +89,7 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
         if made is not None:
             return made
         world = dist.group.WORLD if dist.is_available() else None
-        return _ALONE if world is None else _of_process_group(world)
+        return ALONE if world is None else _of_process_group(world)
     if dist.is_available():
         if isinstance(process_group, dist.ProcessGroup):
             return _of_process_group(process_group)

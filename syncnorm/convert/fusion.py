@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..autograd import made_by_relu
+from ..autograd import Normalize
 
 __all__ = ["Fusion", "ReLUIfNeeded", "find_fusions"]
 
@@ -37,7 +38,7 @@ class ReLUIfNeeded(nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return max(input, 0)."""
-        return input if made_by_relu(input) else super().forward(input)
+        return input if _made_by_relu(input) else super().forward(input)
 
 
 def find_fusions(
@@ -93,6 +94,15 @@ def _name(module: nn.Module) -> str | None:
     if type(module) is nn.GELU and module.approximate == "tanh":
         return "gelu_tanh"
     return None
+
+
+def _made_by_relu(tensor: Tensor) -> bool:
+    """Return whether a tensor is known to be the unchanged output of a norm with activation="relu"."""
+    if torch.compiler.is_compiling():
+        return False
+    node: Any = tensor.grad_fn
+    is_ours = isinstance(node, Normalize._backward_cls)
+    return is_ours and node.config.epilogue.activation == "relu" and tensor._version == 0
 
 
 class _Graph:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import is_lazy
 
 from .. import arguments, functional
-from ..communicators import LocalCommunicator, ProcessGroupLike, communicator
+from ..communicators import ALONE, LocalCommunicator, ProcessGroupLike, communicator
 from .process_group import ProcessGroupMixin, ProcessGroupReference
 
 __all__ = ["ORIGIN", "LazySyncBatchNorm", "SyncBatchNorm", "class_after_conversion"]
@@ -177,7 +177,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
             self.momentum,
             vars(self)["eps"],
             num_batches_tracked=self.num_batches_tracked if tracks else None,
-            process_group=self._group_of_the_batch(input, residual, mask) if self.training else _ALONE,
+            process_group=self._group_of_the_batch(input, residual, mask) if self.training else ALONE,
             mask=mask,
             residual=residual,
             activation=self.activation,
@@ -349,6 +349,3 @@ def _synchronized(original: type[Any]) -> type[SyncBatchNorm]:
 
     kind: type[Any] = types.new_class(base.__name__, (original, base), exec_body=fill)
     return kind
-
-
-_ALONE = LocalCommunicator()

@@ -1,8 +1,7 @@
-"""The kernels on CPUs, compiled: what `reference` computes, at the speed of the memory.
+"""The compiled kernels, called by ctypes.
 
-cpu.cpp holds them, in a library without Python and without torch that is called by ctypes. It shares torch's threads,
-since torch has loaded the OpenMP library already that it asks for. SYNCNORM_ISA chooses the instruction set: avx512,
-avx2 or base; by default the best that the machine has.
+The library uses neither Python nor torch. It shares torch's threads, because the OpenMP library that it needs is the
+one that torch has loaded.
 
 Shapes are those of `reference`. A tensor that is dense neither as (N, C, *) nor as (N, *, C) is copied.
 """
@@ -12,14 +11,15 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .epilogue import ACTIVATIONS, PLAIN, Epilogue, channels_last, dense
+from ..epilogue import ACTIVATIONS, PLAIN, Epilogue, Saved
+from ..layout import channels_last, in_dense_format
+from ..vectors import Packed, RawMoments, Statistics
 
 __all__ = ["ISA", "Backward", "moments", "normalize", "pack", "unpack", "update_running"]
 
@@ -33,10 +33,14 @@ def _load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         raise ImportError(f"expected compiled kernels, got {error}; there was no compiler at installation?") from None
-    source = LIBRARY.with_name("cpu.cpp")  # is there in a checkout alone
-    library.syncnorm_source.restype = ctypes.c_uint32
-    if source.exists() and library.syncnorm_source() != zlib.crc32(source.read_bytes()):
-        raise RuntimeError(f"expected {LIBRARY} to be compiled from {source} as it is now; pip install --editable .")
+    if LIBRARY.with_name("exports.cpp").exists():  # in a checkout alone
+        from .build import source_version
+
+        library.syncnorm_source.restype = ctypes.c_uint32
+        if library.syncnorm_source() != source_version():
+            raise RuntimeError(
+                f"expected {LIBRARY} to be compiled from the sources beside it: python -m syncnorm.kernels.cpu.build"
+            )
     return library
 
 
@@ -46,7 +50,7 @@ ISA: str = os.environ.get("SYNCNORM_ISA") or _library.syncnorm_isa().decode()
 if ISA not in ("avx512", "avx2", "base"):
     raise RuntimeError(f"expected SYNCNORM_ISA to be one of avx512, avx2, base, got {ISA}")
 
-# Arguments travel as one struct, packed as cpu.cpp declares it: one ctypes call of 16 arguments costs more than both.
+# Arguments travel as one struct, packed as arguments.h declares it: a ctypes call of 16 arguments costs more than both.
 _SHAPE, _PARAMETERS, _EPILOGUE = "6q", "PPq", "qPPq"
 _BACKWARD = _SHAPE + "PPP" + _PARAMETERS + _EPILOGUE + "P"
 
@@ -72,32 +76,32 @@ _pack = _function("pack", "Pq")
 _unpack = _function("unpack", "Pq")
 
 
-def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
+def moments(input: Tensor, mask: Tensor | None = None) -> RawMoments:
     """See `reference.moments`."""
     x, shape = _dense(input)
     weights = _weights(mask, x)
-    result = torch.empty(2 * shape[1] + 1, dtype=torch.float64, device="cpu")
+    result = RawMoments(torch.empty(2 * shape[1] + 1, dtype=torch.float64, device="cpu"))
     _moments(*shape, x.data_ptr(), _pointer(weights), result.data_ptr())
     return result
 
 
-def pack(moments: Tensor) -> Tensor:
+def pack(moments: RawMoments) -> Packed:
     """See `reference.pack`."""
     _pack(moments.data_ptr(), len(moments) // 2)
-    return moments
+    return Packed(moments)
 
 
-def unpack(packed: Tensor) -> Tensor:
+def unpack(packed: Packed) -> RawMoments:
     """See `reference.unpack`."""
     _unpack(packed.data_ptr(), len(packed) // 2)
-    return packed
+    return RawMoments(packed)
 
 
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor | None,
-    moments: Tensor,
+    moments: RawMoments,
     momentum: float | None,
 ) -> None:
     """See `reference.update_running`."""
@@ -131,27 +135,27 @@ def update_running(
 
 def normalize(
     input: Tensor,
-    moments: Tensor,
+    moments: RawMoments,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     eps: float,
     *,
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Statistics, Tensor | None]:
     """See `reference.normalize`."""
     x, shape = _dense(input)
     weight, bias, parameters = _parameters(weight, bias)
-    activation, residual, inplace = epilogue
-    signs = None
+    signs, inplace = None, epilogue.inplace
     if residual is not None:
-        residual = dense(residual, like=x)
-        if epilogue.keeps_signs:
+        residual = in_dense_format(residual, like=x)
+        if epilogue.saves_signs:
             signs = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
     y = x if inplace else torch.empty_like(x)
-    statistics = torch.empty_like(moments)
+    statistics = Statistics(torch.empty_like(moments))
     pointers = (x.data_ptr(), y.data_ptr(), moments.data_ptr())
-    what_follows = (_ACTIVATIONS[activation], _pointer(residual), _pointer(signs), inplace)
+    what_follows = (_ACTIVATIONS[epilogue.activation], _pointer(residual), _pointer(signs), inplace)
     _normalize(*shape, *pointers, *parameters, eps, eps_outside, *what_follows, statistics.data_ptr())
     if inplace:
         y = input if x is input else input.copy_(x)
@@ -164,32 +168,28 @@ class Backward:
     def __init__(
         self,
         grad_output: Tensor,
-        input: Tensor,
-        statistics: Tensor,
+        saved: Saved,
+        statistics: Statistics,
         weight: Tensor | None,
         bias: Tensor | None,
         *,
         mask: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
     ):
-        x, shape = _dense(input)
+        x, shape = _dense(saved.input)
         dy = grad_output
         if dy.stride() != x.stride() or dy.dtype != x.dtype:
             dy = torch.empty_like(x).copy_(dy)
         weight, bias, parameters = _parameters(weight, bias)
-        activation, kept, inplace = epilogue
-        residual = signs = None
-        if kept is not None and epilogue.keeps_signs:
-            signs = kept
-        elif kept is not None:
-            residual = dense(kept, like=x)
+        residual = None if saved.residual is None else in_dense_format(saved.residual, like=x)
         weights = _weights(mask, x)
         self.arguments = (
             *(*shape, dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), *parameters),
-            *(_ACTIVATIONS[activation], _pointer(residual), _pointer(signs), inplace, _pointer(weights)),
+            *(_ACTIVATIONS[epilogue.activation], _pointer(residual), _pointer(saved.signs), epilogue.inplace),
+            _pointer(weights),
         )
-        self.x, self.channels, self.kept = x, shape[1], kept
-        self.alive = dy, statistics, weight, bias, residual, weights  # as long as the pointers
+        self.x, self.channels, self.has_residual = x, shape[1], saved.has_residual
+        self.alive = dy, statistics, weight, bias, residual, saved.signs, weights  # as long as the pointers
 
     def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
         """See `reference.Backward.reduce_grad`."""
@@ -205,7 +205,7 @@ class Backward:
     ) -> tuple[Tensor, Tensor | None]:
         """See `reference.Backward.grad_input`."""
         dx = torch.empty_like(self.x)
-        dz = None if self.kept is None else torch.empty_like(self.x)
+        dz = torch.empty_like(self.x) if self.has_residual else None
         _grad_input(*self.arguments, _pointer(sums), centered, eps_outside, dx.data_ptr(), _pointer(dz))
         return dx, dz
 
