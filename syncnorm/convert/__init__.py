@@ -1,4 +1,4 @@
-"""Convert a model's BatchNorm layers to SyncBatchNorm, and back to exactly what they were."""
+"""Convert a model's BatchNorm layers to SyncBatchNorm, and back to their original classes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["convert_sync_batchnorm", "register_conversion", "revert_sync_batchno
 Converter = Callable[[Any, ProcessGroupLike], nn.Module]
 
 _registered: dict[type[nn.Module], Converter] = {}
-_FUSED = "_took_over"  # attribute of a layer that took over the activation after it
+_FUSED = "_took_over"  # attribute of a layer that absorbed the activation after it
 
 
 def convert_sync_batchnorm(
@@ -29,45 +29,55 @@ def convert_sync_batchnorm(
 ) -> nn.Module:
     """Return `module` with every BatchNorm layer in it replaced by a `SyncBatchNorm`.
 
-    Replaced are BatchNorm1d, 2d and 3d, their Lazy forms, torch.nn.SyncBatchNorm, subclasses of them that keep their
-    forward, and classes given to `register_conversion`. The new layer is an instance of the class that it was, with
-    its methods and its check of the input: isinstance(layer, nn.BatchNorm2d) still holds. The exception is
-    torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on CPUs: it becomes a plain SyncBatchNorm. The new
-    layer has the same parameter and buffer objects, hooks (whose handles go on working), training flag and other
-    attributes; a layer that stands in several places is converted once. InstanceNorm and everything else stays.
-    Containers are changed in place; the result is `module` itself unless that is a BatchNorm layer.
+    These layers are replaced: BatchNorm1d, 2d and 3d, their Lazy forms, torch.nn.SyncBatchNorm, subclasses of them that
+    keep their forward, and classes passed to `register_conversion`. InstanceNorm and all other layers are kept.
+    Containers are changed in place. The result is `module` itself, unless that is a BatchNorm layer.
 
-    With `fuse`, a layer that nothing but an activation module reads takes it over: nn.ReLU, nn.LeakyReLU of slope 0.01,
-    nn.SiLU or nn.GELU(approximate="tanh"). Outputs and gradients stay the same, for a pass over the data less each way
-    and, but for ReLU, a tensor less that backward keeps. An activation module that is called after such layers only
-    becomes nn.Identity. An nn.ReLU that is called elsewhere too, as in torchvision's ResNet, goes on there, and passes
-    on what such a layer has activated (outside of a graph it computes again, to the same result). Left alone are
-    functions (F.relu), other activation modules that are called elsewhere too, layers that are called twice or whose
-    output a hook sees, and relu(bn(x) + identity), which a forward has to say itself:
-    SyncBatchNorm(channels, activation="relu")(x, residual=identity). All this is read from torch.fx traces of the
-    model's forward, in training and eval: its other methods are not looked at, nor the branch that a forward takes for
-    a Tensor alone (isinstance(x, Tensor) is false in a trace). What reads a layer of the result by itself, such as a
-    hook that is set later, sees its output activated. Code that folds a norm into the convolution before it would drop
-    the activation. It gets a TypeError when it reads the norm's `eps`: call `revert_sync_batchnorm` first.
+    The new layer is an instance of the original class, with its methods and its check of the input:
+    isinstance(layer, nn.BatchNorm2d) still holds. The exception is torch.nn.SyncBatchNorm, which
+    DistributedDataParallel rejects on CPUs. It becomes a plain SyncBatchNorm. The new layer has the same parameter and
+    buffer objects, hooks, training flag and other attributes, and handles of hooks stay valid. A layer that occurs
+    several times in the model is converted once.
+
+    With `fuse`, a layer absorbs an activation module if nothing else reads the layer's output: nn.ReLU, nn.LeakyReLU
+    with slope 0.01, nn.SiLU or nn.GELU(approximate="tanh"). Outputs and gradients stay the same. Forward and backward
+    each save a pass over the data and, except for ReLU, backward saves one tensor less. An activation module that is
+    called only after such layers becomes nn.Identity. An nn.ReLU that is also called elsewhere, as in torchvision's
+    ResNet, still works there and returns the output of such a layer unchanged. (Without an autograd graph it computes
+    the ReLU again, with the same result.)
+
+    `fuse` does not change:
+
+    - functions such as F.relu;
+    - activation modules other than nn.ReLU that are also called elsewhere;
+    - layers that are called twice or whose output a hook reads;
+    - relu(bn(x) + identity). Write this in the forward as
+      SyncBatchNorm(channels, activation="relu")(x, residual=identity).
+
+    `fuse` reads torch.fx traces of the model's forward, in training and eval. It does not see other methods of the
+    model, nor a branch that the forward takes only for a Tensor (isinstance(x, Tensor) is false in a trace). After the
+    conversion, a hook that is registered on a fused layer sees the activated output. Code that folds a norm into the
+    preceding convolution would drop the activation. It gets a TypeError when it reads the norm's `eps`. Call
+    `revert_sync_batchnorm` first.
 
     Args:
-        module: the model, or one layer. Convert before DistributedDataParallel wraps it, `fully_shard` shards it, or
+        module: the model, or one layer. Convert it before DistributedDataParallel wraps it, `fully_shard` shards it, or
             torch.jit or torch.export turns it into a graph.
-        process_group: of the new layers, as in `SyncBatchNorm`, and of those that are SyncBatchNorm already; where it
-            is None, these and a torch.nn.SyncBatchNorm keep their own.
-        fuse: let layers take over the activations that follow them.
+        process_group: of the new layers and of existing SyncBatchNorm layers, as in `SyncBatchNorm`. If it is None,
+            existing SyncBatchNorm and torch.nn.SyncBatchNorm layers keep their own.
+        fuse: let layers absorb the activations that follow them.
 
     Collectives: none.
 
     Raises:
-        TypeError: `module` is no torch.nn.Module; a BatchNorm has a forward of its own or an attribute of the name of
+        TypeError: `module` is not a torch.nn.Module; a BatchNorm has its own forward, or an attribute with the name of
             one of SyncBatchNorm's; a layer is parametrized, compiled or sharded; a scripted, traced or exported part of
-            the model computes a BatchNorm; `fuse` is set and torch.fx cannot trace the model. Nothing was changed.
+            the model computes a BatchNorm; `fuse` is set and torch.fx cannot trace the model. The model is unchanged.
     """
     check_convertible(module, _is_registered)
-    if not fuse or isinstance(module, _BatchNorm) or _is_registered(module):  # a layer alone has nothing after it
+    if not fuse or isinstance(module, _BatchNorm) or _is_registered(module):  # nothing follows a single layer
         return replace(module, lambda layer: _to_sync(layer, process_group), _is_registered, {})
-    norms, activations = fusion.find_fusions(module, _can_take_over, _is_registered)
+    norms, activations = fusion.find_fusions(module, _can_absorb, _is_registered)
 
     def exchange(layer: nn.Module) -> nn.Module:
         if layer in activations:
@@ -84,30 +94,32 @@ def convert_sync_batchnorm(
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Return `module` with every layer that `convert_sync_batchnorm` made turned back into its original class.
 
-    Activations that layers took over are theirs no longer, and again modules of their own.
+    Activations that layers absorbed become separate modules again.
 
-    Parameters and buffers, as trained since, stay the same objects; so do hooks and attributes. A lazy layer that met
-    its first input in between becomes the BatchNorm that it would have become. A SyncBatchNorm that was constructed
-    as one stays, and so does what a registered converter made, or torch.jit and torch.export. Collectives: none.
+    Parameters and buffers, with their current values, stay the same objects, and so do hooks and attributes. A lazy
+    layer that has seen its first input becomes the BatchNorm that it would have become. Layers that were constructed as
+    SyncBatchNorm are kept, and so are the results of registered converters, torch.jit and torch.export.
+
+    Collectives: none.
 
     Raises:
-        TypeError: `module` is no torch.nn.Module; a converted layer was parametrized, compiled or sharded since then,
-            or its forward or class was replaced. Nothing was changed.
+        TypeError: `module` is not a torch.nn.Module; a converted layer has been parametrized, compiled or sharded, or
+            its forward or class has been replaced. The model is unchanged.
     """
     check_revertible(module)
     return replace(module, _from_sync, lambda layer: False, {})
 
 
 def register_conversion(original: type[nn.Module], converter: Converter) -> None:
-    """Teach `convert_sync_batchnorm` a class of layers.
+    """Register a function by which `convert_sync_batchnorm` converts a class of layers.
 
     Args:
-        original: converted are modules of exactly this class.
-        converter: called with the module and the process group; returns the module to put in its place. It may return
-            a module that holds a SyncBatchNorm, or the module itself to leave it alone with all that it holds.
+        original: modules of exactly this class are converted.
+        converter: called with the module and the process group. It returns the replacement, which may contain a
+            SyncBatchNorm. If it returns the module itself, that module and all of its children are left unchanged.
 
     Raises:
-        TypeError: `original` is no class, or `converter` cannot be called.
+        TypeError: `original` is not a class, or `converter` is not callable.
     """
     if not (isinstance(original, type) and callable(converter)):
         raise TypeError(f"expected a class and a function that converts its modules, got {original!r}, {converter!r}")
@@ -122,20 +134,20 @@ def _to_sync(layer: nn.Module, process_group: ProcessGroupLike) -> nn.Module:
     if type(layer) in _registered:
         made = _registered[type(layer)](layer, process_group)
         if not isinstance(made, nn.Module):
-            raise TypeError(f"expected a module from the converter of {type(layer).__qualname__}, got {made!r}")
+            raise TypeError(f"expected the converter of {type(layer).__qualname__} to return a module, got {made!r}")
         return made
     if isinstance(layer, SyncBatchNorm) and process_group is not None:
         layer.process_group = process_group
     if isinstance(layer, SyncBatchNorm) or not isinstance(layer, _BatchNorm):
         return layer
     new: SyncBatchNorm = become(layer, class_after_conversion(type(layer), is_lazy=isinstance(layer, _LazyNormBase)))
-    own = new.__dict__.pop("process_group", None)  # a torch.nn.SyncBatchNorm's
+    own = new.__dict__.pop("process_group", None)  # of a torch.nn.SyncBatchNorm
     new.process_group = own if process_group is None else process_group
     new.__dict__[ORIGIN] = type(layer), ProcessGroupReference(own)
     return new
 
 
-def _can_take_over(layer: nn.Module) -> bool:
+def _can_absorb(layer: nn.Module) -> bool:
     if isinstance(layer, SyncBatchNorm):
         own_forward = type(layer).forward is not SyncBatchNorm.forward or "forward" in vars(layer)
         return layer.activation is None and not layer.inplace and not own_forward
@@ -157,7 +169,7 @@ def _from_sync(layer: nn.Module) -> nn.Module:
     if issubclass(kind, _LazyNormBase) and not isinstance(layer, _LazyNormBase):
         kind = kind.cls_to_become
     old: nn.Module = become(layer, kind)
-    of_ours = ("_group", "activation", "inplace") if isinstance(layer, SyncBatchNorm) else ()  # nn.ReLU has an inplace
+    of_ours = ("_group", "activation", "inplace") if isinstance(layer, SyncBatchNorm) else ()  # nn.ReLU has inplace too
     for name in (ORIGIN, _FUSED, *of_ours):
         old.__dict__.pop(name, None)
     if issubclass(kind, nn.SyncBatchNorm):

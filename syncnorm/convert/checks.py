@@ -1,4 +1,4 @@
-"""Which models can be converted, and which converted ones can be reverted. Whatever cannot is refused by name."""
+"""Check that a model can be converted or reverted. Errors name the layer that cannot."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..modules.batch_norm import ORIGIN, class_after_conversion
 
 __all__ = ["check_convertible", "check_revertible"]
 
-_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # those that SyncBatchNorm.forward stands for
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # SyncBatchNorm.forward can replace these
 _OWN_NAMES = ("activation", "inplace", "process_group", "_group")  # attributes that SyncBatchNorm.forward reads
-_FSDP, _COMPILED = "_fsdp_wrapped_module", "_orig_mod"  # where FullyShardedDataParallel and torch.compile hold a module
-_TRAINING = 5  # the position of this argument in torch's functions of batch normalization
+_FSDP, _COMPILED = "_fsdp_wrapped_module", "_orig_mod"  # attributes that hold a wrapped module
+_TRAINING = 5  # position of this argument in torch's batch_norm functions
 
 
 def check_convertible(module: nn.Module, is_closed: Callable[[nn.Module], bool]) -> None:
-    """Raise TypeError unless each BatchNorm in `module` can become a SyncBatchNorm, but for those in closed modules."""
+    """Raise TypeError unless every BatchNorm in `module`, outside closed modules, can become a SyncBatchNorm."""
     _check_is_module(module)
     closed = tuple(f"{path}." if path else "" for path, layer in module.named_modules() if is_closed(layer))
     for path, layer in module.named_modules():
@@ -39,21 +39,20 @@ def check_convertible(module: nn.Module, is_closed: Callable[[nn.Module], bool])
         if tie := _tie(path, layer):
             what = f"a {tie} one ({_TIES[tie].convert})"
         elif kind.forward not in _FORWARDS or "forward" in vars(layer):
-            what = "one with a forward of its own"
-        elif name := _name_of_ours(layer):
-            what = f"one with an attribute {name!r}, which SyncBatchNorm uses itself,"
+            what = "one with its own forward"
+        elif name := _conflicting_name(layer):
+            what = f"one with an attribute {name!r}, which SyncBatchNorm also uses,"
         else:
             class_after_conversion(kind, is_lazy=isinstance(layer, _LazyNormBase))  # raises if there cannot be one
             continue
         raise TypeError(
-            f"expected BatchNorm layers that torch's forward describes, got {what} at {_place(path)}: "
-            f"{kind.__qualname__}; tell how to convert it with "
-            f"syncnorm.register_conversion({kind.__qualname__}, converter)"
+            f"expected BatchNorm layers with torch's forward, got {what} at {_place(path)}: {kind.__qualname__}; "
+            f"register a converter with syncnorm.register_conversion({kind.__qualname__}, converter)"
         )
 
 
 def check_revertible(module: nn.Module) -> None:
-    """Raise TypeError unless each converted layer in `module` is still what the conversion made."""
+    """Raise TypeError if a converted layer in `module` has been changed so that it cannot be reverted."""
     _check_is_module(module)
     for path, layer in module.named_modules():
         if ORIGIN not in vars(layer):
@@ -61,11 +60,11 @@ def check_revertible(module: nn.Module) -> None:
         if tie := _tie(path, layer):
             what, remedy = f"a {tie} one", _TIES[tie].revert
         elif "forward" in vars(layer):
-            what, remedy = "one whose forward was replaced", "delete the forward that was set on the layer first"
+            what, remedy = "one whose forward was replaced", "delete the forward attribute of the layer first"
         elif isinstance(layer, SyncBatchNorm) and type(layer) is not class_after_conversion(
             vars(layer)[ORIGIN][0], is_lazy=isinstance(layer, _LazyNormBase)
         ):
-            what, remedy = "one whose class was replaced", "set the class that the conversion gave it first"
+            what, remedy = "one whose class was replaced", "restore the class that the conversion gave it first"
         else:
             continue
         raise TypeError(
@@ -84,7 +83,7 @@ def _place(path: str) -> str:
 
 
 class _Remedy(NamedTuple):
-    """What to do about a layer that no other can replace, because something else refers to it."""
+    """What to do about a layer that cannot be replaced, because something else refers to it."""
 
     convert: str
     revert: str
@@ -96,14 +95,14 @@ _TIES = {
     ),
     "sharded": _Remedy(
         "convert before fully_shard and parallelize_module",
-        "load the full state dict into a model that is not sharded and revert that",
+        "load the full state dict into a model that is not sharded and revert that model",
     ),
-    "compiled": _Remedy("convert before torch.compile", "revert the model that was given to torch.compile"),
+    "compiled": _Remedy("convert before torch.compile", "revert the model that was passed to torch.compile"),
 }
 
 
 def _tie(path: str, layer: nn.Module) -> str | None:
-    """Return which of these the layer at this path is."""
+    """Return the key in `_TIES` that applies to the layer at this path, if any."""
     names = path.split(".")
     if is_parametrized(layer):
         return "parametrized"
@@ -114,8 +113,8 @@ def _tie(path: str, layer: nn.Module) -> str | None:
     return None
 
 
-def _name_of_ours(layer: nn.Module) -> str | None:
-    """Return the attribute of a BatchNorm layer that SyncBatchNorm.forward would take for its own."""
+def _conflicting_name(layer: nn.Module) -> str | None:
+    """Return an attribute of a BatchNorm layer that SyncBatchNorm.forward would mistake for its own, if any."""
     names = [name for name in _OWN_NAMES if hasattr(layer, name)]
     if isinstance(layer, nn.SyncBatchNorm):
         names.remove("process_group")
@@ -123,7 +122,7 @@ def _name_of_ours(layer: nn.Module) -> str | None:
 
 
 def _is_graph_with_batch_norm(module: nn.Module) -> bool:
-    """Whether the module is a graph that calls batch_norm as a function, unless that is fixed to eval."""
+    """Return whether the module is a graph that calls the function batch_norm, other than with training=False."""
     if isinstance(module, torch.jit.ScriptModule):
         graphs = [module._c._get_method(name).inlined_graph for name in module._c._method_names()]
         calls = [node for graph in graphs for node in graph.findAllNodes("aten::batch_norm")]

@@ -1,4 +1,4 @@
-"""Which activations can be computed by the norm before them: what a torch.fx trace of the model shows."""
+"""Find activations that the preceding norm can absorb, from torch.fx traces of the model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["Fusion", "ReLUIfNeeded", "find_fusions"]
 
 
 class Fusion(NamedTuple):
-    """What to put in whose place.
+    """The replacements to make.
 
     Attributes:
-        norms: the activation that each of these norms takes over.
-        activations: for each activation module, the class to take its place.
+        norms: the activation that each of these norms absorbs.
+        activations: for each activation module, the class that replaces it.
     """
 
     norms: dict[nn.Module, str]
@@ -30,9 +30,10 @@ class Fusion(NamedTuple):
 
 
 class ReLUIfNeeded(nn.ReLU):
-    """A ReLU that passes on the output of a norm with activation="relu", which it would not change.
+    """A ReLU that returns the output of a norm with activation="relu" as it is, since it would not change it.
 
-    It knows it by the graph. Where there is none it computes, and the result is the same: relu(relu(x)) = relu(x).
+    It recognizes such an output by its autograd graph. Without a graph it computes the ReLU again, with the same
+    result: relu(relu(x)) = relu(x).
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -43,23 +44,23 @@ class ReLUIfNeeded(nn.ReLU):
 def find_fusions(
     model: nn.Module, is_norm: Callable[[nn.Module], bool], is_closed: Callable[[nn.Module], bool]
 ) -> Fusion:
-    """Return which of the norms in `model` are followed by an activation module and nothing else.
+    """Return the norms in `model` that are followed only by an activation module.
 
-    Such a norm is called once, and nothing but the activation reads its output: no other operation, no hook, no
-    attribute of a module, in training and eval, with optional arguments and without. An activation module that is also
-    called after something else, or held by a module that the trace does not look into, has to be an nn.ReLU. The model
-    is not changed.
+    Such a norm is called once, and only the activation reads its output: no other operation, no hook and no attribute
+    of a module. This must hold in training and eval, with and without optional arguments. An activation module that is
+    also called after something else, or inside a module that is not traced, has to be an nn.ReLU. The model is not
+    changed.
 
     Args:
-        model: traced is its forward; closed modules and those of torch.nn are not looked into.
-        is_norm: whether a module is one that can take over an activation.
-        is_closed: whether a module is to be left alone with all that it holds.
+        model: its forward is traced, but not into closed modules and modules of torch.nn.
+        is_norm: whether a module can absorb an activation.
+        is_closed: whether a module and all of its children must be left unchanged.
 
     Raises:
         TypeError: torch.fx cannot trace the model.
     """
-    after: dict[nn.Module, set[nn.Module | None]] = {}  # a norm and what follows it, None: something else
-    before: dict[nn.Module, set[nn.Module | None]] = {}  # an activation and what goes before it
+    after: dict[nn.Module, set[nn.Module | None]] = {}  # of a norm. None: something else follows
+    before: dict[nn.Module, set[nn.Module | None]] = {}  # of an activation
     for graph in _trace(model, is_closed):
         for module, nodes in graph.calls.items():
             if is_norm(module):
@@ -67,7 +68,7 @@ def find_fusions(
             elif _name(module) is not None:
                 before.setdefault(module, set()).update(graph.argument(node) for node in nodes)
             for inner in module.modules():
-                if inner is not module and _name(inner) is not None:  # called where the trace does not look
+                if inner is not module and _name(inner) is not None:  # called where nothing is traced
                     before.setdefault(inner, set()).add(None)
     sole = {norm: next(iter(followers)) for norm, followers in after.items() if len(followers) == 1}
     pairs = [(norm, activation) for norm, activation in sole.items() if activation is not None]
@@ -81,7 +82,7 @@ def find_fusions(
 
 
 def _name(module: nn.Module) -> str | None:
-    """Return the name that `SyncBatchNorm(activation=)` has for what the module computes."""
+    """Return what `SyncBatchNorm(activation=)` calls the activation that the module computes, if any."""
     if "forward" in vars(module):
         return None
     if type(module) is nn.ReLU:
@@ -96,16 +97,16 @@ def _name(module: nn.Module) -> str | None:
 
 
 def _made_by_relu(tensor: Tensor) -> bool:
-    """Return whether a tensor is known to be the output of a norm with activation="relu", not changed since."""
+    """Return whether a tensor is known to be the unchanged output of a norm with activation="relu"."""
     if torch.compiler.is_compiling():
         return False
     node: Any = tensor.grad_fn
-    by_us = isinstance(node, Normalize._backward_cls)
-    return by_us and node.config.epilogue.activation == "relu" and tensor._version == 0
+    is_ours = isinstance(node, Normalize._backward_cls)
+    return is_ours and node.config.epilogue.activation == "relu" and tensor._version == 0
 
 
 class _Graph:
-    """One trace: the modules that were called, and the nodes whose values a hook has seen."""
+    """One trace: the calls of modules, and the nodes whose values a hook or an attribute holds."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph, watched: set[fx.Node]):
         self.model, self.watched = model, watched
@@ -124,7 +125,7 @@ class _Graph:
         return self.module(node.args[0]) if len(node.args) == 1 and not node.kwargs else None
 
     def sole_activation(self, nodes: list[fx.Node]) -> nn.Module | None:
-        """Return the activation module that alone reads what these calls of one norm give."""
+        """Return the activation module that is the only reader of the output of one norm, given the norm's calls."""
         node, *others = nodes
         if others or len(node.args) != 1 or node.kwargs or node in self.watched or len(node.users) != 1:
             return None
@@ -159,7 +160,7 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(model: nn.Module, is_closed: Callable[[nn.Module], bool]) -> list[_Graph]:
-    """Return the graphs of training and eval, each with optional arguments and without them."""
+    """Return the graphs of training and eval, each with and without optional arguments."""
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     graphs = []
@@ -172,22 +173,22 @@ def _trace(model: nn.Module, is_closed: Callable[[nn.Module], bool]) -> list[_Gr
                 tracer = _Tracer(is_closed)
                 try:
                     if "forward" in vars(model):
-                        raise TypeError("its forward was replaced")  # fx would trace that of its class
+                        raise TypeError("its forward was replaced")  # fx would trace the forward of its class
                     graph = tracer.trace(model, arguments)
                 except Exception as error:
                     raise TypeError(
-                        f"expected a model that torch.fx can trace, for fuse=True, got {type(model).__qualname__}: "
+                        f"expected a model that torch.fx can trace with fuse=True, got {type(model).__qualname__}: "
                         f"{type(error).__name__}: {error}"
                     ) from error
                 for module in model.modules():
-                    fx.node.map_aggregate(list(vars(module).values()), tracer._watch)  # what forward has kept
+                    fx.node.map_aggregate(list(vars(module).values()), tracer._watch)  # values that forward has stored
                 graphs.append(_Graph(model, graph, tracer.watched))
     return graphs
 
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Give the modules their attributes back: a forward may set some, and a trace gives the root its constants."""
+    """Restore the attributes of all modules. A forward may set some, and tracing adds constants to the root."""
     before = [(module, vars(module).copy()) for module in model.modules()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Exchange modules inside a model, and the class of a module without losing what it holds."""
+"""Replace modules inside a model, and replace the class of a module while keeping its contents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def replace(
     is_closed: Callable[[nn.Module], bool],
     done: dict[nn.Module, nn.Module],
 ) -> nn.Module:
-    """Exchange `module` and all below it but what closed modules hold, each once however often it occurs."""
+    """Exchange `module` and its descendants, except those of closed modules. Each is exchanged once."""
     if module not in done:
         done[module] = new = exchange(module)
         if new is module and not is_closed(module):
@@ -30,7 +30,7 @@ def replace(
 
 
 def become(layer: nn.Module, kind: type[nn.Module]) -> Any:
-    """Return a module of another class with all that `layer` holds. The hook tables are shared: handles point there."""
+    """Return a module of another class with the contents of `layer`. Hook tables are shared, so handles stay valid."""
     new = object.__new__(kind)
     new.__dict__.update(layer.__dict__)
     for name in ("_parameters", "_buffers", "_modules"):
@@ -45,7 +45,7 @@ def become(layer: nn.Module, kind: type[nn.Module]) -> Any:
 
 
 def _rebind(hook: Any, layer: nn.Module, new: nn.Module) -> Any:
-    """Return the hook with `new` in the place of `layer`, where it is bound to that module."""
+    """Return the hook, bound to `new` if it was bound to `layer`."""
     if isinstance(hook, _WrappedHook):
         return _WrappedHook(_rebind(hook.hook, layer, new), new if hook.with_module else None)
     if inspect.ismethod(hook) and hook.__self__ is layer and hasattr(new, hook.__name__):

@@ -1,4 +1,4 @@
-"""The norms as modules: parameters, buffers, and one call of `syncnorm.functional`."""
+"""The norms as modules. Each has parameters and buffers, and calls its function in `syncnorm.functional`."""
 
 from .batch_norm import LazySyncBatchNorm, SyncBatchNorm
 from .group_norm import GroupNorm
@@ -8,5 +8,5 @@ from .rms_norm import RMSNorm
 
 __all__ = ["GroupNorm", "LayerNorm", "LazySyncBatchNorm", "RMSNorm", "SyncBatchNorm"]
 
-# Layers refer to their process group by this class, and pickles to the class by this name.
+# Pickles of layers name this class by this module.
 ProcessGroupReference.__module__ = __name__

@@ -1,7 +1,7 @@
-"""Whether all ranks of a group are in the same layer, compared before the first collectives of each layer.
+"""Check that all ranks of a group are in the same layer, before the first collectives of each layer.
 
-The sums of two layers with the same C have the same size, so no backend notices that they do not belong together. At
-its first calls each layer therefore sends what identifies it: the model that called it, its path there, C, and dtype.
+The all-reduces of two layers with the same C have the same size, so no backend notices if ranks mix them up. In its
+first calls each layer therefore sends what identifies it: the model that called it, its path there, C and dtype.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from ..errors import DesyncError
 
 __all__ = ["History"]
 
-COMPARED_CALLS = 2  # of a SyncBatchNorm; in the second call meet ranks that left their first step by an exception
+COMPARED_CALLS = 2  # of a SyncBatchNorm. The second detects ranks whose first step ended in a caught exception
 
-MESSAGE = 512  # bytes that each rank sends, whatever its layer
-LONGEST = 120  # characters of a name in it
+MESSAGE = 512  # bytes that each rank sends, for every layer
+LONGEST = 120  # characters of a name in the message
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of DDP, torch.compile, FSDP
 _CALL = nn.Module._call_impl.__code__
 
 
 class _Place(NamedTuple):
-    """Which layer a rank is in."""
+    """The layer that a rank is in."""
 
-    model: str  # class of the outermost module that called the layer; "" if the program called the layer itself
+    model: str  # class of the outermost module that called the layer, "" if the program called the layer directly
     path: str  # of the layer in that module
-    number: int  # of the layer in this process's order of construction
-    constructed: int  # how many there are by now
-    overtaken: int  # layers of the same model and path that were constructed later and called earlier
+    number: int  # of the layer, in this process's order of construction
+    constructed: int  # number of norms that this process has constructed
+    overtaken: int  # number of layers of the same model and path that were constructed later and called earlier
     call: int  # of the layer, from 1
-    sizes: list[int]  # what the ranks must have in common: [C], or the sizes of the axes that are not split
-    is_split: bool  # whether an axis of the sample is split, so not a BatchNorm
+    sizes: list[int]  # must be equal on all ranks: [C], or the sizes of the axes that are not split
+    is_split: bool  # whether axes of a sample are split, which is not the case for BatchNorm
     dtype: str
-    layer: str  # its class; this and the shape are for the report
+    layer: str  # class of the layer. This and the shape are only for the report
     shape: list[int]  # of the input
 
     def is_same_as(self, other: _Place) -> bool:
-        """Return whether both can be the same layer. A rank may wrap the model, or call a part of it itself."""
+        """Return whether both can be the same layer. A rank may wrap the model, or call a part of it directly."""
         if (self.is_split, self.dtype, self.call) != (other.is_split, other.dtype, other.call):
             return False
         if not self.is_split and self.sizes != other.sizes:
             return False
-        if (self.model, self.path) == (other.model, other.path):  # as of layers outside a model
-            alike = self.constructed == other.constructed  # else a rank has constructed others besides
-            return self.overtaken == other.overtaken and (self.number == other.number or not alike)
+        if (self.model, self.path) == (other.model, other.path):  # also for layers outside a model
+            comparable = self.constructed == other.constructed  # else one rank has constructed additional norms
+            return self.overtaken == other.overtaken and (self.number == other.number or not comparable)
         if self.model == other.model:
             return False
         longer, shorter = sorted((f".{self.path}", f".{other.path}"), key=len, reverse=True)
@@ -65,31 +65,31 @@ class _Place(NamedTuple):
 
 
 class History:
-    """What the ranks have compared of one norm so far, so that they compare it once.
+    """What the ranks have already compared of one norm. They compare each thing once.
 
-    Collectives of `check_call` and `check_sizes`, where they compare: one all-gather of 512 bytes, of all ranks of the
-    group, which a `CountingCommunicator` does not note. They are called from the norm's forward, after its arguments
-    were checked.
+    Collectives of `check_call` and `check_sizes`, if they compare: one all-gather of 512 bytes by all ranks of the
+    group. A `CountingCommunicator` does not count it. The forward of the norm calls them, after it has checked its
+    arguments.
     """
 
-    constructed = 0  # norms of this process
+    constructed = 0  # number of norms in this process
 
     def __init__(self) -> None:
         History.constructed += 1
         self.number = self.constructed
-        self.group: Communicator | None = None  # in which the ranks have compared
+        self.group: Communicator | None = None  # the group whose ranks have compared
         self.calls = 0
         self.sizes: set[tuple[int, ...]] = set()
 
     def is_complete(self, group: Communicator) -> bool:
-        """Return whether `check_call` has nothing more to do in this group."""
+        """Return whether `check_call` has nothing left to compare in this group."""
         return group is self.group and self.calls == COMPARED_CALLS
 
     def check_call(self, layer: nn.Module, input: Tensor, group: Communicator) -> None:
-        """Return if all ranks of the group are in this call of this SyncBatchNorm.
+        """Raise unless all ranks of the group are in this call of this SyncBatchNorm.
 
         Raises:
-            DesyncError: on every rank; they are in different layers or calls, or differ in C or dtype.
+            DesyncError: on every rank, if they are in different layers or calls, or differ in C or dtype.
         """
         self._register(group)
         if group.size == 1:
@@ -99,21 +99,21 @@ class History:
             self.calls += 1
 
     def check_sizes(self, layer: nn.Module, input: Tensor, sizes: tuple[int, ...], group: Communicator) -> None:
-        """Return if all ranks of the group call this norm with these sizes of the axes that are not split.
+        """Raise unless all ranks of the group call this norm with these sizes of the axes that are not split.
 
         Raises:
-            DesyncError: on every rank; they are in different layers, or differ in dtype.
-            ValueError: on every rank; they differ in sizes.
+            DesyncError: on every rank, if they are in different layers, or differ in dtype.
+            ValueError: on every rank, if they differ in sizes.
         """
         if group.size == 1 or (group is self.group and sizes in self.sizes) or _is_recorded(input):
             return
         self._register(group)
         places = self._compare(layer, input, list(sizes), group, is_split=True)
-        everyones = [tuple(place.sizes) for place in places]
-        if len(set(everyones)) > 1:
+        all_sizes = [tuple(place.sizes) for place in places]
+        if len(set(all_sizes)) > 1:
             raise ValueError(
-                f"expected the same sizes {everyones[0]} on all ranks beside the axes that are split, got "
-                f"{tuple(sizes)} of {tuple(input.shape)} on rank {group.rank}; on all ranks: {everyones}"
+                f"expected the same sizes {all_sizes[0]} on all ranks for the axes that are not split, got "
+                f"{tuple(sizes)} of {tuple(input.shape)} on rank {group.rank}; all ranks: {all_sizes}"
             )
         self.sizes.add(sizes)
 
@@ -124,10 +124,10 @@ class History:
     def _compare(
         self, layer: nn.Module, input: Tensor, sizes: list[int], group: Communicator, *, is_split: bool
     ) -> list[_Place]:
-        """Return the places of all ranks, if they can be the same."""
-        met: dict[tuple[str, str], list[int]] = getattr(group, "__dict__", {}).setdefault("_norms_met", {})
+        """Return the places of all ranks. Raise DesyncError if they cannot be the same."""
+        called: dict[tuple[str, str], list[int]] = getattr(group, "__dict__", {}).setdefault("_norms_called", {})
         model, path = map(_shortened, _find(layer))
-        earlier = met.setdefault((model, path), [])  # numbers of the norms that were called there
+        earlier = called.setdefault((model, path), [])  # numbers of the norms called at this place
         place = _Place(
             model=model,
             path=path,
@@ -151,28 +151,28 @@ class History:
 
 
 def _is_recorded(input: Tensor) -> bool:
-    """Return whether operations are recorded for later, so that nothing can be read now."""
+    """Return whether operations are recorded for later, so that no values can be read now."""
     return transforms.recording() or (input.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _gather(place: _Place, device: torch.device, group: Communicator) -> list[_Place]:
     text = json.dumps(place).encode().ljust(MESSAGE)
-    with torch._C._DisableFuncTorch():  # whose tensors have no values to read
+    with torch._C._DisableFuncTorch():  # its tensors have no values that can be read
         message = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
         received = [t.cpu().numpy().tobytes() for t in uncounted(group).all_gather(message)]
     try:
         return [_Place(*json.loads(text)) for text in received]
     except (ValueError, TypeError):
         raise DesyncError(
-            f"expected all ranks to call the same layer, got on rank {group.rank} {place}, while another rank is in "
-            "another collective"
+            f"expected all ranks to call the same layer, got {place} on rank {group.rank}, while another rank is in "
+            "a different collective"
         ) from None
 
 
 def _find(layer: nn.Module) -> tuple[str, str]:
-    """Return the class of the outermost module that is being called and holds the layer, and the layer's path in it.
+    """Return the class of the outermost module that is being called and contains the layer, and the layer's path in it.
 
-    Wrappers such as DistributedDataParallel are looked through: a rank may do without.
+    Wrappers such as DistributedDataParallel are ignored, since a rank may use none.
     """
     for module in reversed(list(_modules_being_called())):
         for name in WRAPPERS:
@@ -184,7 +184,7 @@ def _find(layer: nn.Module) -> tuple[str, str]:
 
 
 def _modules_being_called() -> Iterator[nn.Module]:
-    """Yield the modules in whose calls this thread is, the innermost first."""
+    """Yield the modules that this thread is calling, the innermost first."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is _CALL:

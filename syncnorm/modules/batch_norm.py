@@ -1,4 +1,4 @@
-"""Synchronized BatchNorm as a module, and the classes of converted layers."""
+"""SyncBatchNorm and LazySyncBatchNorm, and the classes of converted layers."""
 
 from __future__ import annotations
 
@@ -13,62 +13,84 @@ from torch.nn.parameter import is_lazy
 
 from .. import arguments, functional
 from ..communicators import ALONE, LocalCommunicator, ProcessGroupLike, communicator
-from .process_group import Grouped, ProcessGroupReference
+from .process_group import ProcessGroupMixin, ProcessGroupReference
 
 __all__ = ["ORIGIN", "LazySyncBatchNorm", "SyncBatchNorm", "class_after_conversion"]
 
-ORIGIN = "_converted_from"  # attribute of a converted layer: its class and torch process group before
+ORIGIN = "_converted_from"  # attribute of a converted layer: its original class and torch process group
 
 
-class SyncBatchNorm(Grouped, _BatchNorm):
-    """Batch normalization by the statistics of the whole batch, wherever its shards live.
+class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
+    """Batch normalization by the statistics of the whole batch, which is distributed over the ranks of a process group.
 
         y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
-    In training, mean and (biased) var of each channel are taken over the batch and trailing axes of the inputs of
-    *all* ranks of `process_group`; the running statistics move towards them by `momentum` (var unbiased, by the
-    global count) and stay bit for bit the same on every rank. In eval the running statistics are used. With
-    `track_running_stats=False` eval uses the statistics of this rank's input alone, since eval never communicates.
+    In training, mean and (biased) var of each channel are computed over the batch and trailing axes of the inputs of
+    *all* ranks. The running statistics are updated with them by `momentum`, running_var with the unbiased variance of
+    the whole batch. They stay bitwise identical on every rank. A batch that is empty on all ranks does not change them.
+    In eval the running statistics are used. With `track_running_stats=False` eval uses the statistics of this rank's
+    input, since eval never communicates.
 
-    Gradients are those of the sum of the ranks' losses, and parameter gradients are this rank's share, as
-    DistributedDataParallel expects. State-dict keys are those of `torch.nn.BatchNorm*d`, both ways. The process group
-    is no part of the pickled module, and a deep copy shares it.
+    Gradients are those of the sum of the ranks' losses. Gradients of weight and bias are this rank's share, as
+    DistributedDataParallel expects: their sum over the ranks is the gradient of the whole batch.
 
-    Shapes: input (N, C, *) with any number of trailing axes, which may differ between ranks in all but C; N may be 0.
-    The output has the input's shape, dtype and memory format. float16 and bfloat16 inputs have float32 statistics.
+    State-dict keys are those of `torch.nn.BatchNorm*d`, so checkpoints load in both directions. Pickles do not contain
+    the process group, and deep copies share it. An input without values, on the meta device or in a FakeTensorMode,
+    gives an output of the right shape.
+
+    Shapes: input and output (N, C, *) with any number of trailing axes. The input is floating point, in any memory
+    format, and the output has its dtype and memory format. The ranks' inputs may differ in all sizes but C, and N may
+    be 0. The statistics of float16 and bfloat16 inputs are float32.
 
     Args:
         num_features: C.
-        eps: added to the variance.
-        momentum: weight of the newest batch in the running statistics; None: their cumulative average.
+        eps: added to the variance. Positive in training, at least 0 in eval.
+        momentum: weight of the newest batch in the running statistics. None: their cumulative average.
         affine: learn weight (and bias), (C,) each.
         track_running_stats: keep running statistics.
         process_group: the ranks that share the batch: a torch.distributed ProcessGroup, a one-dimensional DeviceMesh,
-            an mpi4py Comm, a `syncnorm.Communicator`, or None: what `syncnorm.init()` made, else torch.distributed's
-            default group, else this process alone.
+            an mpi4py Comm or a `syncnorm.Communicator`. None: the communicator that `syncnorm.init()` made, else
+            torch.distributed's default group, else this process alone.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
         bias: learn the bias, if affine.
-        activation: None, "relu", "leaky_relu" (slope 0.01), "silu" or "gelu_tanh", in the same pass over the data.
-        inplace: write the output over the input, for activation None or "leaky_relu" and no residual; see
-            `syncnorm.functional.sync_batch_norm` for what each of them keeps for backward.
+        activation: None, "relu", "leaky_relu" (slope 0.01), "silu" or "gelu_tanh", computed in the same pass over the
+            data. Backward saves the input. With a residual it also saves the signs of the sum, one bit each, or for
+            silu and gelu_tanh the residual.
+        inplace: write the output over the input. Requires activation None or "leaky_relu" and no residual. Backward
+            saves only the output and recomputes the input from it. This loses precision in half precision, and where
+            abs(weight) is much smaller than abs(bias). The normalized input x̂ is estimated from z, the output before
+            the activation, as (z - bias) * weight / (weight² + σ²). Here σ = finfo(input.dtype).eps * |bias| / sqrt(12)
+            is the standard deviation of the rounding of z. The gradient of a weight well above σ is accurate. For a
+            weight below σ the output no longer determines the input. The gradient of that weight then tends to 0 with
+            the weight, with an error of at most the sum of |dL/dz| (|x̂| + 1).
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of
-    2C in backward (none if the input needs no gradient), which all ranks of the group must reach. In the first two
-    forwards, also one all-gather of 512 bytes, by which the ranks compare which layer they are in. Otherwise none.
+    2C in backward (none if the input needs no gradient). All ranks of the group must issue them, in the same order. The
+    first two forwards also issue one all-gather of 512 bytes, in which the ranks compare which layer they are in.
+    Otherwise none. All ranks must apply the same transforms of torch.func. Forward-mode AD (`torch.func.jvp`, dual
+    tensors) adds one all-reduce of 2C + 1 float64 for the tangents. Under `torch.func.vmap` there is one all-reduce for
+    the whole batch of inputs.
 
     Raises:
-        DesyncError: on every rank; the ranks are in different layers, or their inputs differ in C or dtype.
-        ValueError: the activation is unknown or cannot be in place; the input has not C channels, or the residual
-            another shape; this rank is not in the group; the whole batch has one value per channel.
-        TypeError: the input is not floating point, or the residual of another dtype; `eps` is read from a layer with an
-            activation; an argument of the constructor has the wrong type.
-        RuntimeError: a parameter or the residual is on another device than the input; the input cannot be written over.
+        DesyncError: on every rank, if the ranks are in different layers, or if their inputs differ in C or dtype.
+        ValueError: the input does not have C channels, the residual has another shape, or the mask does not broadcast;
+            the activation is unknown or not supported with inplace; eps is negative, or 0 in training; this rank is not
+            in the group; the whole batch has one value per channel. (The last one is not checked for a mask on a GPU,
+            since this would synchronize with the device.)
+        TypeError: the input, a parameter or a buffer is not floating point; the mask is neither floating point nor
+            bool; the residual does not have the input's dtype; input, mask or residual is nested, sparse or mkldnn;
+            `eps` is read from a layer with an activation; an argument of the constructor has the wrong type.
+        RuntimeError: a parameter, a buffer, the mask or the residual is on another device than the input; the input
+            cannot be overwritten, because it is a leaf that requires a gradient, a view in a graph, expanded, or
+            created in inference mode; a transform of torch.func cannot update the running statistics, because it was
+            not given them; torch.jit.trace, make_fx or torch.export would omit the all-reduce.
 
-    Source: Ioffe and Szegedy, Batch Normalization, 2015.
+    Source: Ioffe and Szegedy, Batch Normalization, 2015. Moments are merged as in Chan, Golub and LeVeque, 1979. In
+    place: Rota Bulò, Porzi and Kontschieder, In-Place Activated BatchNorm, 2018.
     """
 
-    activation: str | None = None  # as of a converted BatchNorm, or one pickled before there were activations
+    activation: str | None = None  # the default of converted layers and of old pickles
     inplace: bool = False
 
     def __init__(
@@ -86,30 +108,34 @@ class SyncBatchNorm(Grouped, _BatchNorm):
         activation: str | None = None,
         inplace: bool = False,
     ):
-        arguments.flags(affine=affine, track_running_stats=track_running_stats, bias=bias, inplace=inplace)
-        arguments.numbers(eps=eps)
-        arguments.numbers_or_none(momentum=momentum)
-        arguments.factory_arguments(device, dtype)
+        arguments.check_flags(affine=affine, track_running_stats=track_running_stats, bias=bias, inplace=inplace)
+        arguments.check_numbers(eps=eps)
+        arguments.check_numbers_or_none(momentum=momentum)
+        arguments.check_factory_arguments(device, dtype)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self._finish_init(process_group, bias, activation, inplace)
+
+    def _finish_init(self, process_group: ProcessGroupLike, bias: bool, activation: str | None, inplace: bool) -> None:
+        """Set what torch's constructor does not know."""
         if not bias:
             self.register_parameter("bias", None)
-        arguments.known_activation(activation, inplace)
+        arguments.check_activation(activation, inplace)
         self.activation, self.inplace = activation, inplace
         self.process_group = process_group
 
     @property
     def eps(self) -> float:
-        """What is added to the variance. Raises TypeError for a layer with an activation.
+        """The value added to the variance. Raises TypeError for a layer with an activation.
 
-        Code reads `eps` to fold a BatchNorm into the layer before it, or to put another norm in its place. Either would
-        drop the activation. `vars(layer)["eps"]` is the value of any layer.
+        Code reads `eps` to fold a BatchNorm into the preceding layer, or to replace it by another norm. Both would drop
+        the activation. `vars(layer)["eps"]` is the value for any layer.
         """
         if self.activation is not None:
             raise TypeError(
-                f"expected a norm without an activation where eps is read, got activation={self.activation!r}: code "
+                f"expected to read eps from a norm without an activation, got activation={self.activation!r}: code "
                 "that folds or replaces this layer would drop the activation. Call "
                 "syncnorm.revert_sync_batchnorm(model) first, or construct the layer without an activation. "
-                "vars(layer)['eps'] is the value"
+                "To read the value, use vars(layer)['eps']"
             )
         return vars(self)["eps"]  # type: ignore[no-any-return]
 
@@ -118,19 +144,25 @@ class SyncBatchNorm(Grouped, _BatchNorm):
         vars(self)["eps"] = eps
 
     def __dir__(self) -> list[str]:
-        """Return the names of all attributes that can be read, which torch.jit and inspect do one after the other."""
+        """Return the names of all attributes that can be read. torch.jit and inspect read each of them."""
         names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
         return names if self.activation is None else [name for name in names if name != "eps"]
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Normalize `input`, (N, C, *), and in training move the running statistics.
+        """Normalize `input`, (N, C, *), and in training update the running statistics.
 
-        Only the positions where `mask`, (N, *) or (N, 1, *), is true (or 1) count in them; those of a fraction, which
-        must not be negative, count by that. See `syncnorm.functional.sync_batch_norm`.
-        `residual`, of the input's shape and dtype, is added before the activation.
+        Args:
+            input: (N, C, *), floating point.
+            residual: added before the activation. It has the input's shape and dtype.
+            mask: the positions that count, (N, *) or (N, 1, *), bool or floating point. Any of these sizes may be 1.
+                Each rank may have another number of them. The statistics are those of the positions of all ranks where
+                the mask is true (or 1). Other positions are normalized by the same statistics, do not contribute to
+                their gradient, and may hold any values. A fraction counts as that part of a position: the n of mean,
+                var and the unbiased var is the sum of the mask. It must be non-negative. This is not checked, since
+                checking would synchronize with the GPU.
         """
-        if isinstance(input, fx.Proxy) and self._is_whole(input):
-            return self._node(input, residual=residual, mask=mask)
+        if isinstance(input, fx.Proxy) and self._fits_one_node(input):
+            return self._as_node(input, residual=residual, mask=mask)
         if isinstance(input, Tensor):
             self._check_input_dim(input)
         tracks = self.track_running_stats or not self.training
@@ -153,42 +185,42 @@ class SyncBatchNorm(Grouped, _BatchNorm):
         )
 
     def _group_of_the_batch(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> ProcessGroupLike:
-        """Return the ranks that share the batch; at the first calls these compare which layer they are in."""
+        """Return the ranks that share the batch. In the first calls they compare which layer they are in."""
         given = self._group.resolve()
         if torch.compiler.is_compiling():
             return given
         group = communicator() if given is None else given
         if not self._group.history.is_complete(group):
-            arguments.batch_norm_arguments(  # before the ranks compare anything
+            arguments.check_batch_norm_arguments(  # before the ranks compare anything
                 *(input, self.running_mean, self.running_var, self.weight, self.bias),
                 *(True, self.momentum, vars(self)["eps"], self.num_batches_tracked),
             )
-            arguments.mask_over_channels(mask, input)
-            arguments.epilogue(input, self.weight, self.bias, residual, self.activation, self.inplace)
+            arguments.parse_mask(mask, input)
+            arguments.parse_epilogue(input, self.weight, self.bias, residual, self.activation, self.inplace)
             if not functional.without_values(input):
                 self._group.history.check_call(self, input, group)
         return given if isinstance(group, LocalCommunicator) else group
 
     def reset_parameters(self) -> None:
-        """Set the running statistics to mean 0, var 1, weight to 1 and bias to 0."""
+        """Reset the running statistics to mean 0 and var 1, weight to 1 and bias to 0."""
         self.reset_running_stats()
         self._reset_affine()
 
     def extra_repr(self) -> str:
-        """Return the arguments that the module was made with."""
+        """Return the arguments of the constructor."""
         return (
             f"{self.num_features}, eps={vars(self)['eps']}, momentum={self.momentum}, affine={self.affine}, "
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
             + (f", activation={self.activation}" if self.activation else "")
             + (", inplace=True" if self.inplace else "")
-            + self._ranks()
+            + self._group_repr()
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Take any number of axes from two on; the class of a converted layer has its own check."""
+        """Accept any number of axes from 2. The class of a converted layer has its own check."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state of a pickle or a copy, and the class of a converted layer, which the pickle does not name."""
+        """Restore the state of a pickle or copy, and the class of a converted layer, which the pickle does not name."""
         kind = type(self)
         if ORIGIN in state and kind in (SyncBatchNorm, LazySyncBatchNorm):
             kind = class_after_conversion(state[ORIGIN][0], is_lazy=kind is LazySyncBatchNorm)
@@ -199,7 +231,7 @@ class SyncBatchNorm(Grouped, _BatchNorm):
             self.__setstate__(state)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load as torch does; if that raises, leave the layer's tensors as they were."""
+        """Load as torch does. If loading raises, the layer's tensors keep their values."""
         kept = self._snapshot()
         try:
             return super().load_state_dict(*args, **kwargs)
@@ -208,7 +240,7 @@ class SyncBatchNorm(Grouped, _BatchNorm):
             raise
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load as torch does for one layer of a model; if a shape does not fit, leave its tensors as they were."""
+        """Load one layer of a model as torch does. If a shape does not match, the layer's tensors keep their values."""
         kept, error_msgs = self._snapshot(), args[-1]
         known = len(error_msgs)
         super()._load_from_state_dict(*args, **kwargs)
@@ -216,7 +248,7 @@ class SyncBatchNorm(Grouped, _BatchNorm):
             self._restore(kept)
 
     def _snapshot(self) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
-        """Return where each tensor of the layer stands, the tensor, and a copy of its values."""
+        """Return for each tensor its owner and name, the tensor, and a copy of its values."""
         owners: tuple[dict[str, Any], ...] = (self._parameters, self._buffers)
         tensors = [(owner, name, tensor) for owner in owners for name, tensor in owner.items() if tensor is not None]
         return [(owner, name, tensor, tensor.clone()) for owner, name, tensor in tensors if not is_lazy(tensor)]
@@ -230,17 +262,17 @@ class SyncBatchNorm(Grouped, _BatchNorm):
     def convert_sync_batchnorm(
         cls, module: nn.Module, process_group: ProcessGroupLike = None, *, fuse: bool = False
     ) -> nn.Module:
-        """Return `module` with its BatchNorm layers synchronized: `syncnorm.convert_sync_batchnorm`."""
-        from ..convert import convert_sync_batchnorm
+        """Return `module` with its BatchNorm layers converted. See `syncnorm.convert_sync_batchnorm`."""
+        from ..convert import convert_sync_batchnorm  # here, since convert imports this module
 
         return convert_sync_batchnorm(module, process_group, fuse=fuse)
 
 
 class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
-    """A `SyncBatchNorm` that takes `num_features` from its first input, (N, C, *), and becomes a SyncBatchNorm then.
+    """A `syncnorm.SyncBatchNorm` that infers `num_features` from its first input, (N, C, *).
 
-    Arguments, shapes, collectives and errors are those of `SyncBatchNorm`, without num_features. An empty shard tells
-    C as well as a full one does.
+    It then becomes a SyncBatchNorm. The first input may be empty. Arguments except num_features, shapes, collectives,
+    errors and the source: see `syncnorm.SyncBatchNorm`.
     """
 
     cls_to_become = SyncBatchNorm
@@ -259,22 +291,16 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         activation: str | None = None,
         inplace: bool = False,
     ):
-        arguments.flags(affine=affine, track_running_stats=track_running_stats, bias=bias, inplace=inplace)
-        arguments.numbers(eps=eps)
-        arguments.numbers_or_none(momentum=momentum)
-        arguments.factory_arguments(device, dtype)
+        arguments.check_flags(affine=affine, track_running_stats=track_running_stats, bias=bias, inplace=inplace)
+        # calls SyncBatchNorm's constructor, which checks the other arguments
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:
-            self.register_parameter("bias", None)
-        arguments.known_activation(activation, inplace)
-        self.activation, self.inplace = activation, inplace
-        self.process_group = process_group
+        self._finish_init(process_group, bias, activation, inplace)
 
     def initialize_parameters(self, input: Tensor, **others: Any) -> None:
-        """Materialize parameters and buffers for the channels of `input`, (N, C, *); `others` are forward's."""
+        """Create parameters and buffers for the channels of `input`, (N, C, *). `others` are arguments of forward."""
         if not self.has_uninitialized_params():
             return
-        arguments.channel_axis(input)
+        arguments.check_channel_axis(input)
         self.num_features = input.shape[1]
         for tensor in (self.weight, self.bias, self.running_mean, self.running_var):
             if tensor is not None and is_lazy(tensor):
@@ -283,9 +309,9 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
 
 
 def class_after_conversion(original: type[Any], *, is_lazy: bool) -> type[SyncBatchNorm]:
-    """Return the class of a converted layer that was an `original`; a lazy one is another once it has met its input."""
-    has_met_input = issubclass(original, _LazyNormBase) and not is_lazy
-    kind: Any = original.cls_to_become if has_met_input else original
+    """Return the class of a converted layer whose class was `original`. `is_lazy`: the layer still has no channels."""
+    was_lazy = issubclass(original, _LazyNormBase) and not is_lazy
+    kind: Any = original.cls_to_become if was_lazy else original
     return _synchronized(kind)
 
 
@@ -294,8 +320,8 @@ def _synchronized(original: type[Any]) -> type[SyncBatchNorm]:
     """Return a subclass of both `original` and SyncBatchNorm.
 
     Methods are looked up in `original`, then in SyncBatchNorm, then in torch's _BatchNorm. So SyncBatchNorm.forward
-    replaces torch's, and all that `original` defines itself stays: its check of the input, its methods and attributes.
-    For torch.nn.SyncBatchNorm it is SyncBatchNorm alone, since DistributedDataParallel refuses torch's on CPUs.
+    replaces torch's, and what `original` itself defines is kept: its check of the input, its methods and attributes.
+    For torch.nn.SyncBatchNorm the class is SyncBatchNorm itself, since DistributedDataParallel rejects torch's on CPUs.
     """
     lazy = issubclass(original, _LazyNormBase)
     base: type[Any] = LazySyncBatchNorm if lazy else SyncBatchNorm
@@ -309,8 +335,8 @@ def _synchronized(original: type[Any]) -> type[SyncBatchNorm]:
 
     def __reduce_ex__(self: SyncBatchNorm, protocol: Any) -> Any:  # noqa: N807
         constructor, given, *state = super(kind, self).__reduce_ex__(protocol)
-        if type(self) is kind:  # and no subclass, such as that of a parametrized layer
-            constructor, given = base, () if lazy else (0,)  # __setstate__ gives it this class again
+        if type(self) is kind:  # not a subclass, such as that of a parametrized layer
+            constructor, given = base, () if lazy else (0,)  # __setstate__ restores this class
         return constructor, given, *state
 
     def fill(namespace: dict[str, Any]) -> None:

@@ -7,42 +7,48 @@ from torch import Tensor, fx, nn
 
 from .. import arguments, functional
 from ..communicators import ProcessGroupLike
-from .process_group import Grouped
+from .process_group import ProcessGroupMixin
 
 __all__ = ["GroupNorm"]
 
 
-class GroupNorm(Grouped, nn.GroupNorm):
+class GroupNorm(ProcessGroupMixin, nn.GroupNorm):
     """Group normalization over space and the channels of a group, which may be split over ranks (spatial parallelism).
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
-    Arguments and state-dict keys are those of `torch.nn.GroupNorm` (torch 2.13: older ones have no `bias`), and so is
-    the result without a process group: it needs no communication.
+    mean and (biased) var are computed over space and the channels of each group, for each sample. Arguments and
+    state-dict keys are those of `torch.nn.GroupNorm` of torch 2.13 (older versions have no `bias`). Without a process
+    group the result is torch's, without communication.
 
-    Shapes: input and output (N, C, *) with any number of trailing axes.
+    Shapes: input and output (N, C, *) with any number of trailing axes, floating point. The output has the input's
+    dtype.
 
     Args:
-        num_groups: into how many groups the channels of this rank are divided.
+        num_groups: number of groups into which this rank's channels are divided.
         num_channels: C, on this rank.
         eps: added to the variance.
         affine: learn weight (and bias), (C,) each.
         device: of the parameters.
         dtype: of the parameters.
         bias: learn the bias, if affine.
-        process_group: the ranks that have a part of each group: of its space, or of its channels; None: they are whole.
-            Parts may differ in size. Where space is split, the gradients of weight and bias are this rank's share.
+        process_group: the ranks over which each group is split: its space (images or volumes split along any axes) or
+            its channels. Shards may differ in size and may be empty. N and num_groups must be the same on all ranks. If
+            space is split, the gradients of weight and bias are this rank's share, to be summed over the ranks. None:
+            the groups are not split.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 1 float64 in forward and
-    one of 2 N num_groups in backward. At the first input of each N, also one all-gather of 512 bytes, by which the
-    ranks compare their layer, N and num_groups. Otherwise none.
+    one of 2 N num_groups in backward. The first input of each N also issues one all-gather of 512 bytes, in
+    which the ranks compare their layer, N and num_groups. Otherwise none.
 
     Raises:
-        DesyncError: on every rank; the ranks are in different layers, or their inputs differ in dtype.
-        ValueError: the input has not num_channels, or the groups do not divide them; this rank is not in the group; on
-            every rank, the ranks have unequal N or num_groups. Ranks that have met their N before do not compare it.
-        TypeError: the input is not floating point, or is a DTensor beside a process group; an argument of the
-            constructor has the wrong type.
+        DesyncError: on every rank, if the ranks are in different layers, or if their inputs differ in dtype.
+        ValueError: the input does not have num_channels channels; num_groups does not divide them; this rank is not in
+            the group; on every rank, the ranks differ in N or num_groups at the first input of an N (docs page
+            `collectives`, "What is checked across ranks").
+        TypeError: the input is not floating point, is nested, sparse or mkldnn, or is a DTensor with a process group;
+            weight or bias is not a tensor, or another argument has the wrong type.
+        RuntimeError: weight or bias is on another device than the input.
 
     Source: Wu and He, Group Normalization, 2018.
     """
@@ -59,9 +65,9 @@ class GroupNorm(Grouped, nn.GroupNorm):
         bias: bool = True,
         process_group: ProcessGroupLike = None,
     ):
-        arguments.flags(affine=affine, bias=bias)
-        arguments.numbers(eps=eps)
-        arguments.factory_arguments(device, dtype)
+        arguments.check_flags(affine=affine, bias=bias)
+        arguments.check_numbers(eps=eps)
+        arguments.check_factory_arguments(device, dtype)
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
@@ -69,12 +75,15 @@ class GroupNorm(Grouped, nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (N, C, *)."""
-        if isinstance(input, fx.Proxy) and self._is_whole(input):
-            return self._node(input)
-        groups, split = self.num_groups, self.process_group is not None
-        weight, bias = self._parameters_beside(input)
-        arguments.groups_of_channels(input, groups, weight, bias, self.num_channels, split=split)
-        group = self._group.resolve_for(self, input, (len(input), groups))
+        if isinstance(input, fx.Proxy) and self._fits_one_node(input):
+            return self._as_node(input)
+        groups, group = self.num_groups, None
+        weight, bias = self._parameters_like(input)
+        if self.process_group is not None:
+            arguments.check_groups(input, groups, weight, bias, self.num_channels, split=True)
+            group = self._group.resolve_for(self, input, (len(input), groups))
+        elif weight is None:  # the function does not know num_channels
+            arguments.check_groups(input, groups, weight, bias, self.num_channels, split=False)
         return functional.group_norm(input, groups, weight, bias, self.eps, process_group=group)
 
     def reset_parameters(self) -> None:
@@ -82,8 +91,8 @@ class GroupNorm(Grouped, nn.GroupNorm):
         self._reset_affine()
 
     def extra_repr(self) -> str:
-        """Return the arguments that the module was made with."""
+        """Return the arguments of the constructor."""
         return (
             f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, "
-            f"bias={self.bias is not None}{self._ranks()}"
+            f"bias={self.bias is not None}{self._group_repr()}"
         )

@@ -23,7 +23,7 @@ class Unreachable:
 
 
 INPUTS = [
-    (torch.zeros(4, 5), ValueError, "expected an input of 3 channels, (N, 3, *) as running_mean has it, got (4, 5)"),
+    (torch.zeros(4, 5), ValueError, "expected an input of 3 channels, (N, 3, *), to match running_mean, got (4, 5)"),
     (torch.zeros(4, 2, 3, 3), ValueError, "expected an input of 3 channels, (N, 3, *)"),
     (torch.zeros(3), ValueError, "expected an input of at least 2 axes (N, C, *), got shape (3,)"),
     (torch.zeros(()), ValueError, "expected an input of at least 2 axes (N, C, *), got shape ()"),
@@ -65,7 +65,7 @@ def test_parameters_on_another_device():
             "expected num_batches_tracked with momentum=None",
         ),
         ({"weight": torch.ones(1)}, "expected an input of 1 channels"),
-        ({"bias": torch.ones(4)}, r"expected an input of 4 channels, \(N, 4, \*\) as bias has it, got \(4, 3\)"),
+        ({"bias": torch.ones(4)}, r"expected an input of 4 channels, \(N, 4, \*\), to match bias, got \(4, 3\)"),
         ({"bias": torch.ones(3, 1)}, r"expected a bias of shape \(3,\), got \(3, 1\)"),
         ({"eps": 0.0}, "expected a positive eps in training, got 0.0"),
         ({"eps": -1.0}, "expected a positive eps in training, got -1.0"),
