@@ -18,7 +18,7 @@ from .communicators import communicator
 from .job.init import init
 from .job.launcher import detect_launcher
 
-__all__ = ["job", "machine", "table"]
+__all__ = ["job", "machine"]
 
 
 def machine() -> dict[str, str]:
@@ -55,12 +55,6 @@ def job(*, join: bool = True) -> dict[str, str]:
         "local rank": f"{os.environ.get('LOCAL_RANK', 0)} on {socket.gethostname()}",
         "hosts": ", ".join(f"{host} ({ranks} rank{'s' * (ranks > 1)})" for host, ranks in hosts.items()),
     }
-
-
-def table(rows: dict[str, str]) -> str:
-    """Return the rows as lines of two aligned columns."""
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 def _version(package: str) -> str:

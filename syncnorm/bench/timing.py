@@ -13,7 +13,7 @@ import torch
 
 from ..communicators import Communicator
 
-__all__ = ["FULL", "QUICK", "Candidates", "Effort", "Timing", "clock_of", "interleave"]
+__all__ = ["FULL", "NOISY", "QUICK", "Candidates", "Effort", "Timing", "clock_of", "interleave"]
 
 Candidates = Mapping[str, Callable[[], object]]
 

@@ -79,6 +79,11 @@ class Row(NamedTuple):
     calls: float
     share: float
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the machine had other things to do."""
+        return self.timing.noisy or self.batch_norm.noisy
+
     def numbers(self) -> dict[str, Any]:
         """Return the row as it is written to JSON."""
         median, low, high = self.timing
@@ -91,7 +96,7 @@ class Row(NamedTuple):
             "ratio": median / self.batch_norm.median,
             "norm_collectives_per_step": self.calls,
             "norm_collectives_share": self.share,
-            "noisy": self.timing.noisy or self.batch_norm.noisy,
+            "noisy": self.noisy,
         }
 
     def cells(self) -> list[str]:
@@ -124,8 +129,8 @@ def main(
         what = "a narrow ResNet" if quick else f"ResNet-{depth}"
         images = f"{shape[0]} images of {shape[2]} x {shape[3]} per rank"
         title = f"training step of {what}, {images}, on {report.ranks(job.group.size)}" + report.WARNING * quick
-        table = report.Table(title, COLUMNS, [[row.cells() for row in rows]], names=1)
-        report.publish(report.header(told), [table], {"rows": [row.numbers() for row in rows]}, files)
+        numbers = {"rows": [row.numbers() for row in rows]}
+        report.publish_rows(report.header(told), report.Table(title, COLUMNS, [], names=1), [rows], numbers, files)
 
 
 def measure(job: Job, blocks: tuple[int, ...], width: int, shape: tuple[int, ...], effort: Effort) -> Iterator[Row]:
