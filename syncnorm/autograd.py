@@ -131,11 +131,12 @@ class Normalize(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of input, weight, bias and residual: dx, Σ dz * x̂, Σ dz, dz."""
         grad_output, grad_statistics = grads
-        *saved, statistics, weight, bias, mask = ctx.saved_tensors
+        tensors = ctx.saved_tensors  # once: activation checkpointing computes them again
+        *saved, statistics, weight, bias, mask = tensors
         needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         config: Config = ctx.config
         followed = torch.is_grad_enabled() or transforms.active(grad_output, grad_statistics)
-        chosen = kernels.reference if followed else kernels.select(*ctx.saved_tensors, grad_output)
+        chosen = kernels.reference if followed else kernels.select(*tensors, grad_output)
         kept = _in_saved_order(Saved(*saved), ctx.channels_last)
         if grad_output is None:
             grad_output = torch.zeros_like(kept.input)

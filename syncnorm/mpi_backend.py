@@ -1,4 +1,4 @@
-"""`import syncnorm.mpi_backend` makes "mpi4py" a backend of torch.distributed. The code is in `syncnorm.mpi`."""
+"""Importing this module registers the "mpi4py" backend of torch.distributed. The code is in `syncnorm.mpi`."""
 
 from .mpi.backend import BACKEND, MpiProcessGroup, MpiWork
 

@@ -282,7 +282,7 @@ def test_a_device_mesh():
 def mesh_of_others():
     mesh = DeviceMesh("cpu", [0])
     if dist.get_rank() == 1:
-        with pytest.raises(ValueError, match=r"expected a DeviceMesh that holds this rank, got .* on rank 1"):
+        with pytest.raises(ValueError, match=r"expected a DeviceMesh that contains this rank, got .* on rank 1"):
             syncnorm.communicator(mesh)
 
 

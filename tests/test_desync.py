@@ -58,7 +58,7 @@ def test_the_rank_that_served_the_store_was_killed(run):
     """)
     assert "DesyncError: all_reduce on rank 1 of 2: " in jobs[1].stderr
     missing = f"MISSING: rank 0 on {HOST}: no answer from the job's store at 127.0.0.1:"
-    assert re.search(rf"{missing}\d+, which this rank serves. It was ended", jobs[1].stderr)
+    assert re.search(rf"{missing}\d+, which rank 0 serves. Rank 0 was ended", jobs[1].stderr)
 
 
 def test_a_rank_that_ended_with_an_error(run):

@@ -199,12 +199,13 @@ def check_options():
     for m, centered, outside, parameter in itertools.product(
         (moments, about_zero), (True, False), (True, False), ((None, None), half, (strided[:, 0], None))
     ):
-        statistics = compare("normalize", x, m, *parameter, 0.1, eps_outside=outside, tolerance=tolerance)[1]
+        statistics = compare("normalize", x, m, *parameter, None, 0.1, eps_outside=outside, tolerance=tolerance)[1]
         sums = compare("reduce_grad", dy, x, statistics, *parameter, tolerance=tolerance)[2]
         options = {"centered": centered, "eps_outside": 0.1 if outside else 0.0, "tolerance": tolerance}
         compare("grad_input", dy, x, statistics, *parameter, sums, **options)
     constant = torch.full_like(x, 2)
-    statistics = compare("normalize", constant, reference.moments(constant), weight, bias, 1e-5, tolerance=tolerance)[1]
+    arguments = (constant, reference.moments(constant), weight, bias, None, 1e-5)
+    statistics = compare("normalize", *arguments, tolerance=tolerance)[1]
     compare("grad_input", dy, constant, statistics, weight, bias, sums, eps_outside=1e-5, tolerance=tolerance)
 
 

@@ -1,4 +1,4 @@
-"""Collectives work on contiguous memory; other tensors pass through a copy and get their result back."""
+"""Contiguous copies of tensors, because collectives need contiguous memory, and copies back of the results."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["as_contiguous", "write_back"]
 
 
 def as_contiguous(tensor: Tensor) -> Tensor:
-    """Return contiguous memory that holds the numbers of the tensor: its own wherever that is possible."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous()  # views whose memory is another number first
+    """Return the tensor's values in contiguous memory: its own memory if possible."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous()  # materializes lazy conj and neg views
 
 
 def write_back(tensor: Tensor, message: Tensor) -> Tensor:
-    """Copy what a collective left in `message` to the tensor, unless that is the same memory; return the tensor."""
+    """Copy the result of a collective from `message` to the tensor, unless they share memory. Return the tensor."""
     if message is not tensor and message.data_ptr() != tensor.data_ptr():
         with torch.no_grad():
             tensor.copy_(message)

@@ -1,4 +1,4 @@
-"""What the package needs of a group of ranks: `Collectives`; what its own groups have: the `Communicator` protocol."""
+"""The protocols of groups of ranks: `Collectives` is required of a `process_group`, `Communicator` adds `split`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["Collectives", "Communicator"]
 class Collectives(Protocol):
     """The members that an object needs to be a `process_group`.
 
-    Every method below is collective: all ranks of the group call it, in the same order and, for tensors, with
-    the same shape and dtype. Tensors may have any dtype that the group's library can carry, any strides, any
-    number of elements (zero included), and live on any device; results are written on that device.
+    Every method below is collective: all ranks of the group must call it, in the same order and, for tensors, with the
+    same shape and dtype. Tensors may have any dtype that the group's library supports, any strides, any number of
+    elements (including zero), and any device. Results are on the same device.
 
-    Any object with these members is accepted wherever a `process_group` is, so a communicator can be wrapped
-    (see `syncnorm.testing.CountingCommunicator`). Only `syncnorm.new_subgroups` needs `Communicator.split` too.
+    Any object with these members is accepted as a `process_group`, so a communicator can be wrapped (see
+    `syncnorm.testing.CountingCommunicator`). Only `syncnorm.new_subgroups` also needs `Communicator.split`.
     """
 
     @property
     def rank(self) -> int:
-        """This process in the group, from 0 to `size` - 1."""
+        """The rank of this process in the group, from 0 to `size` - 1."""
         ...
 
     @property
@@ -32,11 +32,11 @@ class Collectives(Protocol):
         ...
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Replace `tensor` by its sum over the ranks, in place, and return it: bit for bit the same everywhere."""
+        """Sum `tensor` over the ranks in place and return it. The result is bitwise identical on all ranks."""
         ...
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """Replace `tensor` by that of the rank `root`, in place, and return it."""
+        """Overwrite `tensor` with that of rank `root` and return it."""
         ...
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
@@ -53,7 +53,7 @@ class Collectives(Protocol):
 
 
 class _WithoutSplit(type(Protocol)):  # type: ignore[misc]
-    """Let `isinstance` take an object without `split`: groups of ranks were accepted before there was one."""
+    """Make `isinstance` ignore `split`, because objects without it were accepted before it was added."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, Collectives) if cls is Communicator else super().__instancecheck__(instance)
@@ -63,12 +63,12 @@ class _WithoutSplit(type(Protocol)):  # type: ignore[misc]
 class Communicator(Collectives, Protocol, metaclass=_WithoutSplit):
     """A group of ranks that exchange tensors and can be divided.
 
-    Its members are those of `Collectives`, and `split`. Every method is collective, as described there.
+    It has the members of `Collectives`, and `split`. Every method is collective, as described there.
 
-    `isinstance(obj, Communicator)` does not look for `split`, which only `syncnorm.new_subgroups` calls. A class that
-    inherits from `Communicator` and does not define it cannot be divided.
+    `isinstance(obj, Communicator)` does not check for `split`, which only `syncnorm.new_subgroups` calls. A subclass of
+    `Communicator` that does not define it cannot be divided.
     """
 
     def split(self, block: int) -> Communicator:
-        """Return the ranks that call this with the same `block`, in the order of their ranks here."""
+        """Return the group of the ranks that pass the same `block`, in the order of their ranks here."""
         raise TypeError(f"expected a communicator that defines split(block), got {self!r}: add the method")

@@ -1,4 +1,4 @@
-"""Smaller groups out of a larger one: the ranks of a node, or blocks of consecutive ranks."""
+"""Divide a group of ranks: into the ranks of each node, or into blocks of consecutive ranks."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ def new_subgroups(by: str | int, group: ProcessGroupLike = None) -> Communicator
     """Divide a group of ranks and return this rank's part, for statistics shared within a node or a block.
 
     Args:
-        by: "node": the ranks of the group on this rank's host; k: this rank's block of k consecutive ranks of the group
-            (the last block may be smaller).
-        group: the ranks to divide, as in `syncnorm.communicator`; None: all ranks of the job.
+        by: "node" for the ranks of the group on this rank's host, or an integer k for this rank's block of k
+            consecutive ranks of the group. The last block may be smaller.
+        group: the ranks to divide, as in `syncnorm.communicator`. Default: all ranks of the job.
 
     Returns:
-        a communicator to give as `process_group`.
+        a communicator to pass as `process_group`.
 
-    Collectives: of all ranks of the group, which must all call this. They gather their blocks and make the new groups.
+    Collectives: all ranks of the group must call this. They gather their blocks and create the new groups.
 
     Raises:
         ValueError: `by` is neither "node" nor a positive number, or this rank is not in the group.
         TypeError: `group` is not a process group, or is a communicator without the method `split`.
-        RuntimeError: the ranks of a new group are not in equally many process groups of torch.distributed so far, by
-            which torch names a new group where `group` is only a part of the job.
+        RuntimeError: `group` is not the whole job, and the ranks of a new group belong to different numbers of
+            torch.distributed's process groups. torch derives the name of a new group from that number.
     """
     parent = communicator(group)
     if not callable(getattr(parent, "split", None)):

@@ -1,1 +1,1 @@
-"""The job that this process is a rank of: who started it, where the ranks meet, how they join and leave."""
+"""The job that this process is a rank of: detect the launcher, join the other ranks, report failures, exit."""

@@ -1,12 +1,13 @@
-"""Where every rank of the job is, for the error of a collective that did not come to its end.
+"""Report where every rank of the job is when a collective fails.
 
-A thread of each rank looks into the job's store once a second. A rank whose collective failed calls the roll there, and
-the threads of the others answer where their programs are, also while these wait or sleep. Ranks that ended have left
-their last words: in order, by sys.exit, or with an error. Whoever says nothing was killed or cut off.
+A thread of each rank reads the job's store once a second. A rank whose collective failed posts a query there. The
+threads of the other ranks reply with the line that their program is at, even while it is blocked. A rank that exits
+leaves the reason in the store: a normal end, sys.exit or an error. A rank that does not reply was killed or is
+unreachable.
 
-Each thread also leaves a sign of life there. Where rank 0 serves the store, it ends after the others: it waits at its
-exit while they show such signs, for ten minutes at most. What a rank writes is written once, and never overwritten.
-What other ranks wrote is shown with its control characters escaped.
+Each thread also writes a heartbeat. If rank 0 serves the store, it exits last: it waits for the heartbeats to stop, up
+to ten minutes. Replies and exit reasons are never overwritten. Control characters in them are escaped before they are
+shown.
 """
 
 from __future__ import annotations
@@ -51,30 +52,30 @@ __all__ = [
     "while_serving",
 ]
 
-INTERVAL = 1.0  # seconds between two looks into the store
-REPLY_TIMEOUT = 2.5  # seconds for all answers to come
-SILENCE = 5 * INTERVAL  # seconds without a sign of life after which a rank counts as ended
-SERVICE = 600.0  # seconds for which the rank that serves the store waits at most for the others to end
-LONGEST = 500  # characters of what a rank says
-LEFT = b"left"  # the last sign of life
+INTERVAL = 1.0  # seconds between two reads of the store
+REPLY_TIMEOUT = 2.5  # seconds for all replies
+HEARTBEAT_TIMEOUT = 5 * INTERVAL  # seconds without a heartbeat after which a rank counts as ended
+SERVE_TIMEOUT = 600.0  # seconds that the rank that serves the store waits at most for the others to end
+MAX_LENGTH = 500  # characters of a reply
+LEFT = b"left"  # the last heartbeat
 LIBRARIES = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), sysconfig.get_path("stdlib"), "<")
-MARK = "ISSUES_COLLECTIVES"  # variable of the modules whose functions are collectives
-OF_ARGUMENTS = "Invalid scalar type"  # what Gloo's threads say of a dtype, on every rank
-OF_PEERS = ("connect", "timed out", "timeout", "closed", "reset by", "waited")  # in what Gloo, NCCL and we say of them
+MARK = "ISSUES_COLLECTIVES"  # a variable of the modules whose functions are collectives
+ARGUMENT_ERROR = "Invalid scalar type"  # Gloo's error for an unsupported dtype, raised on every rank
+PEER_ERRORS = ("connect", "timed out", "timeout", "closed", "reset by", "waited")  # of Gloo, NCCL and syncnorm
 
 _responder: _Responder | None = None
 _progress: list[Callable[[], object]] = []
 
 
 def start(rank: int, hosts: Sequence[str]) -> None:
-    """Answer queries from now on, as `rank` of a job whose ranks are on these hosts."""
+    """Start to answer queries as `rank` of a job whose ranks run on these hosts."""
     global _responder
     _responder = _Responder(rank, hosts)
-    _note_exit(_responder)
+    _record_exit(_responder)
 
 
 def while_serving(progress: Callable[[], object]) -> None:
-    """Call `progress` again and again while this rank waits at its exit, so that what the others wait for goes on."""
+    """Call `progress` repeatedly while this rank waits at its exit, so that the others' communication completes."""
     _progress.append(progress)
 
 
@@ -88,11 +89,11 @@ def _forget() -> None:
     _responder = None
 
 
-os.register_at_fork(after_in_child=_forget)  # a forked child is no rank
+os.register_at_fork(after_in_child=_forget)  # a forked child is not a rank
 
 
 def stop() -> None:
-    """Answer no more."""
+    """Stop answering queries."""
     global _responder
     if _responder is not None:
         _responder.stop()
@@ -100,17 +101,17 @@ def stop() -> None:
 
 
 def collect(ranks: Iterable[int], here: str | None = None) -> str:
-    """Return where these ranks of the job are, a line for each place; "" in a job without queries.
+    """Return where these ranks are, one line for each location, or "" if queries are not started.
 
     Args:
-        ranks: of the job.
-        here: where this one is; None: where it is now.
+        ranks: ranks of the job.
+        here: the location of this rank. Default: its current location.
     """
     if _responder is None:
         return ""
     report: list[str] = []
     asking = threading.Thread(
-        target=_responder.call, args=(list(ranks), here or current_location(), report), daemon=True
+        target=_responder.query, args=(list(ranks), here or current_location(), report), daemon=True
     )
     asking.start()
     asking.join(2 * REPLY_TIMEOUT)  # the network may be gone
@@ -118,37 +119,37 @@ def collect(ranks: Iterable[int], here: str | None = None) -> str:
 
 
 def post_exit_reason(error: BaseException | str | None = None) -> None:
-    """Leave what the other ranks are told of this one from now on: what ends it. None: the last line, or sys.exit."""
+    """Tell the other ranks why this one ends. None stands for a normal end or sys.exit."""
     if _responder is not None:
-        words = _responder.exit if error is None else error
-        saying = threading.Thread(target=_responder.end, args=(words,), daemon=True)
-        saying.start()
-        saying.join(2 * REPLY_TIMEOUT)  # the network may be gone
+        reason = _responder.exit if error is None else error
+        posting = threading.Thread(target=_responder.end, args=(reason,), daemon=True)
+        posting.start()
+        posting.join(2 * REPLY_TIMEOUT)  # the network may be gone
 
 
 def fails_by_arguments(error: BaseException) -> bool:
-    """Return whether a collective that had started failed by its arguments, on all ranks alike."""
-    return OF_ARGUMENTS in str(error)
+    """Return whether a collective failed after its start because of its arguments, which it does on all ranks."""
+    return ARGUMENT_ERROR in str(error)
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Return whether the error that ends a program is that of a collective: it was raised in one, or tells of ranks."""
+    """Return whether an error was caused by other ranks: raised in a collective, or reporting a failed connection."""
     if not isinstance(error, RuntimeError | TimeoutError) or fails_by_arguments(error):
         return False
     stack = list(traceback.walk_tb(error.__traceback__))[::-1]
-    words = str(error).lower()  # those of one that C++ waits for, as DistributedDataParallel does
-    return isinstance(error, TimeoutError) or bool(_collective(stack)) or any(word in words for word in OF_PEERS)
+    text = str(error).lower()  # C++ code such as DistributedDataParallel's has no Python frame of the collective
+    return isinstance(error, TimeoutError) or bool(_collective(stack)) or any(part in text for part in PEER_ERRORS)
 
 
 def raise_desync(error: Exception, what: str, ranks: Iterable[int]) -> NoReturn:
-    """Raise the error of a collective of these ranks of the job that failed: with the roll call."""
+    """Raise DesyncError for a failed collective of these ranks, with the location of each."""
     if isinstance(error, DesyncError):
         raise error
     raise DesyncError("\n".join(filter(None, [what, collect(ranks)]))) from error
 
 
 def current_location() -> str:
-    """Return where this process is: the collective, if it is in one, and the line of the program."""
+    """Return the collective that this process is in, if any, and the line of the program."""
     frames = sys._current_frames()
     stacks = {thread: list(traceback.walk_stack(frame)) for thread, frame in frames.items()}
     main = stacks.pop(threading.main_thread().ident or 0, [])  # Python may be at its exit
@@ -156,18 +157,18 @@ def current_location() -> str:
 
 
 def location_of(error: BaseException) -> str:
-    """Return where the program was when it raised the error."""
+    """Return the collective and the line of the program that raised the error."""
     stack = list(traceback.walk_tb(error.__traceback__))[::-1]
     return _describe(stack, [stack])
 
 
 class _Responder:
-    """This rank's part in the queries of a job."""
+    """Answers the queries of other ranks, and issues those of this rank."""
 
     def __init__(self, rank: int, hosts: Sequence[str]):
         self.rank = rank
         self.hosts = hosts
-        self.words = ""  # where a collective failed, or what ended this rank
+        self.reason = ""  # why this rank ended, or where its collective failed
         self.ended = False
         self.exit = "ended normally"
         self.leaving = threading.Event()
@@ -175,7 +176,7 @@ class _Responder:
         self.thread.start()
 
     def stop(self) -> None:
-        """Answer no more. The rank that serves the store lets the others leave it first."""
+        """Stop answering. If this rank serves the store, wait until the others have left it."""
         post_exit_reason()
         self.leaving.set()
         self.thread.join(INTERVAL)
@@ -184,87 +185,87 @@ class _Responder:
                 self._wait_for_others(connect())
 
     def end(self, error: BaseException | str) -> None:
-        """Answer with what ends this rank, or with the place of the collective that failed. The first time counts."""
+        """Reply from now on with what ends this rank, or with where its collective failed. The first call counts."""
         if self.ended:
             return
         if isinstance(error, str):
-            self.words = error
-        elif not isinstance(error, DesyncError) or not self.words:
-            self.words = f"ended with {type(error).__name__}: {error}".splitlines()[0]
+            self.reason = error
+        elif not isinstance(error, DesyncError) or not self.reason:
+            self.reason = f"ended with {type(error).__name__}: {error}".splitlines()[0]
         self.ended = True
         with contextlib.suppress(RuntimeError):
-            _write_once(self._store(), f"exit reason of {self.rank}", self.words)
+            _write_once(self._store(), f"exit reason of {self.rank}", self.reason)
 
-    def call(self, ranks: list[int], here: str, report: list[str]) -> None:
-        """Call the roll and append what came: where each rank is, this one `here`."""
+    def query(self, ranks: list[int], here: str, report: list[str]) -> None:
+        """Post a query and append to `report` where each rank is. This rank is at `here`."""
         try:
-            self.words = here
+            self.reason = here
             store = self._store()
             _write_once(store, f"failure of {self.rank}", here)
             number = store.add("queries", 1)
             _write_once(store, f"{number} of {self.rank}", here)
             deadline = time.monotonic() + REPLY_TIMEOUT
-            while not self._all_said(store, number, ranks) and time.monotonic() < deadline:
+            while not self._all_replied(store, number, ranks) and time.monotonic() < deadline:
                 time.sleep(INTERVAL / 20)
-            places: dict[str, list[int]] = {}
+            locations: dict[str, list[int]] = {}
             for rank in ranks:
                 sources = f"{number} of {rank}", f"exit reason of {rank}", f"failure of {rank}"
                 key = next((key for key in sources if store.check([key])), None)
-                words = "MISSING: no answer" if key is None else store.get(key).decode(errors="backslashreplace")
-                places.setdefault(printable(words[:LONGEST]), []).append(rank)
+                reply = "MISSING: no answer" if key is None else store.get(key).decode(errors="backslashreplace")
+                locations.setdefault(printable(reply[:MAX_LENGTH]), []).append(rank)
         except RuntimeError:
             report.append(self.unreachable())
         else:
-            report.append("\n".join(f"  {self._name(some)}: {place}" for place, some in places.items()))
+            report.append("\n".join(f"  {self._name(some)}: {location}" for location, some in locations.items()))
 
     def unreachable(self) -> str:
-        """Return what a rank that cannot reach the store knows of the others."""
+        """Return the report of a rank that cannot reach the store."""
         where = printable(f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
         if detect_launcher().launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             there = [rank for rank, host in enumerate(self.hosts) if host == self.hosts[0]]
-            who, server = self._name(there), "torchrun serves there. The host is unreachable, or torchrun has ended"
+            who, server = self._name(there), "torchrun serves. The host is unreachable, or torchrun has ended"
         else:
-            who, server = self._name([0]), "this rank serves. It was ended, or its host is unreachable"
+            who, server = self._name([0]), "rank 0 serves. Rank 0 was ended, or its host is unreachable"
         return f"  MISSING: {who}: no answer from the job's store at {where}, which {server}"
 
     def _store(self) -> Store:
-        """Return the job's store; RuntimeError if whoever served it has ended, as the thread knows."""
+        """Return the job's store; RuntimeError if its server has ended, in which case the thread has ended too."""
         if not self.thread.is_alive():
             raise RuntimeError("the job's store does not answer")
         return connect()
 
-    def _all_said(self, store: Store, number: int, ranks: list[int]) -> bool:
+    def _all_replied(self, store: Store, number: int, ranks: list[int]) -> bool:
         return all(store.check([f"{number} of {rank}"]) or store.check([f"exit reason of {rank}"]) for rank in ranks)
 
     def _answer(self) -> None:
-        with contextlib.suppress(RuntimeError):  # whoever served the store has ended
+        with contextlib.suppress(RuntimeError):  # the server of the store has ended
             store = connect()
-            answered = signs = 0
+            answered = heartbeats = 0
             while True:
-                signs += 1
-                store.set(f"sign of {self.rank}", str(signs))
-                called = store.add("queries", 0)
-                for number in range(answered + 1, called + 1):
-                    _write_once(store, f"{number} of {self.rank}", self.words if self.ended else current_location())
-                answered = called
+                heartbeats += 1
+                store.set(f"heartbeat of {self.rank}", str(heartbeats))
+                queries = store.add("queries", 0)
+                for number in range(answered + 1, queries + 1):
+                    _write_once(store, f"{number} of {self.rank}", self.reason if self.ended else current_location())
+                answered = queries
                 if self.leaving.wait(INTERVAL):
                     break
-            store.set(f"sign of {self.rank}", LEFT.decode())
+            store.set(f"heartbeat of {self.rank}", LEFT.decode())
 
     def _wait_for_others(self, store: Store) -> None:
-        """Return when all other ranks have left the store or are silent, or when they had time enough."""
-        signs = {rank: (b"", time.monotonic()) for rank in range(len(self.hosts)) if rank != self.rank}
-        deadline = time.monotonic() + SERVICE
-        while signs and time.monotonic() < deadline:
-            for rank, (last, since) in list(signs.items()):
-                key = f"sign of {rank}"
-                sign = store.get(key) if store.check([key]) else b""
-                if sign != last:
-                    signs[rank] = sign, time.monotonic()
-                elif time.monotonic() - since > SILENCE:
-                    del signs[rank]
-                if sign == LEFT:
-                    signs.pop(rank, None)
+        """Return when all other ranks have left the store or stopped their heartbeats, or after SERVE_TIMEOUT."""
+        heartbeats = {rank: (b"", time.monotonic()) for rank in range(len(self.hosts)) if rank != self.rank}
+        deadline = time.monotonic() + SERVE_TIMEOUT
+        while heartbeats and time.monotonic() < deadline:
+            for rank, (last, since) in list(heartbeats.items()):
+                key = f"heartbeat of {rank}"
+                heartbeat = store.get(key) if store.check([key]) else b""
+                if heartbeat != last:
+                    heartbeats[rank] = heartbeat, time.monotonic()
+                elif time.monotonic() - since > HEARTBEAT_TIMEOUT:
+                    del heartbeats[rank]
+                if heartbeat == LEFT:
+                    heartbeats.pop(rank, None)
             for progress in _progress:
                 progress()
             time.sleep(INTERVAL / 20)
@@ -274,28 +275,28 @@ class _Responder:
         return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} on {', '.join(hosts)}"
 
 
-def _write_once(store: Store, key: str, words: str) -> None:
-    write_once(store, key, words[:LONGEST])
+def _write_once(store: Store, key: str, value: str) -> None:
+    write_once(store, key, value[:MAX_LENGTH])
 
 
-def _note_exit(attendance: _Responder) -> None:
-    """Have the last words tell of a sys.exit in the main thread, which ends the program like its last line does."""
+def _record_exit(responder: _Responder) -> None:
+    """Wrap sys.exit, so that a call in the main thread becomes the exit reason."""
     exit = sys.exit
 
     @functools.wraps(exit)
-    def noted(*status: Any) -> NoReturn:
+    def recording_exit(*status: Any) -> NoReturn:
         if threading.current_thread() is threading.main_thread():
-            attendance.exit = f"ended by sys.exit({', '.join(map(reprlib.repr, status))})"
+            responder.exit = f"ended by sys.exit({', '.join(map(reprlib.repr, status))})"
         exit(*status)
 
-    sys.exit = noted
+    sys.exit = recording_exit
 
 
-Stack = list[tuple[FrameType, int]]  # frames and the numbers of their lines, the innermost first
+Stack = list[tuple[FrameType, int]]  # frames and their line numbers, innermost first
 
 
 def _describe(stack: Stack, stacks: list[Stack]) -> str:
-    """Return the first collective that there is on the stacks, and the innermost line of one that is no library's."""
+    """Return the first collective found on the stacks, and the innermost line of `stack` that is not in a library."""
     collectives = [name for name in map(_collective, stacks) if name]
     if not stack:  # an error without a traceback
         return "in no collective"
@@ -311,13 +312,13 @@ def _issues_collectives(module: dict[str, Any]) -> bool:
 
 
 def _collective(stack: Stack) -> str | None:
-    """Return the name of the outermost collective on a stack, and what this rank gives to it."""
+    """Return the name of the outermost collective on a stack, with the size and dtype of its tensor."""
     inside = [frame for frame, _ in stack if _issues_collectives(frame.f_globals)]
     if not inside:
         return None
-    given = inside[-1].f_locals
-    name = str(getattr(given.get("self"), "name", inside[-1].f_code.co_name))
-    tensor = given.get("tensor")
+    arguments = inside[-1].f_locals
+    name = str(getattr(arguments.get("self"), "name", inside[-1].f_code.co_name))
+    tensor = arguments.get("tensor")
     if not isinstance(tensor, torch.Tensor):
         return name
     return f"{name} of {tensor.numel()} {str(tensor.dtype).removeprefix('torch.')}"

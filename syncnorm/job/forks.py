@@ -1,7 +1,7 @@
-"""What a forked child of a rank has of its parent's job: it may neither use it nor free it.
+"""Keep a forked child of a rank from using or freeing its parent's process groups and stores.
 
-Process groups and stores work by threads and connections that fork does not copy. A child that frees a group when it
-exits waits for ever for threads that it does not have. `syncnorm.mpi.forks` does the same for MPI.
+They depend on threads and connections that fork does not copy. A child that frees a group when it exits waits forever
+for threads that it does not have. `syncnorm.mpi.forks` does the same for MPI.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import torch.distributed as dist
 __all__ = ["REFUSAL", "is_inherited", "keep"]
 
 REFUSAL = (
-    "expected a collective in the process that joined the job, got one in a forked child of it: train in the rank "
-    "itself, or call eval() on the model in the child"
+    "expected a collective in the process that joined the job, got one in a forked child of it: train in the parent "
+    "process, or call eval() on the model in the child"
 )
 
-_kept: list[Any] = []  # what other modules hold that a child must not free
+_kept: list[Any] = []  # objects of other modules that a child must not free
 _inherited: list[Any] = []  # in a child: its parent's process groups
 
 
 def keep(held: Any) -> Any:
-    """Return what was given; a forked child will never free it."""
+    """Return the argument. A forked child will never free it."""
     _kept.append(held)
     return held
 
 
 def is_inherited(group: dist.ProcessGroup | None) -> bool:
-    """Return whether a process group (None: the default one) was made by a parent of this process."""
+    """Return whether a process group (None: the default one) was made by the parent of this forked process."""
     return bool(_inherited) and any((group or dist.group.WORLD) is other for other in _inherited)
 
 

@@ -1,23 +1,24 @@
-"""What the launcher of this process left in the environment: torchrun, mpirun (of any MPI), srun, or nobody.
+"""Detect the launcher (torchrun, mpirun, srun or none) from the environment.
 
-Launchers run inside one another, and each leaves its variables. The innermost one counts:
+Launchers can be nested, and each sets its variables. The innermost launcher counts:
 
-    a program started by           finds the variables of     joins
-    torchrun, also in mpirun/srun  torchrun (and the others)  torchrun's ranks
-    mpirun, also in srun           mpirun (and srun)          mpirun's ranks
-    srun                           srun                       the tasks of the step
-    a shell of an allocation       SLURM_* without a step     nobody: it is alone
+    a program started by              sees the variables of      joins
+    torchrun, also inside mpirun/srun torchrun (and the others)  torchrun's ranks
+    mpirun, also inside srun          mpirun (and srun)          mpirun's ranks
+    srun                              srun                       the tasks of the step
+    a shell of an allocation          SLURM_* without a step     no one: a single process
 
-The variables do not say which launcher is the innermost. The order above is the usual one, and it is wrong where mpirun
-or srun was started by a process that has RANK and WORLD_SIZE already, as a rank of torchrun has. Then
+The variables do not say which launcher is the innermost. The order above is the usual one. It is wrong if mpirun or
+srun was started by a process that already has RANK and WORLD_SIZE, such as a rank of torchrun. In that case:
 
-    RANK, WORLD_SIZE        the other launcher    answer
-    0 of 1                  1 rank                alone
-    0 of 1                  several ranks         an error that names both: all ranks would train alone
-    of several ranks        any                   torchrun's ranks; when ranks meet, no two may have the same RANK
+    RANK, WORLD_SIZE        the other launcher    result
+    0 of 1                  1 rank                a single process
+    0 of 1                  several ranks         an error that names both: otherwise every rank would train alone
+    of several ranks        any                   torchrun's ranks; joining fails if two processes have the same RANK
 
-The second line is also `mpirun -n 2 torchrun train.py`, which lacks `--nnodes 2`. Open MPI's variables of one rank
-beside MPICH's of several are the same error. mpirun and srun are not compared: mpirun's own daemons are a step of srun.
+`mpirun -n 2 torchrun train.py` without `--nnodes 2` is also the second case. Open MPI's variables of one rank together
+with MPICH's of several raise the same error. mpirun and srun are not compared, because mpirun's own daemons are a step
+of srun.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
 
 
 class Launcher(NamedTuple):
-    """A launcher and its variables: those of the rank and the size, by which it is known, and what else it sets."""
+    """A launcher, the variables of its rank and size, which identify it, and the other variables that it sets."""
 
     name: str
     rank: str
@@ -44,7 +45,7 @@ class Launcher(NamedTuple):
     others: tuple[str, ...] = ()
 
 
-LAUNCHERS = (  # the first to be recognised counts: torchrun runs inside of mpirun and srun, mpirun inside of srun
+LAUNCHERS = (  # the first match counts: torchrun runs inside mpirun and srun, mpirun inside srun
     Launcher("torchrun", "RANK", "WORLD_SIZE", RENDEZVOUS[2:]),
     Launcher("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
     Launcher("mpirun", "PMI_RANK", "PMI_SIZE"),  # MPICH and Intel MPI
@@ -53,28 +54,29 @@ LAUNCHERS = (  # the first to be recognised counts: torchrun runs inside of mpir
 
 
 class LaunchInfo(NamedTuple):
-    """Who started this process ("torchrun", "mpirun", "srun" or "none"), and which rank of how many it is."""
+    """The launcher of this process ("torchrun", "mpirun", "srun" or "none"), its rank and the number of ranks."""
 
     launcher: str
     rank: int
     size: int
 
 
-@functools.cache  # joining the job adds what torchrun would set
+@functools.cache  # joining the job sets torchrun's variables
 def detect_launcher() -> LaunchInfo:
-    """Return what the environment tells of the launcher.
+    """Return the launcher that the environment describes.
 
     Raises:
-        RuntimeError: it tells half of it; with the launcher that was recognised and the variables that are not set. Or
-            two launchers contradict each other; with the variables of both.
+        RuntimeError: some variables of the launcher are missing; the message names the launcher and the variables. Or
+            two launchers contradict each other; the message shows the variables of both.
     """
     known = [item for item in LAUNCHERS if {item.rank, item.size} <= os.environ.keys()]
-    half = [item for item in LAUNCHERS[:-1] if {item.rank, item.size} & os.environ.keys()]  # srun's shell sets its rank
-    if not known and not half:
+    # srun is left out: the shell of an allocation has its rank without a step
+    partial = [item for item in LAUNCHERS[:-1] if {item.rank, item.size} & os.environ.keys()]
+    if not known and not partial:
         return LaunchInfo("none", 0, 1)
-    name, *numbers, others = (known or half)[0]
+    name, *numbers, others = (known or partial)[0]
     if known and os.environ[known[0].size] == "1":
-        _refuse_to_hide(known[0], known[1:])
+        _check_hidden_launchers(known[0], known[1:])
     missing = [variable for variable in (*numbers, *others) if variable not in os.environ]
     if missing:
         raise RuntimeError(
@@ -89,8 +91,8 @@ def detect_launcher() -> LaunchInfo:
     return LaunchInfo(name, int(rank), int(size))
 
 
-def _refuse_to_hide(alone: Launcher, others: Iterable[Launcher]) -> None:
-    """Raise if `alone`, which tells of one rank, would hide a launcher that tells of several."""
+def _check_hidden_launchers(alone: Launcher, others: Iterable[Launcher]) -> None:
+    """Raise if `alone`, which has one rank, would hide a launcher that has several."""
     for other in others:
         size = os.environ[other.size]
         inside_srun = alone.name == "mpirun" and other.name == "srun"
@@ -98,34 +100,34 @@ def _refuse_to_hide(alone: Launcher, others: Iterable[Launcher]) -> None:
             raise RuntimeError(
                 f"expected one launcher, got two that contradict each other: {_setting(alone)} of {alone.name}, and "
                 f"{_setting(other)} of {other.name}. Unset {alone.rank} and {alone.size} to join the {size} ranks of "
-                f"{other.name}, or {other.rank} and {other.size} to be alone"
+                f"{other.name}, or {other.rank} and {other.size} to run a single process"
             )
 
 
 def _setting(launcher: Launcher) -> str:
-    """Return the rank and the size as the environment sets them."""
+    """Return the variables of the rank and the size, with their values."""
     return ", ".join(f"{name}={os.environ[name]}" for name in (launcher.rank, launcher.size))
 
 
 def check_world_size(backend: str) -> None:
-    """Raise if the launcher tells of more ranks than the group of one that `backend` gives."""
+    """Raise if the launcher started several ranks, although `backend` reports a world of size 1."""
     launcher, _, size = detect_launcher()
     if size > 1:
         raise RuntimeError(
-            f"expected a group of {size} ranks, as {launcher} tells, got this process alone from {backend}: "
-            'is it the backend of the launcher (init("auto") takes that), is mpi4py built for this mpirun?'
+            f"expected {size} ranks, as started by {launcher}, got a world of size 1 from {backend}: use the "
+            'launcher\'s own backend (init("auto") does), and check that mpi4py is built for the MPI of this mpirun'
         )
 
 
 @functools.cache
 def warn_if_not_joined() -> None:
-    """Warn, once, if the environment tells of more ranks than this process and nobody joined them."""
+    """Warn once if the environment names several ranks and no process group was joined."""
     for name in SIZES:
         ranks = os.environ.get(name, "")
         if ranks.isdecimal() and int(ranks) > 1:
             warnings.warn(
-                f"{name}={ranks} tells of {ranks} ranks, but SyncBatchNorm trains with the statistics of this process "
-                "alone: call syncnorm.init() or torch.distributed.init_process_group() before the first step",
+                f"{name}={ranks}, but no process group was joined: SyncBatchNorm uses the statistics of this process "
+                "only. Call syncnorm.init() or torch.distributed.init_process_group() before the first step",
                 stacklevel=2,
             )
             return

@@ -1,11 +1,10 @@
-"""How the ranks of a job find each other for torch.distributed: by what torchrun sets, whoever started them.
+"""Rendezvous of the ranks of a job at one store, whatever the launcher.
 
-Under mpirun MPI tells the address of a store, under srun Slurm's variables do. Both are then set as torchrun would have
-set them, so that what is written for torchrun finds them too. A process alone meets nobody: it opens no port, and
-without a launcher it sets no variable.
+The store's address comes from torchrun, from MPI (mpirun) or from Slurm (srun). It is exported as torchrun's variables,
+so code written for torchrun works unchanged. A single process opens no port. Without a launcher it sets no variable.
 
-Two things keep jobs apart that use one port by mistake: an id of the job (`job_id`), and a note of each rank, which is
-written only once.
+Two jobs that use the same port by mistake are detected by the job's id (`job_id`) and by the information that each rank
+writes only once.
 """
 
 from __future__ import annotations
@@ -36,21 +35,21 @@ if TYPE_CHECKING:
 
 __all__ = ["address_of_this_host", "connect", "export", "have_joined", "job_id", "join", "serve", "serves_the_store"]
 
-JOIN_TIMEOUT = 300.0  # seconds for all ranks to come; the timeout of collectives counts from then on
-FIRST_NOTICE = 8.0  # seconds after which a rank says on stderr for whom it waits
-FURTHER_NOTICES = 60.0  # seconds from one such line to the next
-FOREIGN = 10.0  # seconds for which another program at the store's port may be the store of a job that is ending
-OPERATION = timedelta(minutes=5)  # for one operation of the store, once the ranks have met
+JOIN_TIMEOUT = 300.0  # seconds for all ranks to join; the timeout of collectives starts afterwards
+FIRST_NOTICE = 8.0  # seconds after which a rank prints on stderr which ranks it waits for
+FURTHER_NOTICES = 60.0  # seconds between two such lines
+FOREIGN_TIMEOUT = 10.0  # seconds during which another program at the port may be the store of a job that is ending
+OPERATION_TIMEOUT = timedelta(minutes=5)  # for one operation of the store after all ranks have joined
 SIOCGIFADDR = 0x8915  # Linux's request for the address of an interface
-JOB = "syncnorm/job"  # the key of the job's id in a store that is the job's own
+JOB = "syncnorm/job"  # the key of the job's id, in a store that a rank serves
 _served: list[Any] = forks.keep([])  # the store that the other ranks connect to, on the rank that opened it
-_token = secrets.token_hex(8)  # of this process: process ids repeat in containers
-_joined = 0  # of this process with the others, for each of its groups: the same number on all ranks
+_token = secrets.token_hex(8)  # identifies this process: process ids repeat in containers
+_joined = 0  # how often this process has joined, once for each default group: equal on all ranks
 
 
 def export(rank: int, size: int, local_rank: Any, local_size: int, address: str, port: Any, *, is_served: bool) -> None:
-    """Set torchrun's variables; unless the store `is_served`, rank 0 will open it when it joins."""
-    detect_launcher()  # reads the environment as it was
+    """Set torchrun's variables. Unless the store `is_served` already, rank 0 opens it when it joins."""
+    detect_launcher()  # caches the launcher before the environment changes
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -62,62 +61,62 @@ def export(rank: int, size: int, local_rank: Any, local_size: int, address: str,
     }
 
 
-def join(rank: int, size: int, note: dict[str, Any]) -> tuple[Store, list[dict[str, Any]]]:
-    """Wait for all ranks at the address that the environment tells; return a store for torch, and each rank's note.
+def join(rank: int, size: int, info: dict[str, Any]) -> tuple[Store, list[dict[str, Any]]]:
+    """Wait for all ranks at MASTER_ADDR and MASTER_PORT. Return a store for torch.distributed and each rank's `info`.
 
-    The store is this attempt's: where torchrun starts ranks anew, those of before have left their addresses in its own.
-    A process alone gets one in its own memory.
+    The store belongs to this attempt. After torchrun restarts the ranks, its own store still holds the addresses of the
+    previous ones. A single process gets a store in its own memory.
 
     Args:
-        rank: of this process.
+        rank: the rank of this process.
         size: the number of ranks.
-        note: what the others are to know of this rank. Its host and process id are added.
+        info: information for the other ranks. The host and the process id are added.
 
     Raises:
-        ValueError: MASTER_ADDR, MASTER_PORT or SYNCNORM_JOIN_TIMEOUT is set to what it cannot be.
-        RuntimeError: the store is not reached, or ranks are missing, after SYNCNORM_JOIN_TIMEOUT seconds (five minutes
-            unless set); the port is another program's or another job's; another process has joined as this rank; the
-            ranks disagree on how many they are.
+        ValueError: MASTER_ADDR, MASTER_PORT or SYNCNORM_JOIN_TIMEOUT is invalid.
+        RuntimeError: the store is unreachable, or ranks are missing, after SYNCNORM_JOIN_TIMEOUT seconds (default: five
+            minutes). Or another program or job uses the port, another process has joined as this rank, or the ranks
+            disagree on the world size.
     """
     global _joined
-    note = note | {"host": socket.gethostname(), "process": os.getpid(), "token": _token}
+    info = info | {"host": socket.gethostname(), "process": os.getpid(), "token": _token}
     if size == 1:
         _joined += 1
-        return dist.HashStore(), [note]  # type: ignore[attr-defined]
+        return dist.HashStore(), [info]  # type: ignore[attr-defined]
     host, port = _address()
     waiting = _Waiting(rank, size, f"{host}:{port}")
     serves = rank == 0 and serves_the_store() and not _served
     if serves:
         serve(host, port)
     try:
-        words = _register(_reach(host, port, waiting), note, waiting)
-        notes = _gather_notes(words, waiting)
-        _refuse_another(notes[rank], note, waiting)  # who overwrote ours
+        store = _register(_reach(host, port, waiting), info, waiting)
+        ranks = _gather_info(store, waiting)
+        _check_unique(ranks[rank], info, waiting)  # another process may have overwritten ours
     except Exception as error:
         if serves:
-            _served.clear()  # so that the next call may open one elsewhere
+            _served.clear()  # so that the next call can open one at another address
         if isinstance(error, dist.DistNetworkError):
             raise RuntimeError(
-                f"expected the job's store at {waiting.where} to stay, its connection is lost: the process that served "
-                "it has ended, which is rank 0's or torchrun"
+                f"expected the job's store at {waiting.where} to stay open, but its connection was lost: check why the "
+                "process that served it (rank 0 or torchrun) has ended"
             ) from None
         raise
     _joined += 1
-    return dist.PrefixStore("torch", words), notes  # type: ignore[attr-defined]
+    return dist.PrefixStore("torch", store), ranks  # type: ignore[attr-defined]
 
 
 def have_joined() -> bool:
-    """Return whether this process has met the others of its job, or was alone in it."""
+    """Return whether this process has joined its job, or was alone in it."""
     return _joined > 0
 
 
 def serves_the_store() -> bool:
-    """Return whether the job's store is a rank's, the first one's, and not a launcher's."""
+    """Return whether rank 0 serves the job's store, and not the launcher."""
     return bool(_served) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def connect(timeout: timedelta = timedelta(seconds=2)) -> Store:
-    """Return a connection of its own to our part of the job's store, for a thread of its own.
+    """Return a new connection to our job's part of the store, for use in a separate thread.
 
     Raises:
         RuntimeError: no store answers.
@@ -125,35 +124,35 @@ def connect(timeout: timedelta = timedelta(seconds=2)) -> Store:
     host, port = _address()
     obstacle = job_store.obstacle(host, port, timeout.total_seconds())
     if obstacle is not None:
-        raise RuntimeError(f"expected the job's store at {host}:{port}: {obstacle}")
-    return _ours(job_store.connect(host, port, timeout))
+        raise RuntimeError(f"expected the job's store at {host}:{port}, got: {obstacle}")
+    return _prefixed(job_store.connect(host, port, timeout))
 
 
 def job_id() -> str:
-    """Return what tells this job from others: SYNCNORM_JOB_ID, else the id that torchrun or Slurm gave, else "unnamed".
+    """Return the job's id: SYNCNORM_JOB_ID, else the id that torchrun or Slurm assigned, else "unnamed".
 
-    Under mpirun rank 0 has chosen SYNCNORM_JOB_ID at random.
+    Under mpirun, rank 0 chooses SYNCNORM_JOB_ID at random.
     """
-    told = os.environ
-    if name := told.get("SYNCNORM_JOB_ID") or told.get("TORCHELASTIC_RUN_ID"):
+    environ = os.environ
+    if name := environ.get("SYNCNORM_JOB_ID") or environ.get("TORCHELASTIC_RUN_ID"):
         return name
-    step = f".{told['SLURM_STEP_ID']}" if detect_launcher().launcher == "srun" else ""
-    return f"{told['SLURM_JOB_ID']}{step} of Slurm" if "SLURM_JOB_ID" in told else "unnamed"
+    step = f".{environ['SLURM_STEP_ID']}" if detect_launcher().launcher == "srun" else ""
+    return f"{environ['SLURM_JOB_ID']}{step} of Slurm" if "SLURM_JOB_ID" in environ else "unnamed"
 
 
-def _ours(store: Store) -> Store:
-    """Return the part of the store that is our job's, and this attempt's where torchrun starts ranks anew."""
+def _prefixed(store: Store) -> Store:
+    """Return our job's part of the store. Each restart by torchrun has its own."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"syncnorm/{job_id()}/{attempt}", store)  # type: ignore[attr-defined]
 
 
-def _of_attempt(number: int, store: Store) -> Store:
-    """Return the part of the store for one meeting: keys of groups that were destroyed are left in others."""
-    return dist.PrefixStore(f"meeting/{number}", _ours(store))  # type: ignore[attr-defined]
+def _of_join(number: int, store: Store) -> Store:
+    """Return the part of the store for one call of `join`. Others hold the keys of groups that were destroyed."""
+    return dist.PrefixStore(f"join/{number}", _prefixed(store))  # type: ignore[attr-defined]
 
 
 def _address() -> tuple[str, int]:
-    """Return the host and the port at which the ranks meet."""
+    """Return the host and the port of the job's store."""
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not host.strip():
         raise ValueError(f"expected MASTER_ADDR to be the name or the address of rank 0's host, got {host!r}")
@@ -163,12 +162,12 @@ def _address() -> tuple[str, int]:
 
 
 class _Waiting:
-    """How long a rank has waited for the others, and what it says of that on stderr.
+    """The deadline of a rank that waits for others, and the lines that it prints on stderr meanwhile.
 
     Args:
-        rank: that waits.
+        rank: the rank that waits.
         size: the number of ranks.
-        where: the address at which they meet.
+        where: the address of the store.
     """
 
     def __init__(self, rank: int, size: int, where: str):
@@ -178,40 +177,40 @@ class _Waiting:
         self.limit = _join_timeout()
         now = time.monotonic()
         self.deadline = now + self.limit
-        self.next_word = now + FIRST_NOTICE
+        self.next_notice = now + FIRST_NOTICE
 
     def left(self) -> float:
-        """Return for how many seconds it may go on."""
+        """Return the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
-    def silence(self) -> float:
-        """Return in how many seconds it is time to say something."""
-        return self.next_word - time.monotonic()
+    def until_notice(self) -> float:
+        """Return the seconds until the next line is due."""
+        return self.next_notice - time.monotonic()
 
-    def say(self, what: str) -> None:
-        """Say for what this rank waits."""
-        line = f"syncnorm: rank {self.rank} of {self.size} is waiting for {what}. It gives up in {self.left():.0f} s"
+    def notify(self, what: str) -> None:
+        """Print what this rank waits for."""
+        line = f"syncnorm: rank {self.rank} of {self.size} is waiting for {what}. It times out in {self.left():.0f} s"
         print(line, file=sys.stderr, flush=True)
-        self.next_word = time.monotonic() + FURTHER_NOTICES
+        self.next_notice = time.monotonic() + FURTHER_NOTICES
 
 
 def _join_timeout() -> float:
-    """Return the seconds in which all ranks have to come."""
-    told = os.environ.get("SYNCNORM_JOIN_TIMEOUT", str(JOIN_TIMEOUT))
+    """Return the seconds within which all ranks must join."""
+    value = os.environ.get("SYNCNORM_JOIN_TIMEOUT", str(JOIN_TIMEOUT))
     with contextlib.suppress(ValueError):
-        if 0 < (seconds := float(told)) < math.inf:
+        if 0 < (seconds := float(value)) < math.inf:
             return seconds
-    raise ValueError(f"expected SYNCNORM_JOIN_TIMEOUT to be a positive number of seconds, got {told!r}")
+    raise ValueError(f"expected SYNCNORM_JOIN_TIMEOUT to be a positive number of seconds, got {value!r}")
 
 
 def serve(host: str, port: int) -> int:
     """Open the job's store and return its port."""
     try:
-        store: Any = job_store.open_store(host, port, OPERATION)
+        store: Any = job_store.open_store(host, port, OPERATION_TIMEOUT)
     except job_store.PortInUseError:
         raise RuntimeError(
-            f"expected port {port} of {host} to be free for the job's store, it is used by {_user_of(host, port)}: set "
-            "MASTER_PORT to another port on all ranks"
+            f"expected port {port} of {host} to be free for the job's store, but it is used by {_user_of(host, port)}: "
+            "set MASTER_PORT to another port on all ranks"
         ) from None
     store.set(JOB, job_id())
     _served.append(store)
@@ -220,7 +219,7 @@ def serve(host: str, port: int) -> int:
 
 
 def _user_of(host: str, port: int) -> str:
-    """Return who has opened a port, as far as a store says so."""
+    """Return which program or job uses a port, as far as its store says."""
     if job_store.obstacle(host, port, 1.0) is not None:
         return "another program"
     store = job_store.connect(host, port, timedelta(seconds=2))
@@ -229,127 +228,128 @@ def _user_of(host: str, port: int) -> str:
     if (job := store.get(JOB).decode(errors="replace")) != job_id():
         return f"job {printable(job)}"
     try:
-        note = _of_attempt(1, store).get("note of 0")
-        return f"rank 0 of this job, {_process(_read(note, 0, f'{host}:{port}'))}"
+        info = _of_join(1, store).get("info of 0")
+        return f"rank 0 of this job, {_process(_read(info, 0, f'{host}:{port}'))}"
     except dist.DistStoreError:
         return "another process of this job"
 
 
 def _reach(host: str, port: int, waiting: _Waiting) -> Store:
-    """Return a connection to the job's store, once it answers."""
+    """Wait until the job's store answers and return a connection to it."""
     server = "rank 0" if serves_the_store() else "the launcher"
     foreign: float | None = None  # since when another program has answered
     while True:
         obstacle = job_store.obstacle(host, port, min(2.0, max(waiting.left(), 0.1)))
         if obstacle is None:
-            store = job_store.connect(host, port, timedelta(seconds=FOREIGN))
-            store.set_timeout(OPERATION)
+            store = job_store.connect(host, port, timedelta(seconds=FOREIGN_TIMEOUT))
+            store.set_timeout(OPERATION_TIMEOUT)
             return store
         now = time.monotonic()
         foreign = None if obstacle != ANOTHER_PROGRAM else foreign or now
-        if waiting.left() <= 0 or (foreign and now - foreign > FOREIGN):
-            waited = f"within {waiting.limit:g} s" if waiting.left() <= 0 else "there"
+        if waiting.left() <= 0 or (foreign and now - foreign > FOREIGN_TIMEOUT):
+            within = f" within {waiting.limit:g} s" if waiting.left() <= 0 else ""
             raise RuntimeError(
-                f"expected {server} to open the job's store at {waiting.where} {waited}: {obstacle}. Check "
-                f"MASTER_ADDR, MASTER_PORT, and whether {server} runs"
+                f"expected {server} to open the job's store at {waiting.where}{within}, got: {obstacle}. Check "
+                f"MASTER_ADDR, MASTER_PORT, and that {server} is running"
             )
-        if waiting.silence() <= 0:
-            waiting.say(f"{server} at {waiting.where}: {obstacle}")
+        if waiting.until_notice() <= 0:
+            waiting.notify(f"{server} at {waiting.where}: {obstacle}")
         time.sleep(0.1)
 
 
-def _register(store: Store, note: dict[str, Any], waiting: _Waiting) -> Store:
-    """Leave this rank's note in the job's part of the store, which is returned."""
+def _register(store: Store, info: dict[str, Any], waiting: _Waiting) -> Store:
+    """Write this rank's info to the part of the store for this join, and return that part."""
     rank, size, where = waiting.rank, waiting.size, waiting.where
-    if serves_the_store():  # where a launcher does, several jobs may share it
+    if serves_the_store():  # several jobs may share a launcher's store
         _compare_jobs(store, where)
-    words = _of_attempt(_joined + 1, store)
-    if (first := job_store.write_once(words, "size", str(size))) != str(size):
+    ours = _of_join(_joined + 1, store)
+    if (first := job_store.write_once(ours, "size", str(size))) != str(size):
         raise RuntimeError(
-            f"expected all ranks at {where} to have one WORLD_SIZE, got {size} on rank {rank} and {printable(first)} "
-            "on the first that came: is the port another job's? Then set MASTER_PORT to another port on all ranks of "
-            "this one"
+            f"expected the same WORLD_SIZE on all ranks at {where}, got {size} on rank {rank} and {printable(first)} "
+            "on the first rank that joined: if another job uses this port, set MASTER_PORT to another port on all "
+            "ranks of this one"
         )
-    _refuse_another(_read(job_store.write_once(words, f"note of {rank}", json.dumps(note)), rank, where), note, waiting)
-    return words
+    _check_unique(_read(job_store.write_once(ours, f"info of {rank}", json.dumps(info)), rank, where), info, waiting)
+    return ours
 
 
-def _refuse_another(found: dict[str, Any], note: dict[str, Any], waiting: _Waiting) -> None:
-    """Raise if another process has left its note as this rank."""
-    if (found["process"], found.get("token")) != (note["process"], note["token"]):
+def _check_unique(found: dict[str, Any], info: dict[str, Any], waiting: _Waiting) -> None:
+    """Raise if another process has joined as this rank."""
+    if (found["process"], found.get("token")) != (info["process"], info["token"]):
         raise RuntimeError(
-            f"expected one process for each rank, rank {waiting.rank} of {waiting.size} has joined at {waiting.where} "
-            f"already: {_process(found)}. This is {_process(note)}. Was a rank started twice, or is the port another "
-            "job's? Then set MASTER_PORT to another port on all ranks of one of them"
+            f"expected one process for each rank, but rank {waiting.rank} of {waiting.size} has already joined at "
+            f"{waiting.where}: {_process(found)}. This is {_process(info)}. Check that no rank was started twice. If "
+            "another job uses this port, set MASTER_PORT to another port on all ranks of one of them"
         )
 
 
 def _compare_jobs(store: Store, where: str) -> None:
     """Raise unless a rank of this job has opened the store."""
     try:
-        store.wait([JOB], timedelta(seconds=FOREIGN))
+        store.wait([JOB], timedelta(seconds=FOREIGN_TIMEOUT))
         found = f"that of job {printable(store.get(JOB).decode(errors='replace'))}"
     except dist.DistStoreError:
         found = "that of another program"
     expected = f"job {printable(job_id())}"
     if found != f"that of {expected}":
         raise RuntimeError(
-            f"expected the store of this {expected} at {where}, found {found}: set MASTER_PORT to another port on all "
+            f"expected the store of this {expected} at {where}, got {found}: set MASTER_PORT to another port on all "
             "ranks of one of them"
         )
 
 
-def _gather_notes(words: Store, waiting: _Waiting) -> list[dict[str, Any]]:
-    """Wait for the notes of all ranks and return them."""
-    keys = [f"note of {rank}" for rank in range(waiting.size)]
+def _gather_info(store: Store, waiting: _Waiting) -> list[dict[str, Any]]:
+    """Wait for the info of all ranks and return it."""
+    keys = [f"info of {rank}" for rank in range(waiting.size)]
     while True:
-        limit = max(min(waiting.left(), waiting.silence(), 5.0), 0.01)  # so that Ctrl-C is answered
+        limit = max(min(waiting.left(), waiting.until_notice(), 5.0), 0.01)  # short, so that Ctrl-C works
         try:
-            words.wait(keys, timedelta(seconds=limit))
+            store.wait(keys, timedelta(seconds=limit))
         except dist.DistStoreError:
-            if waiting.left() > 0 and waiting.silence() > 0:
+            if waiting.left() > 0 and waiting.until_notice() > 0:
                 continue
-            missing = _numbers([rank for rank, key in enumerate(keys) if not words.check([key])])
+            missing = _numbers([rank for rank, key in enumerate(keys) if not store.check([key])])
             if waiting.left() <= 0:
                 raise RuntimeError(
-                    f"expected {waiting.size} ranks to join within {waiting.limit:g} s, missing: {missing}"
+                    f"expected {waiting.size} ranks to join within {waiting.limit:g} s, missing: {missing}. Check that "
+                    "they were started, or set SYNCNORM_JOIN_TIMEOUT to wait longer"
                 ) from None
-            waiting.say(f"rank{'s' * (',' in missing)} {missing} at {waiting.where}")
+            waiting.notify(f"rank{'s' * (',' in missing)} {missing} at {waiting.where}")
         else:
-            return [_read(note, rank, waiting.where) for rank, note in enumerate(words.multi_get(keys))]
+            return [_read(info, rank, waiting.where) for rank, info in enumerate(store.multi_get(keys))]
 
 
 def _read(written: str | bytes, rank: int, where: str) -> dict[str, Any]:
-    """Return a rank's note as it was before it went into the store."""
+    """Return a rank's info from its text in the store."""
     with contextlib.suppress(ValueError):
-        note = json.loads(written)
-        if isinstance(note, dict) and isinstance(note.get("host"), str) and isinstance(note.get("process"), int):
-            return note | {"host": printable(note["host"])}
+        info = json.loads(written)
+        if isinstance(info, dict) and isinstance(info.get("host"), str) and isinstance(info.get("process"), int):
+            return info | {"host": printable(info["host"])}
     raise RuntimeError(
-        f"expected the note of rank {rank} at {where} to be written by syncnorm, got {printable(str(written))[:200]}"
+        f"expected the info of rank {rank} at {where} to be written by syncnorm, got {printable(str(written))[:200]}"
     )
 
 
-def _process(note: dict[str, Any]) -> str:
-    """Return the name of the process that wrote a note."""
-    return f"process {note['process']} on {note['host']}"
+def _process(info: dict[str, Any]) -> str:
+    """Return the process id and the host of a rank."""
+    return f"process {info['process']} on {info['host']}"
 
 
 def _numbers(ranks: Sequence[int]) -> str:
-    """Return ranks as text: "1, 3", of many the first ones and how many more there are."""
+    """Return ranks as text, such as "1, 3": at most 16 of them, and how many more there are."""
     shown = ", ".join(map(str, ranks[:16]))
     return f"{shown} and {len(ranks) - 16} more" if len(ranks) > 16 else shown
 
 
 def address_of_this_host() -> str:
-    """Return an address that other hosts reach: MASTER_ADDR if it is set, else the first one that is not local."""
+    """Return an address that other hosts can reach: MASTER_ADDR if set, else the first one that is not loopback."""
     if "MASTER_ADDR" in os.environ:
         return os.environ["MASTER_ADDR"]
-    import fcntl  # not on every system that can import syncnorm
+    import fcntl  # not available on every system
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, interface in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has no IPv4 address
+            with contextlib.suppress(OSError):  # the interface has no IPv4 address
                 answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()))
                 address = socket.inet_ntoa(answer[20:24])
                 if not address.startswith("127."):

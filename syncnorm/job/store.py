@@ -1,11 +1,11 @@
-"""The job's store: where it listens, whether one answers at an address, and connections to it.
+"""The job's store: open it, probe an address for one, connect to it.
 
-A `torch.distributed.TCPStore` has no password: whoever reaches its port can read and write it. By default it listens on
-all interfaces. Here it listens only on the address at which the ranks meet, which is a loopback address where they are
-all on one host.
+A `torch.distributed.TCPStore` has no password: any process that can reach its port can read and write it. By default it
+listens on all interfaces. Here it listens only on MASTER_ADDR, which is a loopback address if all ranks are on one
+host.
 
-Torch's own connection to a port that is closed, or that another program uses, takes minutes or never ends, and prints
-the stack of its C++ code. So the address is tried first.
+If the port is closed, or used by another program, PyTorch's own connection attempt takes minutes or never returns, and
+prints a C++ stack trace. Therefore the address is probed first.
 """
 
 from __future__ import annotations
@@ -37,23 +37,24 @@ __all__ = [
 LOCALHOST = "127.0.0.1"
 ANOTHER_PROGRAM = "another program uses the port"
 BACKLOG = 4096  # ranks that may connect at the same time
-GREETING = struct.Struct("=BIBI")  # what torch's clients send first: VALIDATE with a magic number, PING with any
+GREETING = struct.Struct("=BIBI")  # a client's first message: VALIDATE with a magic number, PING with any number
 VALIDATE, MAGIC, PING, NUMBER = 0, 0x3C85F7CE, 13, 0x53594E43
 
 
 class PortInUseError(RuntimeError):
-    """The port at which the store was to listen belongs to another program."""
+    """The port of the store is in use by another program."""
 
 
 def open_store(host: str, port: int, timeout: timedelta) -> Store:
-    """Open the store for the ranks that will connect to `host` and `port` (0: any port that is free).
+    """Open the store for the ranks that will connect to `host` and `port` (0: any free port).
 
-    It listens on the address that `host` stands for here. It listens on all interfaces where that is no address of this
-    machine (as of a service), or a loopback address here and perhaps not on other hosts (as many systems' own names).
+    It listens on the address that `host` resolves to here. It listens on all interfaces if this is not an address of
+    this machine (such as a service's). It also does so if this is a loopback address, as for many machines' own names,
+    because other hosts may resolve the name differently.
 
     Raises:
-        PortInUseError: another program listens there.
-        RuntimeError: this process may not listen there.
+        PortInUseError: another program uses the port.
+        RuntimeError: this process may not listen on the port.
     """
     listening = _listen(host, port)
     address, port = listening.getsockname()[:2]
@@ -70,17 +71,17 @@ def open_store(host: str, port: int, timeout: timedelta) -> Store:
 
 
 def connect(host: str, port: int, timeout: timedelta) -> Store:
-    """Return a connection to a store that answers; `timeout` is that of its operations."""
+    """Return a connection to a store that answers. `timeout` applies to each operation."""
     return dist.TCPStore(host, port, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
 
 
 def obstacle(host: str, port: int, timeout: float) -> str | None:
-    """Return why no store can be reached at an address, after so many seconds at most; None if one answers."""
+    """Return why no store can be reached at an address within `timeout` seconds, or None if one answers."""
     try:
         connection = socket.create_connection((host, port), timeout)
     except TimeoutError:
         return "no answer"
-    except (socket.gaierror, UnicodeError):  # of which the second is Python's answer to impossible names
+    except (socket.gaierror, UnicodeError):  # UnicodeError: the name is invalid
         return f"the name {host!r} is unknown"
     except OSError as error:
         return (error.strerror or str(error)).lower()
@@ -92,13 +93,13 @@ def obstacle(host: str, port: int, timeout: float) -> str | None:
 
 
 def write_once(store: Store, key: str, value: str) -> str:
-    """Write under the key unless someone did, and return what stands there."""
+    """Set the key unless it is set, and return its value."""
     written: bytes = store.compare_set(key, "", value)
     return written.decode(errors="replace")
 
 
 def free_port() -> int:
-    """Return a port of this host that is free now."""
+    """Return a port of this host that is currently free."""
     with socket.create_server((LOCALHOST, 0)) as probe:
         port: int = probe.getsockname()[1]
         return port
@@ -126,14 +127,14 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
-    """Return the addresses that `host` is here, without loopback ones if it may be another machine's elsewhere."""
+    """Return the addresses of `host`, without loopback ones if other hosts may resolve the name differently."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError):
         return []
-    told = os.environ
+    environ = os.environ
     one_host = host == "localhost" or _is_loopback(host)
-    one_host |= "LOCAL_WORLD_SIZE" in told and told["LOCAL_WORLD_SIZE"] == told.get("WORLD_SIZE")
+    one_host |= "LOCAL_WORLD_SIZE" in environ and environ["LOCAL_WORLD_SIZE"] == environ.get("WORLD_SIZE")
     addresses = [(family, str(address[0])) for family, _, _, _, address in found]
     return [(family, address) for family, address in addresses if one_host or not _is_loopback(address)]
 

@@ -1,4 +1,4 @@
-"""An mpi4py communicator: MPI collectives directly on the memory of the tensors.
+"""An mpi4py communicator: MPI collectives directly on the memory of tensors.
 
 Importing this module imports mpi4py, which initializes MPI.
 """
@@ -19,13 +19,13 @@ from .buffers import memory_at, message, stage
 from .datatypes import ARITHMETIC, arithmetic
 from .forks import forbid
 from .health import health
-from .library import MPI, raise_of_mpi, ranks_in_the_job
+from .library import MPI, raise_mpi_error, ranks_in_the_job
 from .progress import wait_until
 from .unfinished import hold
 
 __all__ = ["MpiCommunicator", "of_comm"]
 
-ISSUES_COLLECTIVES = True  # what `syncnorm.job.desync` knows these functions by
+ISSUES_COLLECTIVES = True  # lets `syncnorm.job.desync` recognize these functions
 
 IN_PLACE = MPI.IN_PLACE
 
@@ -35,14 +35,14 @@ class MpiCommunicator:
 
     Args:
         comm: an intracommunicator that this process is a member of (not `MPI.COMM_NULL`).
-        timeout: raise DesyncError, naming the operation, when its peers have not come after this time; None: wait.
-            With a timeout tensors travel by MPI's non-blocking collectives.
+        timeout: time after which a collective raises DesyncError if other ranks have not joined it. Default: no limit.
+            With a timeout, MPI's non-blocking collectives are used.
 
-    After a call that timed out, or that MPI reported an error of, every later call on this communicator raises
-    DesyncError: its ranks may be at different calls.
+    After a call that timed out or failed in MPI, every later call on this communicator raises DesyncError, because its
+    ranks may be at different calls.
     """
 
-    unusable = ""  # why collectives raise; of the class in a forked child
+    unusable = ""  # why collectives raise; set on the class in a forked child
 
     def __init__(self, comm: MPI.Comm, timeout: timedelta | None = None):
         self.comm = comm
@@ -58,7 +58,7 @@ class MpiCommunicator:
         except KeyError:
             return self._all_reduce_staged(tensor)
         if self.timeout is None and tensor.is_cpu and tensor.is_contiguous() and self.health.failure is None:
-            # What a layer sends. MPI takes 2 µs for it, so each further look-up would show.
+            # The path of a layer. MPI takes 2 µs for it, so every further lookup would be measurable.
             if self.unusable:
                 raise RuntimeError(self.unusable)
             try:
@@ -75,7 +75,7 @@ class MpiCommunicator:
         return write_back(tensor, staged)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """Replace `tensor` by that of `root` in place: one `MPI_Bcast`."""
+        """Overwrite `tensor` with that of `root`: one `MPI_Bcast`."""
         staged = stage(tensor)
         self._run("Bcast", message(staged), root, memory=staged)
         return write_back(tensor, staged)
@@ -88,7 +88,7 @@ class MpiCommunicator:
         return list(gathered.to(tensor.device).unbind(0))
 
     def all_gather_object(self, obj: Any) -> list[Any]:
-        """Return the objects of all ranks, pickled on the way: one `MPI_Allgather`, and one of the sizes."""
+        """Return the objects of all ranks, which are pickled: one `MPI_Allgather` of the sizes and one of the data."""
         pickled = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
         sizes = [int(size) for size in self.all_gather(torch.tensor(len(pickled), device="cpu"))]
         padded = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
@@ -101,7 +101,7 @@ class MpiCommunicator:
         self._run("Barrier")
 
     def local_rank(self) -> int:
-        """Return this rank's place among those on its host: one `MPI_Comm_split_type`, which all ranks call."""
+        """Return this rank's index among those on its host: one `MPI_Comm_split_type`, which all ranks must call."""
         self._check()
         host = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         rank: int = host.Get_rank()
@@ -109,12 +109,12 @@ class MpiCommunicator:
         return rank
 
     def split(self, block: int) -> MpiCommunicator:
-        """Return the ranks that give the same block: one `MPI_Comm_split`, which all ranks of this group call."""
+        """Return the ranks that pass the same `block`: one `MPI_Comm_split`, which all ranks must call."""
         self._check()
         return MpiCommunicator(self.comm.Split(block, self.rank), self.timeout)
 
     def _run(self, function: str, *arguments: Any, memory: Any = None) -> None:
-        """Call the MPI function: blocking, or under the timeout in its non-blocking form. `memory` must outlive it."""
+        """Call an MPI function, or its non-blocking form if there is a timeout. `memory` is kept until MPI is done."""
         self._check()
         try:
             if self.timeout is None:
@@ -130,16 +130,16 @@ class MpiCommunicator:
             self._raise(function, error)
 
     def _check(self) -> None:
-        """Raise if no call can be made here: in a forked child, in a group that was destroyed, after a failure."""
+        """Raise in a forked child, after the group was destroyed, and after a failure."""
         if self.unusable:
             raise RuntimeError(self.unusable)
         self.health.check()
 
     def _raise(self, function: str, error: Exception) -> NoReturn:
-        """Let no call follow on one that failed, and raise its error: with the place of every rank, if it is theirs."""
+        """Refuse later calls and raise the error, as DesyncError with the location of each rank if ranks caused it."""
         if isinstance(error, MPI.Exception):
             self.health.fail(f"{self._name(function)}: {error}")
-            raise_of_mpi(error, self._name(function), self.comm)
+            raise_mpi_error(error, self._name(function), self.comm)
         self.health.fail(str(error))
         raise_desync(error, str(error), ranks_in_the_job(self.comm))
 
@@ -154,14 +154,14 @@ _made: weakref.WeakValueDictionary[int, MpiCommunicator] = weakref.WeakValueDict
 
 
 def of_comm(comm: MPI.Comm) -> MpiCommunicator:
-    """Return the communicator of an MPI.Comm, the same one for each."""
+    """Return the communicator of an MPI.Comm: always the same object for the same `comm`."""
     if comm == MPI.COMM_NULL:
         raise ValueError(
             f"expected an MPI communicator that this rank is a member of, got MPI.COMM_NULL on rank "
             f"{MPI.COMM_WORLD.rank} of MPI.COMM_WORLD"
         )
     made = _made.get(comm.handle)
-    if made is None or made.comm != comm:  # a handle is used again after Free
+    if made is None or made.comm != comm:  # MPI reuses handles after Free
         _made[comm.handle] = made = MpiCommunicator(comm)
     return made
 

@@ -22,7 +22,7 @@ ARITHMETIC = {
     torch.uint16: MPI.UINT16_T,
     torch.uint8: MPI.UINT8_T,
 }
-REPLACED = {  # what MPI has no type for -> what it is computed in
+REPLACED = {  # dtypes without an MPI datatype -> the dtype that they are reduced in
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
     torch.float8_e4m3fn: torch.float32,
@@ -33,7 +33,7 @@ TRANSPORT = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MP
 
 
 def arithmetic(dtype: torch.dtype) -> tuple[torch.dtype, MPI.Datatype]:
-    """Return the dtype in which MPI computes with tensors of `dtype`, and its datatype; TypeError if there is none."""
+    """Return the dtype in which MPI reduces tensors of `dtype`, and its MPI datatype; TypeError if there is none."""
     computed = REPLACED.get(dtype, dtype)
     if computed not in ARITHMETIC:
         raise TypeError(f"expected a tensor of a dtype that MPI can sum, got {dtype}")

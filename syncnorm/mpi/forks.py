@@ -1,4 +1,4 @@
-"""MPI in a forked child of a rank: a child that finalizes MPI would end its parent's part in the job."""
+"""Keep a forked child of a rank from using or finalizing its parent's MPI. Finalizing would disconnect the parent."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from .library import MPI
 
 __all__ = ["forbid"]
 
-FINALIZED = 7  # any state of Open MPI's after that in which MPI_Finalize has begun
+FINALIZED = 7  # any of Open MPI's states after the start of MPI_Finalize
 
 
 def forbid(communicators: Any) -> None:
-    """Make the collectives of a class of communicators raise in a forked child."""
+    """Make the collectives of a communicator class raise in a forked child."""
     _forbidden.append(communicators)
 
 
 def _in_child() -> None:
-    """Make collectives raise, and mpi4py not finalize MPI at the exit of this process."""
+    """Make collectives raise, and keep mpi4py from finalizing MPI when this process exits."""
     if not MPI.Is_initialized():
         return
     for communicators in _forbidden:
         communicators.unusable = REFUSAL
     try:
         state = ctypes.c_int32.in_dll(ctypes.CDLL(MPI.__file__), "ompi_mpi_state")
-    except (OSError, ValueError):  # another MPI, which keeps it to itself
+    except (OSError, ValueError):  # not Open MPI
         _exit_before_mpi4py()
     else:
         state.value = FINALIZED
 
 
 def _exit_before_mpi4py() -> None:
-    """Make the last of Python's own exit functions end the process: mpi4py finalizes MPI after them.
+    """End the process in the last of Python's exit functions, because mpi4py finalizes MPI after them.
 
-    Python does not tell them the status that `raise SystemExit(status)` asks for; it becomes 0.
+    Exit functions do not see the status of `raise SystemExit(status)`. It becomes 0.
     """
     statuses = [0]
     exit = sys.exit
 
-    def noted(status: Any = None) -> NoReturn:
+    def recording_exit(status: Any = None) -> NoReturn:
         statuses.append(status if isinstance(status, int) else int(status is not None))
         exit(status)
 
@@ -56,7 +56,7 @@ def _exit_before_mpi4py() -> None:
                 stream.flush()
         os._exit((1 if hasattr(sys, "last_value") else statuses[-1]) & 255)
 
-    sys.exit = noted
+    sys.exit = recording_exit
     atexit.register(end)
 
 

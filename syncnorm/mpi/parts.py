@@ -1,4 +1,4 @@
-"""Tensors of all ranks side by side in memory, as MPI's collectives of unequal parts take them."""
+"""Tensors of all ranks, concatenated for MPI's collectives with unequal counts."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -16,7 +16,7 @@ __all__ = ["Parts"]
 
 
 class Parts:
-    """Tensors, one for each rank, of any sizes, side by side in memory."""
+    """Tensors of any sizes, one for each rank, concatenated in memory."""
 
     def __init__(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None):
         self.tensors = tensors
@@ -26,6 +26,6 @@ class Parts:
         self.message = [buffer, self.counts, datatype]
 
     def write_back(self) -> list[Tensor]:
-        """Copy what MPI left here to the tensors."""
+        """Copy the parts that MPI received back to the tensors."""
         parts = zip(self.tensors, self.flat.split(self.counts), strict=True)
         return [write_back(tensor, part.view(tensor.shape)) for tensor, part in parts]

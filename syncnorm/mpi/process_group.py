@@ -1,14 +1,14 @@
 """The collectives of torch.distributed on mpi4py.
 
-All calls become MPI's non-blocking ones, so synchronous calls of one rank meet asynchronous calls of another, as in
-torch.distributed. A collective on tensors of any strides, dtype and device passes through contiguous memory where it
-has to (`syncnorm.mpi.buffers`).
+All calls use MPI's non-blocking functions, so a synchronous call on one rank matches an asynchronous call on another,
+as in torch.distributed. Tensors of any strides, dtype and device are supported. They are copied to contiguous memory
+where necessary (`syncnorm.mpi.buffers`).
 
-The ranks of torch.distributed are those of MPI.COMM_WORLD. A subgroup is made by `MPI_Comm_create_group`, which only
+The ranks of torch.distributed are those of MPI.COMM_WORLD. A subgroup is created by `MPI_Comm_create_group`, which only
 its members call.
 """
 
-# The methods that torch calls have its names and overloads, and are documented there.
+# torch calls these methods. They have its names and overloads, and are documented there.
 # ruff: noqa: D102, N802, N803
 # mypy: disable-error-code="override, assignment, no-untyped-call, no-any-return"
 
@@ -42,7 +42,7 @@ from .work import NO_TIME, MpiWork, Started
 
 __all__ = ["BACKEND", "DEVICES", "MpiProcessGroup"]
 
-ISSUES_COLLECTIVES = True  # what `syncnorm.job.desync` knows these functions by
+ISSUES_COLLECTIVES = True  # lets `syncnorm.job.desync` recognize these functions
 
 BACKEND = "mpi4py"
 DEVICES = ["cpu", "cuda"]
@@ -52,13 +52,13 @@ is_profiled = torch._C._autograd._profiler_enabled
 class MpiProcessGroup(dist.ProcessGroup):
     """The collectives and point-to-point calls of torch.distributed on the ranks of an mpi4py communicator.
 
-    torch calls the methods; their names and signatures are those of its C++ class. What MPI cannot do raises, naming
-    it. After a call that failed, every later one raises DesyncError.
+    torch calls the methods. Their names and signatures are those of its C++ class. Operations that MPI does not support
+    raise an error that names them. After a failed call, every later call raises DesyncError.
 
     Args:
-        comm: an intracommunicator, for this group's use alone.
-        timeout: after which a call whose peers do not come raises.
-        store: torch's, that the group was made with.
+        comm: an intracommunicator that nothing else uses.
+        timeout: time after which a call raises if other ranks do not join it.
+        store: torch's store that the group was created with.
     """
 
     supports_splitting = supports_coalescing = supports_time_estimate = False
@@ -66,21 +66,21 @@ class MpiProcessGroup(dist.ProcessGroup):
     def __init__(self, comm: MPI.Comm, timeout: timedelta, store: Any = None):
         super().__init__(comm.Get_rank(), comm.Get_size())  # type: ignore[call-arg]
         self.all = comm
-        self.communicator = MpiCommunicator(comm.Dup())  # straight to MPI; its calls cannot meet those of `comm`
+        self.communicator = MpiCommunicator(comm.Dup())  # for layers; its calls cannot be matched with those of `comm`
         self.health = self.communicator.health
-        share(self.health, comm)  # one fails with the other
+        share(self.health, comm)  # a failure of one is a failure of both
         self.timeout = timeout
         self.store = store
         self.description = ""
-        self.sequence_number = 0  # of collectives
-        self.barriers = 0  # of monitored ones
+        self.sequence_number = 0  # the number of collectives so far
+        self.barriers = 0  # the number of monitored barriers so far
         self.setGroupName("")
         for device in DEVICES:
             self._register_backend(torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, None)
 
     # fmt: off
     def getBackendName(self) -> str: return BACKEND
-    def rank(self) -> int: return self.communicator.rank  # torch's own takes 0.8 µs
+    def rank(self) -> int: return self.communicator.rank  # torch's own method takes 0.8 µs
     def size(self) -> int: return self.communicator.size
     def getGroupName(self) -> str: return self.torch_name
     def setGroupDesc(self, description: str) -> None: self.description = description
@@ -94,7 +94,7 @@ class MpiProcessGroup(dist.ProcessGroup):
 
     @property
     def comm(self) -> MPI.Comm:
-        """The MPI communicator; DesyncError after a call that failed."""
+        """The MPI communicator. Raises DesyncError after a failed call."""
         self.health.check()
         return self.all
 
@@ -107,11 +107,11 @@ class MpiProcessGroup(dist.ProcessGroup):
         self.where = f"on rank {self.rank()} of {self.size()} of group {name or 'default'}"
 
     def shutdown(self) -> None:
-        """Refuse what layers would send. Free nothing: MPI_Comm_free is collective, and ranks may leave one by one."""
+        """Make layers' collectives raise. Nothing is freed: MPI_Comm_free is collective, and ranks may leave singly."""
         self.communicator.unusable = DESTROYED
 
     def abort(self) -> None:
-        """Let later calls raise; MPI has no way to end those under way."""
+        """Make later calls raise. MPI cannot cancel collectives in progress."""
         self.health.fail(f"abort {self.where}")
 
     @torch_signatures(dist.AllreduceOptions, "tensors|tensor", rest="op timeout")
@@ -194,7 +194,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any
     ) -> MpiWork:
         for output, input in zip(outputs, inputs, strict=True):
-            _refuse(input.numel() == output.numel() * self.size(), f"{output.numel()} elements per rank", input)
+            _check(input.numel() == output.numel() * self.size(), f"{output.numel()} elements per rank", input)
         parts = [t.reshape(self.size(), -1).unbind(0) for t in inputs]
         return self._work(
             "reduce_scatter_tensor",
@@ -238,14 +238,15 @@ class MpiProcessGroup(dist.ProcessGroup):
         return self._work("barrier", opts, [], lambda: [(self.comm.Ibarrier(), lambda: None)])
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        """Return when all ranks have come; else rank 0 names the first that has not, or all, by `wait_all_ranks`."""
+        """Return when all ranks have joined. Else rank 0 names the first missing rank, or all if `wait_all_ranks`."""
         limit = self.timeout if timeout is None else timeout
         self.barriers += 1
-        tag = self.barriers % 2**15  # a message that comes too late is none of the next barrier
+        tag = self.barriers % 2**15  # a late message cannot match the next barrier
         self.health.check()
         within = f"{limit.total_seconds() * 1000:g} ms"
         if self.rank() != 0:
-            works = [self._tell(self.communicator.comm.Isend, 0, tag), self._tell(self.communicator.comm.Irecv, 0, tag)]
+            comm = self.communicator.comm
+            works = [self._exchange(comm.Isend, 0, tag), self._exchange(comm.Irecv, 0, tag)]
             if self._incomplete(works, limit):
                 raise DesyncError(
                     f"Rank {self.rank()} successfully reached monitoredBarrier, but received errors while waiting for "
@@ -255,27 +256,27 @@ class MpiProcessGroup(dist.ProcessGroup):
         if limit <= NO_TIME:
             raise DesyncError(f"Rank 0 timed out in monitoredBarrier after {within}.")
         others = range(1, self.size())
-        absent = self._incomplete([self._tell(self.communicator.comm.Irecv, rank, tag) for rank in others], limit)
-        if absent:
-            ranks = ", ".join(str(place + 1) for place in absent[: None if wait_all_ranks else 1])
+        missing = self._incomplete([self._exchange(self.communicator.comm.Irecv, rank, tag) for rank in others], limit)
+        if missing:
+            ranks = ", ".join(str(index + 1) for index in missing[: None if wait_all_ranks else 1])
             raise DesyncError(f"Rank{'s' * (', ' in ranks)} {ranks} failed to pass monitoredBarrier in {within}")
-        self._incomplete([self._tell(self.communicator.comm.Isend, rank, tag) for rank in others], limit)
+        self._incomplete([self._exchange(self.communicator.comm.Isend, rank, tag) for rank in others], limit)
 
-    def _tell(self, function: Callable[..., MPI.Request], rank: int, tag: int) -> MpiWork:
+    def _exchange(self, function: Callable[..., MPI.Request], rank: int, tag: int) -> MpiWork:
         flag = torch.zeros(1, device="cpu")
         started = [(function(message(flag), rank, tag), lambda: flag)]
         return MpiWork(f"monitored_barrier {self.where}", started, [], self.timeout, self.all, self.health)
 
     def _incomplete(self, works: list[MpiWork], limit: timedelta) -> list[int]:
-        """Return the places of the works that are not complete after `limit`, at once if all are."""
+        """Return the indices of the works that are not complete after `limit`. Return early if all are complete."""
         deadline = time.monotonic() + limit.total_seconds()
         while True:
-            places = [place for place, work in enumerate(works) if not work.is_success()]
-            if not places:
+            incomplete = [index for index, work in enumerate(works) if not work.is_success()]
+            if not incomplete:
                 return []
             if time.monotonic() > deadline:
                 self.health.fail(overdue(works[0].name, limit))
-                return places
+                return incomplete
             os.sched_yield()
 
     def _work(
@@ -286,7 +287,10 @@ class MpiProcessGroup(dist.ProcessGroup):
         start: Callable[[], list[Started]],
         title: str | None = None,
     ) -> MpiWork:
-        """Start what `start` does, under a name for errors; `title` is the profiler's, of calls that name a rank."""
+        """Call `start` and return its work.
+
+        `name` is used in errors. `title` is the profiler's name for point-to-point calls, whose `name` has a rank.
+        """
         record = None
         if is_profiled():
             record = torch.autograd.profiler.record_function(f"{BACKEND}:{title or name}")
@@ -297,18 +301,18 @@ class MpiProcessGroup(dist.ProcessGroup):
         except MPI.Exception as error:
             self.health.fail(f"{name} {self.where}: {error}")
             raise
-        given = NO_TIME if opts is None else opts.timeout  # less than none where the caller gave no timeout
+        given = NO_TIME if opts is None else opts.timeout  # negative if the caller passed no timeout
         limit = given if given > NO_TIME else self.timeout
         return MpiWork(f"{name} {self.where}", started, list(result), limit, self.all, self.health, record)
 
     def _split(self, tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-        """Return the parts of a tensor, one for each rank: of these sizes along its first axis, or of equal ones."""
+        """Split a tensor along its first axis, one part for each rank: of the given sizes, or of equal sizes."""
         even = len(tensor) // self.size()
         sizes = list(sizes) or [even] * self.size()
-        _refuse(len(sizes) == self.size() and sum(sizes) == len(tensor), f"{self.size()} parts of {sizes} rows", tensor)
+        _check(len(sizes) == self.size() and sum(sizes) == len(tensor), f"{self.size()} parts of {sizes} rows", tensor)
         return tensor.split(sizes)
 
-    # One MPI call each. Staged tensors are kept by what is done at the end.
+    # Each of these issues one MPI call. The returned functions keep the staged tensors alive.
 
     def _send(self, tensor: Tensor, rank: int, tag: int) -> Started:
         staged = stage(tensor)
@@ -324,7 +328,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         return request, lambda: write_back(tensor, average(staged))
 
     def _all_reduce_sparse(self, tensors: Sequence[Tensor], opts: Any) -> list[Started]:
-        """Gather the entries of all ranks and sum those that meet; the numbers of entries first, which waits."""
+        """Gather the entries of all ranks and sum duplicates. Gathers their numbers first, and waits for that."""
         (tensor,) = tensors
         if opts.reduceOp != ReduceOp.SUM:
             raise NotImplementedError("expected the SUM of a sparse tensor, got another reduction")
@@ -363,11 +367,11 @@ class MpiProcessGroup(dist.ProcessGroup):
         return self.comm.Iallgatherv(message(staged), gathered.message), lambda: (staged, gathered.write_back())
 
     def _all_gather_single(self, output: Tensor, tensor: Tensor) -> Started:
-        _refuse(output.dtype == tensor.dtype, f"an output of {tensor.dtype}, as the input", output)
-        _refuse(output.numel() == tensor.numel() * self.size(), f"{tensor.numel()} elements for each rank", output)
+        _check(output.dtype == tensor.dtype, f"an output of {tensor.dtype}, as the input", output)
+        _check(output.numel() == tensor.numel() * self.size(), f"{tensor.numel()} elements for each rank", output)
         gathered = stage(output)
-        own = gathered.flatten().chunk(self.size())[self.rank()]  # fully_shard has it there, and MPI forbids aliases
-        stage(write_back(own, tensor.reshape(own.shape)))  # on a GPU, MPI waits for the copy
+        own = gathered.flatten().chunk(self.size())[self.rank()]  # fully_shard aliases it, which MPI forbids
+        stage(write_back(own, tensor.reshape(own.shape)))  # on a GPU, waits for the copy
         return self.comm.Iallgather(MPI.IN_PLACE, message(gathered)), lambda: write_back(output, gathered)
 
     def _gather(self, outputs: Sequence[Tensor], tensor: Tensor, root: int) -> Started:
@@ -402,29 +406,29 @@ class MpiProcessGroup(dist.ProcessGroup):
         return self.comm.Ialltoallv(sent.message, received.message), lambda: (sent, received.write_back())
 
     def _check_parts(self, parts: Sequence[Tensor], own: Tensor) -> None:
-        """Refuse parts that are not one for each rank, not of one dtype, or of which this rank's is not as large."""
+        """Raise unless there is one part for each rank, all have the dtype of `own`, and this rank's has its size."""
         if len(parts) != self.size():
             raise ValueError(f"expected a tensor for each of {self.size()} ranks, got {len(parts)}")
         for part in parts:
-            _refuse(part.dtype == own.dtype, f"tensors of one dtype, {own.dtype}", part)
+            _check(part.dtype == own.dtype, f"tensors of one dtype, {own.dtype}", part)
         mine = parts[self.rank()]
-        _refuse(mine.numel() == own.numel(), f"{own.numel()} elements for rank {self.rank()}", mine)
+        _check(mine.numel() == own.numel(), f"{own.numel()} elements for rank {self.rank()}", mine)
 
     def _reducible(self, tensor: Tensor, op: Any) -> tuple[Tensor, MPI.Datatype, MPI.Op, Callable[[Tensor], Tensor]]:
-        """Return memory that MPI computes with, its datatype, the operation, and the division that an average needs."""
+        """Return the staged tensor, its MPI datatype, the operation, and a function that divides for an average."""
         dtype, datatype, operation, averages = reduction(int(op.op), tensor.dtype)
-        return stage(tensor, dtype), datatype, operation, self._divide if averages else _leave
+        return stage(tensor, dtype), datatype, operation, self._divide if averages else _identity
 
     def _divide(self, total: Tensor) -> Tensor:
         return total.div_(self.communicator.size)
 
 
-def _refuse(right: bool, expected: str, tensor: Tensor) -> None:
+def _check(right: bool, expected: str, tensor: Tensor) -> None:
     if not right:
         raise ValueError(f"expected {expected}, got a tensor of shape {tuple(tensor.shape)} and {tensor.dtype}")
 
 
-def _leave(total: Tensor) -> Tensor:
+def _identity(total: Tensor) -> Tensor:
     return total
 
 

@@ -1,4 +1,4 @@
-"""Wait for MPI calls that were started, with a time limit."""
+"""Wait for non-blocking MPI calls with a timeout."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from datetime import timedelta
 __all__ = ["overdue", "wait_until"]
 
 
-def wait_until(is_complete: Callable[[], bool], limit: timedelta, who: str) -> None:
-    """Return when `is_complete` says so; after `limit` raise TimeoutError, naming `who` waited."""
+def wait_until(is_complete: Callable[[], bool], limit: timedelta, name: str) -> None:
+    """Return when `is_complete()` is true. After `limit`, raise a TimeoutError that names the call."""
     deadline = time.monotonic() + limit.total_seconds()
     while not is_complete():
         if time.monotonic() > deadline:
-            raise TimeoutError(overdue(who, limit))
+            raise TimeoutError(overdue(name, limit))
         os.sched_yield()  # ranks may share a core
 
 
-def overdue(who: str, limit: timedelta) -> str:
-    """Return what is said of a call whose peers have not come in time."""
-    return f"{who} waited {limit.total_seconds():g} s for its peers, then its timeout expired"
+def overdue(name: str, limit: timedelta) -> str:
+    """Return the error message of a call that timed out."""
+    return f"{name} waited {limit.total_seconds():g} s for its peers and timed out"

@@ -14,7 +14,7 @@ __all__ = ["reduction"]
 
 OPERATIONS = {
     ReduceOp.SUM: MPI.SUM,
-    ReduceOp.AVG: MPI.SUM,  # and a division
+    ReduceOp.AVG: MPI.SUM,  # followed by a division
     ReduceOp.MIN: MPI.MIN,
     ReduceOp.MAX: MPI.MAX,
     ReduceOp.PRODUCT: MPI.PROD,
@@ -24,7 +24,7 @@ OPERATIONS = {
 }
 BITWISE = {ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR}
 ORDERED = {ReduceOp.MIN, ReduceOp.MAX}
-OF_BOOLEANS = {
+LOGICAL = {
     **dict.fromkeys([ReduceOp.SUM, ReduceOp.MAX, ReduceOp.BOR], MPI.LOR),
     **dict.fromkeys([ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.BAND], MPI.LAND),
     ReduceOp.BXOR: MPI.LXOR,
@@ -35,19 +35,19 @@ OF_BOOLEANS = {
 def reduction(number: int, dtype: torch.dtype) -> tuple[torch.dtype, MPI.Datatype, MPI.Op, bool]:
     """Return the dtype in which MPI reduces `dtype`, its datatype, the operation, and whether a division follows.
 
-    The operation is told by its number: torch's enumerations take a microsecond to hash and compare.
+    The reduction is passed as a number, because torch's enumerations take a microsecond to hash and compare.
     """
     kind = ReduceOp.RedOpType(number)
     if kind not in OPERATIONS:
-        raise NotImplementedError(f"{kind.name} is no reduction of the mpi4py backend")
+        raise NotImplementedError(f"expected a reduction that the mpi4py backend supports, got {kind.name}")
     if dtype == torch.bool:
-        if kind not in OF_BOOLEANS:
-            raise TypeError(f"expected numbers to take {kind.name} of, got torch.bool")
-        return dtype, MPI.C_BOOL, OF_BOOLEANS[kind], False
+        if kind not in LOGICAL:
+            raise TypeError(f"expected a tensor of numbers for {kind.name}, got torch.bool")
+        return dtype, MPI.C_BOOL, LOGICAL[kind], False
     if kind in BITWISE and (dtype.is_floating_point or dtype.is_complex):
-        raise TypeError(f"expected integers to take {kind.name} of, got {dtype}")
+        raise TypeError(f"expected a tensor of integers for {kind.name}, got {dtype}")
     if kind == ReduceOp.AVG and not (dtype.is_floating_point or dtype.is_complex):
-        raise TypeError(f"expected a floating-point tensor to take AVG of, got {dtype}")
+        raise TypeError(f"expected a floating-point or complex tensor for AVG, got {dtype}")
     if kind in ORDERED and dtype.is_complex:
-        raise TypeError(f"expected real numbers to take {kind.name} of, got {dtype}")
+        raise TypeError(f"expected a tensor of real numbers for {kind.name}, got {dtype}")
     return *arithmetic(dtype), OPERATIONS[kind], kind == ReduceOp.AVG

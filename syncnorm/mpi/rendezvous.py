@@ -14,10 +14,10 @@ __all__ = ["export_rendezvous"]
 
 
 def export_rendezvous(world: MPI.Comm) -> None:
-    """Set what torchrun would, unless it is set: rank 0 opens a store on a free port and tells all ranks where.
+    """Set torchrun's variables unless they are set. Rank 0 opens a store on a free port and broadcasts its address.
 
     Raises:
-        RuntimeError: the launcher tells of several ranks, and MPI of one; or the environment tells of another rank.
+        RuntimeError: the launcher started several ranks and MPI reports one, or RANK and WORLD_SIZE contradict MPI.
     """
     if os.environ.keys() >= {*RENDEZVOUS}:
         _compare_with_mpi(world)

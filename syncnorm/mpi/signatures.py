@@ -1,4 +1,4 @@
-"""The forms in which the methods of a torch.distributed process group can be called."""
+"""The call signatures of the methods of a torch.distributed process group."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["torch_signatures"]
 
 
 def torch_signatures(options: type, *tensors: str, rest: str = "timeout", lists: bool = True) -> Callable[[Any], Any]:
-    """Give a method of tensors and options, as C++ calls it, the other forms of torch's own.
+    """Add torch's other signatures to a method that takes tensors and options, which is how C++ calls it.
 
     Args:
-        options: the class of its options.
-        tensors: the names of its arguments before the options; of one, "tensors|tensor", in the different forms.
-        rest: the names of what may be given in place of the options, in this order: fields of the options.
-        lists: whether a lone tensor stands for a list of one.
+        options: the class of the options.
+        tensors: the names of the arguments before the options. "tensors|tensor" gives alternative names of one.
+        rest: the names, in order, of arguments that can replace the options. They are fields of the options.
+        lists: whether a single tensor is accepted for a list of one tensor.
     """
     fields = {"op": "reduceOp", "root": "rootRank", "timeout": "timeout"}
     names = {name: place for place, alternatives in enumerate(tensors) for name in alternatives.split("|")}

@@ -1,7 +1,7 @@
-"""What MPI has not finished: it is held until MPI is done with it, whoever else has forgotten it.
+"""Unfinished MPI calls and their memory, kept alive until MPI is done with them.
 
-MPI writes into the memory of a call until that call is complete. A call that nobody waited for, or whose wait timed
-out, is kept here; so is its memory, beyond the end of Python if MPI is not done with it by then.
+MPI may write to the memory of a call until the call is complete. Calls that were never waited for, or that timed out,
+are kept here with their memory. If MPI is still not done when Python exits, the memory is never freed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .library import MPI
 
 __all__ = ["hold", "release", "watch"]
 
-EXIT_TIMEOUT = 5.0  # seconds that the end of the process waits for calls that nobody waited for
-INTERVAL = 50e-6  # seconds between two looks of the thread
-OWNER = os.getpid()  # children that are forked have no MPI
+EXIT_TIMEOUT = 5.0  # seconds to wait at exit for calls that were never waited for
+INTERVAL = 50e-6  # seconds between two polls of the thread
+OWNER = os.getpid()  # forked children have no MPI
 
 _held: dict[int, tuple[Callable[[], bool], Any]] = {}
 _watched: list[Callable[[], bool]] = []
@@ -30,19 +30,19 @@ _ending = False
 
 
 def hold(is_over: Callable[[], bool], memory: Any) -> None:
-    """Keep `memory` until `is_over` says that MPI is done with it."""
+    """Keep `memory` alive until `is_over()` is true, which means that MPI is done with it."""
     if _held:
         progress()
     _held[id(memory)] = is_over, memory
 
 
 def release(memory: Any) -> None:
-    """Keep `memory` no more: MPI is done with it."""
+    """Stop keeping `memory`, because MPI is done with it."""
     _held.pop(id(memory), None)
 
 
 def progress() -> None:
-    """Let MPI go on with what is held, and release what it has finished."""
+    """Let MPI make progress on what is held, and release what it has finished."""
     for key, (is_over, _) in list(_held.items()):
         if _is_over(is_over):
             _held.pop(key, None)
@@ -51,12 +51,12 @@ def progress() -> None:
 def _is_over(is_over: Callable[[], bool]) -> bool:
     try:
         return is_over()
-    except MPI.Exception:  # which ends a call too
+    except MPI.Exception:  # an error ends a call too
         return True
 
 
 def watch(is_settled: Callable[[], bool]) -> None:
-    """Call `is_settled` in a thread until it returns True, for those who wait where no Python runs."""
+    """Call `is_settled` in a thread until it returns True, for callers that wait in C++."""
     global _watcher
     with _changed:
         _watched.append(is_settled)
@@ -83,7 +83,7 @@ def _watch() -> None:
 
 @atexit.register
 def _end() -> None:
-    """Complete what is held, or leave its memory to MPI for good: MPI_Finalize runs after Python has ended."""
+    """Complete what is held, or never free its memory, because MPI_Finalize runs after Python's exit functions."""
     global _ending
     if os.getpid() != OWNER or MPI.Is_finalized():
         return

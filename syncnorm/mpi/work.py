@@ -1,6 +1,6 @@
-"""A collective that was started: what torch.distributed calls a Work, and its future."""
+"""A started collective: the Work of torch.distributed, and its future."""
 
-# torch calls the methods, which have its names and are documented there.
+# torch calls these methods. They have its names and are documented there.
 # ruff: noqa: D102
 # mypy: disable-error-code="override, assignment, no-untyped-call, no-any-return"
 
@@ -21,32 +21,32 @@ from ..errors import DesyncError
 from ..job.desync import raise_desync
 from . import unfinished
 from .health import Health
-from .library import MPI, raise_of_mpi, ranks_in_the_job
+from .library import MPI, raise_mpi_error, ranks_in_the_job
 from .progress import overdue, wait_until
 
 __all__ = ["NO_TIME", "MpiFuture", "MpiWork", "Started"]
 
-ISSUES_COLLECTIVES = True  # what `syncnorm.job.desync` knows these functions by
+ISSUES_COLLECTIVES = True  # lets `syncnorm.job.desync` recognize these functions
 
 NO_TIME = timedelta(0)
-MOMENT = 0.01  # seconds in which most works are complete; a thread would take the time from the backward pass
+MOMENT = 0.01  # seconds in which most works complete; watching them in a thread would slow the backward pass
 
-Started = tuple[MPI.Request, Callable[[], Any]]  # a request, and what to do when it is complete
+Started = tuple[MPI.Request, Callable[[], Any]]  # a request, and a function to call when it is complete
 
 
 class MpiWork(dist.Work):
-    """A collective under way: non-blocking MPI requests, and what to do with the memory they fill.
+    """A collective in progress: non-blocking MPI requests, and functions that process the memory they fill.
 
-    It is held until MPI is done with it, also when nobody waits for it and its group is destroyed.
+    It is kept alive until MPI is done with it, even if nothing waits for it and its group is destroyed.
 
     Args:
-        name: of the collective and where it runs, for errors.
-        started: requests, and what to do with the memory of each when all are complete.
-        result: the tensors that `result` and `get_future` give.
-        timeout: after which `wait` raises.
-        comm: whose ranks take part.
-        health: of its group.
-        record: the profiler's, which ends with the collective.
+        name: the collective and its rank and group, for errors.
+        started: requests, each with a function to call when all are complete.
+        result: the tensors that `result` and `get_future` return.
+        timeout: time after which `wait` raises.
+        comm: the communicator of the participating ranks.
+        health: the health of the group.
+        record: the profiler's record, which ends with the collective.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class MpiWork(dist.Work):
         self.error: BaseException | None = None
         self.status = MPI.Status()
         self.record = record
-        self.advancing = Lock()  # since a thread makes progress for futures
+        self.advancing = Lock()  # because a thread makes progress for futures
         unfinished.hold(self._advance, self)
 
     def _advance(self) -> bool:
-        """Return whether MPI is done with the requests; makes progress, does not block."""
+        """Make progress without blocking, and return whether MPI is done with the requests."""
         if not self.over and self.advancing.acquire(blocking=False):
             try:
                 if not self.over:
@@ -98,7 +98,7 @@ class MpiWork(dist.Work):
         except Exception as error:
             self._fail(error, f"{self.name}: {error}")
             if len(started) > 1:
-                unfinished.hold(lambda: False, started)  # the error was one request's
+                unfinished.hold(lambda: False, started)  # only one request failed; the others may continue
         self.over = True
         self.started = ()
         unfinished.release(self)
@@ -106,25 +106,25 @@ class MpiWork(dist.Work):
             self.record.__exit__(None, None, None)
 
     def _fail(self, error: BaseException, what: str) -> None:
-        """End in an error. What follows on this communicator may meet other calls of the peers."""
+        """End with an error. Later calls on this communicator could be matched with different calls of the peers."""
         self.error = error
         if isinstance(error, MPI.Exception | TimeoutError):
             self.health.fail(what)
 
     def is_completed(self) -> bool:
-        """Return whether the result is there, or will never be; makes progress, does not block."""
+        """Make progress without blocking, and return whether the collective has completed or failed."""
         return self._advance() or self.error is not None
 
     def is_success(self) -> bool:
-        """Return whether the collective has ended without an error."""
+        """Return whether the collective has completed without an error."""
         return self.is_completed() and self.error is None
 
     def exception(self) -> BaseException | None:
-        """Return the error that `wait` raises, if there is one yet."""
+        """Return the error that `wait` raises, or None if there is none so far."""
         return self.error
 
     def wait(self, timeout: timedelta = NO_TIME) -> bool:
-        """Return True when the result is there; raise what MPI reported, or DesyncError."""
+        """Wait for the result and return True. Raise MPI's error, or DesyncError."""
         if not self.is_completed():
             self.health.check()
             try:
@@ -135,15 +135,15 @@ class MpiWork(dist.Work):
             if isinstance(self.error, TimeoutError):
                 raise_desync(self.error, str(self.error), ranks_in_the_job(self.comm))
             if isinstance(self.error, MPI.Exception):
-                raise_of_mpi(self.error, self.name, self.comm)
-        except DesyncError as desync:  # the roll is called once
+                raise_mpi_error(self.error, self.name, self.comm)
+        except DesyncError as desync:  # the ranks are queried only once
             self.error = desync
         if self.error is not None:
             raise self.error
         return True
 
     def result(self) -> list[Tensor]:
-        """Return the tensors that the collective wrote to, when it has."""
+        """Wait, and return the tensors that the collective wrote."""
         self.wait()
         return self.tensors
 
@@ -159,9 +159,10 @@ class MpiWork(dist.Work):
 class MpiFuture(Future[list[Tensor]]):
     """The future of a work.
 
-    Callbacks run in the thread that adds them, which waits for the work: what they communicate, as PowerSGD's do, is
-    then in one order on all ranks. C++, such as DistributedDataParallel's, waits without Python. Works that are not
-    complete after a moment are watched by a thread, where MPI allows that.
+    A callback runs in the thread that adds it, after that thread has waited for the work. Collectives issued by
+    callbacks, such as PowerSGD's, therefore have the same order on all ranks. C++ code, such as
+    DistributedDataParallel's, waits without running Python. So a thread watches works that do not complete within a
+    moment, if MPI supports threads.
     """
 
     def __init__(self, work: MpiWork):
@@ -184,7 +185,7 @@ class MpiFuture(Future[list[Tensor]]):
         return self._settled()
 
     def _settled(self) -> bool:
-        """Return whether the result or the error is there; does not wait for it."""
+        """Return whether the work has completed or failed, without waiting for it."""
         if self.work.is_completed():
             self._settle()
         return super().done()
