@@ -335,7 +335,9 @@ def test_attributes_that_have_the_names_of_ours_are_refused(name):
     layer = nn.BatchNorm2d(2)
     setattr(layer, name, nn.ReLU() if name == "activation" else "mine")
     model = nn.Sequential(nn.BatchNorm2d(2), layer)
-    assert_refused(convert_sync_batchnorm, model, f"one with an attribute '{name}', which SyncBatchNorm also uses, at '1'")
+    assert_refused(
+        convert_sync_batchnorm, model, f"one with an attribute '{name}', which SyncBatchNorm also uses, at '1'"
+    )
     by_class = type("Own", (nn.BatchNorm2d,), {name: None})
     assert_refused(convert_sync_batchnorm, by_class(2), f"one with an attribute '{name}'")
 
