@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 import syncnorm
-from syncnorm import LazySyncBatchNorm, SyncBatchNorm, convert, convert_sync_batchnorm, fusion, revert_sync_batchnorm
+from syncnorm import LazySyncBatchNorm, SyncBatchNorm, convert, convert_sync_batchnorm, revert_sync_batchnorm
 from syncnorm.communicators import LocalCommunicator
 from syncnorm.testing import run_ranks
 
@@ -416,7 +416,7 @@ def test_a_shared_relu_passes_on_what_is_activated():
 
 
 def test_a_shared_relu_computes_what_was_changed():
-    sync, relu = convert_sync_batchnorm(Block(4, nn.ReLU()), fuse=True).bn1, fusion.ReLUIfNeeded()
+    sync, relu = convert_sync_batchnorm(Block(4, nn.ReLU()), fuse=True).bn1, convert.fusion.ReLUIfNeeded()
     y = sync(torch.randn(2, 4, 3, 3))
     assert relu(y) is y
     for changed in (y - 1, y.detach(), -y):

@@ -180,7 +180,7 @@ HOW = {
     parametrized: r"a parametrized one at '3.0': Parametrized.*; remove its parametrizations first and register",
     weight_normalized: "a parametrized one at '3.0': Parametrized.*; remove its parametrizations first",
     spectrally_normalized: "a parametrized one at '3.0': Parametrized.*; remove its parametrizations first",
-    compiled: r"a compiled one at '3.0': .*; revert the model that was given to torch\.compile",
+    compiled: r"a compiled one at '3.0': .*; revert the model that was passed to torch\.compile",
     replaced: "one whose forward was replaced at '3.0': .*; delete the forward attribute of the layer first",
     reclassed: "one whose class was replaced at '3.0': Another; restore the class that the conversion gave",
 }
@@ -335,7 +335,9 @@ def test_attributes_that_have_the_names_of_ours_are_refused(name):
     layer = nn.BatchNorm2d(2)
     setattr(layer, name, nn.ReLU() if name == "activation" else "mine")
     model = nn.Sequential(nn.BatchNorm2d(2), layer)
-    assert_refused(convert_sync_batchnorm, model, f"one with an attribute '{name}', which SyncBatchNorm uses .* at '1'")
+    assert_refused(
+        convert_sync_batchnorm, model, f"one with an attribute '{name}', which SyncBatchNorm also uses, at '1'"
+    )
     by_class = type("Own", (nn.BatchNorm2d,), {name: None})
     assert_refused(convert_sync_batchnorm, by_class(2), f"one with an attribute '{name}'")
 

@@ -28,8 +28,8 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
     In training, mean and (biased) var of each channel are computed over the batch and trailing axes of the inputs of
     *all* ranks. The running statistics are updated with them by `momentum`, running_var with the unbiased variance of
     the whole batch. They stay bitwise identical on every rank. A batch that is empty on all ranks does not change them.
-    In eval the running statistics are used. With `track_running_stats=False` eval uses the statistics of this rank's
-    input, since eval never communicates.
+    In eval mode the running statistics are used. With `track_running_stats=False` eval mode uses the statistics of this
+    rank's input, since it never communicates.
 
     Gradients are those of the sum of the ranks' losses. Gradients of weight and bias are this rank's share, as
     DistributedDataParallel expects: their sum over the ranks is the gradient of the whole batch.
@@ -55,15 +55,15 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
         dtype: of parameters and buffers.
         bias: learn the bias, if affine.
         activation: None, "relu", "leaky_relu" (slope 0.01), "silu" or "gelu_tanh", computed in the same pass over the
-            data. Backward saves the input. With a residual it also saves the signs of the sum, one bit each, or for
-            silu and gelu_tanh the residual.
-        inplace: write the output over the input. Requires activation None or "leaky_relu" and no residual. Backward
-            saves only the output and recomputes the input from it. This loses precision in half precision, and where
-            abs(weight) is much smaller than abs(bias). The normalized input x̂ is estimated from z, the output before
-            the activation, as (z - bias) * weight / (weight² + σ²). Here σ = finfo(input.dtype).eps * |bias| / sqrt(12)
-            is the standard deviation of the rounding of z. The gradient of a weight well above σ is accurate. For a
-            weight below σ the output no longer determines the input. The gradient of that weight then tends to 0 with
-            the weight, with an error of at most the sum of |dL/dz| (|x̂| + 1).
+            data. The input is saved for backward. With a residual the signs of the sum are saved too, one bit each, or
+            for silu and gelu_tanh the residual.
+        inplace: write the output over the input. Requires activation None or "leaky_relu" and no residual. Only the
+            output is saved for backward, which recomputes the input from it. This is less accurate in half precision,
+            and if abs(weight) is much smaller than abs(bias). The normalized input x̂ is estimated from z, the output
+            before the activation, as (z - bias) * weight / (weight² + σ²). Here
+            σ = finfo(input.dtype).eps * |bias| / sqrt(12) is the standard deviation of the rounding of z. The gradient
+            of a weight well above σ is accurate. If a weight is below σ, the output no longer determines the input. Its
+            gradient then tends to 0 with the weight, with an error of at most the sum of |dL/dz| (|x̂| + 1).
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of
     2C in backward (none if the input needs no gradient). All ranks of the group must issue them, in the same order. The

@@ -38,8 +38,8 @@ class GroupNorm(ProcessGroupMixin, nn.GroupNorm):
             the groups are not split.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 1 float64 in forward and
-    one of 2 N num_groups in backward. The first input of each N also issues one all-gather of 512 bytes, in
-    which the ranks compare their layer, N and num_groups. Otherwise none.
+    one of 2 N num_groups in backward. The first input of each N also issues one all-gather of 512 bytes, in which the
+    ranks compare their layer, N and num_groups. Otherwise none.
 
     Raises:
         DesyncError: on every rank, if the ranks are in different layers, or if their inputs differ in dtype.
