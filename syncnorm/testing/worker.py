@@ -1,4 +1,4 @@
-"""One rank of `syncnorm.testing.run_ranks`: reads its job from a directory, joins the group, leaves the outcome."""
+"""One rank of `syncnorm.testing.run_ranks`: reads its job from a directory, joins the group, writes its outcome."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..job.init import init
 
 @dataclass(frozen=True)
 class Job:
-    """What to call on every rank, and how the ranks find each other."""
+    """The function to call on every rank, and the settings of the group."""
 
     fn: Callable[..., Any]
     args: tuple[Any, ...]
@@ -35,7 +35,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank left: a result, or an error with its traceback; and when."""
+    """The result of a rank, or its error and traceback, and the time."""
 
     result: Any
     error: Exception | None
@@ -44,25 +44,25 @@ class Outcome:
 
 
 def read_outcome(directory: Path, rank: int) -> Outcome | None:
-    """Return what the rank left, None if it did not come so far."""
+    """Return the outcome of a rank, or None if it wrote none."""
     path = directory / f"outcome{rank}"
     outcome: Outcome | None = pickle.loads(path.read_bytes()) if path.exists() else None
     return outcome
 
 
 def main(directory: Path, rank: int) -> None:
-    """Run the job in `directory` as `rank`. A rank that is not done in time leaves its stack and ends."""
+    """Run the job in `directory` as `rank`. At the timeout, the rank writes its stack and exits."""
     with (directory / f"stack{rank}").open("w") as stack:
         job = _read_job(directory)
         faulthandler.dump_traceback_later(job.timeout, exit=True, file=stack)
         try:
-            left = pickle.dumps(Outcome(_call(directory, rank, job), None, "", time.time()))
+            outcome = pickle.dumps(Outcome(_call(directory, rank, job), None, "", time.time()))
             failed = False
         except Exception as error:
-            left = pickle.dumps(Outcome(None, _picklable(error), traceback.format_exc(), time.time()))
+            outcome = pickle.dumps(Outcome(None, _picklable(error), traceback.format_exc(), time.time()))
             failed = True
         temporary = directory / f"unfinished{rank}"
-        temporary.write_bytes(left)
+        temporary.write_bytes(outcome)
         temporary.rename(directory / f"outcome{rank}")
         faulthandler.cancel_dump_traceback_later()
     if failed:
@@ -91,7 +91,7 @@ def _call(directory: Path, rank: int, job: Job) -> Any:
         world_size=job.world_size,
         timeout=limit,
     )
-    dist.barrier()  # a rank that ended while others still connect would break their connections
+    dist.barrier()  # a rank that ends while others still connect would break their connections
     result = job.fn(*job.args)
     dist.destroy_process_group()
     return result
@@ -106,7 +106,7 @@ def _picklable(error: Exception) -> Exception:
 
 
 def main_under_mpirun() -> None:
-    """Run the job of the directory that the command line names, as the rank that MPI says."""
+    """Run the job in the directory given on the command line, as the rank that MPI assigned."""
     from ..mpi.library import MPI
 
     directory = Path(sys.argv[1])
