@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__, info
 from .communicators import communicator
-from .launchers import launched
+from .job.launcher import detect_launcher
 from .report import listing
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _info(job: bool) -> None:
-    joined = info.job(join=job or launched().launcher != "none")
+    joined = info.job(join=job or detect_launcher().launcher != "none")
     if communicator().rank == 0:
         print(listing({**info.machine(), **joined}))
 
@@ -122,6 +122,6 @@ def _files(**written: Path | None) -> report.Files:
     from .bench import report
 
     files = report.Files(**written)
-    if launched().rank == 0:
+    if detect_launcher().rank == 0:
         files.check()
     return files

@@ -9,7 +9,7 @@ from launchers import launch
 
 import syncnorm
 from syncnorm.cli import main
-from syncnorm.launchers import Launched
+from syncnorm.job.launcher import LaunchInfo
 
 
 def rows(output):
@@ -46,8 +46,8 @@ def test_info(tmp_path, launcher, ranks, name, communicator, backend):
 
 def test_info_joins_no_job_unless_it_is_asked_to(monkeypatch, capsys):
     joined = []
-    monkeypatch.setattr("syncnorm.bootstrap.init", lambda: joined.append(True) or syncnorm.communicator())
-    monkeypatch.setattr("syncnorm.cli.launched", lambda: Launched("none", 0, 1))
+    monkeypatch.setattr("syncnorm.info.init", lambda: joined.append(True) or syncnorm.communicator())
+    monkeypatch.setattr("syncnorm.cli.detect_launcher", lambda: LaunchInfo("none", 0, 1))
     main(["info"])
     assert rows(capsys.readouterr().out)["rank"] == "0 of 1"
     assert joined == []

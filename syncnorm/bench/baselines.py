@@ -87,7 +87,7 @@ def compiled(norm: nn.BatchNorm2d) -> Forward:
 
     @torch.compile(fullgraph=True)
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return reference.normalize(x, reference.moments(x), weight, bias, norm.eps)[0]
+        return reference.normalize(x, reference.moments(x), weight, bias, None, norm.eps)[0]
 
     def run(x: Tensor) -> Tensor:
         return forward(x, norm.weight, norm.bias)

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import bootstrap, info
+from .. import info
 from ..communicators import Communicator, communicator
+from ..job.init import init
 from . import copy_baseline, report
 from .timing import FULL, QUICK, Candidates, Effort, Timing, interleave
 
@@ -106,7 +107,7 @@ def main(files: report.Files, quick: bool = False) -> None:
     Raises:
         RuntimeError: this process is alone.
     """
-    group = bootstrap.init()
+    group = init()
     if group.size == 1:
         raise RuntimeError(
             "expected a group of several ranks, got this process alone: mpirun -n 2 python -m syncnorm bench comm"

@@ -108,7 +108,7 @@ def all_reduce(tensor: Tensor) -> Callable[[], object]:
         return lambda: dist.all_reduce(tensor)
     if tensor.is_cuda:
         return lambda: communicator().all_reduce(tensor)
-    from mpi4py import MPI
+    from ..mpi.library import MPI
 
     # The quickest spelling: mpi4py need not look for the datatype, and the list is made once.
     memory = [tensor.numpy(), {torch.float64: MPI.DOUBLE, torch.float32: MPI.FLOAT}[tensor.dtype]]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import info, kernels
-from ..kernels import Kernels
+from ..kernels import Kernels, Saved
 from . import copy_baseline, memory, report
 from .cases import LARGE, TINY, Case, cases
 from .job import Job, join
@@ -124,12 +124,12 @@ def passes(implementation: Kernels, x: Tensor, dy: Tensor) -> dict[str, Callable
     """Return the passes of an implementation over x and dy, by name. What they are given the reference has computed."""
     weight, bias = (torch.full((x.shape[1],), value, device=x.device) for value in (0.5, 1.0))
     moments = kernels.reference.moments(x)
-    _, statistics, _ = kernels.reference.normalize(x, moments, weight, bias, 1e-5)
-    read = (dy, x, statistics, weight, bias)
+    _, statistics, _ = kernels.reference.normalize(x, moments, weight, bias, None, 1e-5)
+    read = (dy, Saved(x), statistics, weight, bias)
     *_, sums = kernels.reference.Backward(*read).reduce_grad()
     return {
         "moments": lambda: (implementation.moments(x),),
-        "normalize": lambda: implementation.normalize(x, moments, weight, bias, 1e-5),
+        "normalize": lambda: implementation.normalize(x, moments, weight, bias, None, 1e-5),
         "reduce_grad": lambda: implementation.Backward(*read).reduce_grad(),
         "grad_input": lambda: implementation.Backward(*read).grad_input(sums),
     }
