@@ -32,7 +32,7 @@ STYLES = {  # colour and marker. Candidates that are not here are not drawn: act
     "fairscale": (COLOURS["green"], "^"),
     "composed of all-reduces": (COLOURS["purple"], "D"),
     "torch.compile": (COLOURS["yellow"], "v"),
-    AUTOGRAD: (COLOURS["grey"], "|"),
+    AUTOGRAD: (COLOURS["grey"], "x"),
 }
 SETTINGS: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False}
 TICKS = (0.5, 0.7, 1, 1.4, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
@@ -60,7 +60,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], targets: Sequence[Mappin
     candidates = [name for name in STYLES if any(row["candidate"] == name for row in quiet)]
     limits = {of["case"]: of["limit"] for of in targets if of["target"] == OVER_COPY and of["memory"] != memory.KEPT}
     with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(8.3, 1.7 + 0.3 * len(cases)), dpi=150, layout="constrained")
+        figure = Figure(figsize=(8.3, 2.1 + 0.3 * len(cases)), dpi=150, layout="constrained")
         axis = figure.subplots()
         for place in range(1, len(cases), 2):
             axis.axhspan(place - 0.5, place + 0.5, color="#F3F3F3", zorder=0)
@@ -73,9 +73,10 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], targets: Sequence[Mappin
         axis.set_yticks(range(len(cases)), cases)
         axis.tick_params(axis="y", length=0)
         axis.set_ylim(len(cases) - 0.5, -0.5)
-        axis.set_xlabel(f"time / copy baseline (logarithmic; bars: quartiles). {left_out(len(shown), len(quiet))}")
+        note = left_out(len(shown), len(quiet))
+        axis.set_xlabel("time / copy baseline (logarithmic; median and quartiles)" + f"\n{note}" * bool(note))
         figure.suptitle(title, fontsize=10)
-        figure.legend(loc="outside upper center", ncols=4, frameon=False)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path)
 
 
