@@ -1,4 +1,5 @@
-// The arguments of the exported functions, one struct each. Python packs them by the same layout: see __init__.py.
+// The arguments of the exported functions, one struct each. binding.py packs them by the same
+// layouts. The sizes of both are compared when the library is loaded.
 #pragma once
 
 #include <stdint.h>

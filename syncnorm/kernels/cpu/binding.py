@@ -50,30 +50,59 @@ ISA: str = os.environ.get("SYNCNORM_ISA") or _library.syncnorm_isa().decode()
 if ISA not in ("avx512", "avx2", "base"):
     raise RuntimeError(f"expected SYNCNORM_ISA to be one of avx512, avx2, base, got {ISA}")
 
-# Arguments travel as one struct, packed as arguments.h declares it: a ctypes call of 16 arguments costs more than both.
+# The structs of arguments.h. Arguments travel as one of them: a ctypes call of 16 arguments costs more than to pack it.
 _SHAPE, _PARAMETERS, _EPILOGUE = "6q", "PPq", "qPPq"
 _BACKWARD = _SHAPE + "PPP" + _PARAMETERS + _EPILOGUE + "P"
+_LAYOUTS = {
+    "Shape": _SHAPE,
+    "Parameters": _PARAMETERS,
+    "Epilogue": _EPILOGUE,
+    "MomentsArguments": _SHAPE + "PPP",
+    "NormalizeArguments": _SHAPE + "PPP" + _PARAMETERS + "dq" + _EPILOGUE + "P",
+    "BackwardArguments": _BACKWARD,
+    "ReduceGradArguments": _BACKWARD + "qPPP",
+    "GradInputArguments": _BACKWARD + "PqdPP",
+    "UpdateArguments": "PPqPPqqd",
+    "PackArguments": "Pq",
+}
 
 
-def _function(name: str, layout: str) -> Callable[..., None]:
+def _check_layouts() -> None:
+    """Raise if the library has structs of other sizes: it would read and write beyond what it is passed."""
+    for name, layout in _LAYOUTS.items():
+        size_of = getattr(_library, f"syncnorm_sizeof_{name}")
+        size_of.restype = ctypes.c_int64
+        expected, got = struct.calcsize(layout), size_of()
+        if got != expected:
+            raise RuntimeError(
+                f"expected {name} in {LIBRARY} to have {expected} bytes, as binding.py packs it, got {got} bytes: "
+                "the library belongs to another version. Reinstall syncnorm, or in a checkout run "
+                "python -m syncnorm.kernels.cpu.build"
+            )
+
+
+_check_layouts()
+
+
+def _function(name: str, arguments: str) -> Callable[..., None]:
     call = getattr(_library, f"syncnorm_{ISA}_{name}")
     call.argtypes = [ctypes.c_char_p]
-    pack = struct.Struct(layout).pack
+    pack = struct.Struct(_LAYOUTS[arguments]).pack
 
-    def function(*arguments: float) -> None:
-        if call(pack(*arguments)):
+    def function(*values: float) -> None:
+        if call(pack(*values)):
             raise MemoryError(f"expected memory for the intermediate sums of {name}, got none")
 
     return function
 
 
-_moments = _function("moments", _SHAPE + "PPP")
-_normalize = _function("normalize", _SHAPE + "PPP" + _PARAMETERS + "dq" + _EPILOGUE + "P")
-_reduce_grad = _function("reduce_grad", _BACKWARD + "qPPP")
-_grad_input = _function("grad_input", _BACKWARD + "PqdPP")
-_update_running = _function("update_running", "PPqPPqqd")
-_pack = _function("pack", "Pq")
-_unpack = _function("unpack", "Pq")
+_moments = _function("moments", "MomentsArguments")
+_normalize = _function("normalize", "NormalizeArguments")
+_reduce_grad = _function("reduce_grad", "ReduceGradArguments")
+_grad_input = _function("grad_input", "GradInputArguments")
+_update_running = _function("update_running", "UpdateArguments")
+_pack = _function("pack", "PackArguments")
+_unpack = _function("unpack", "PackArguments")
 
 
 def moments(input: Tensor, mask: Tensor | None = None) -> RawMoments:

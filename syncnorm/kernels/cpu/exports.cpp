@@ -1,4 +1,4 @@
-// The kernels on CPUs: plain C ABI, OpenMP, no torch. __init__.py calls them; ../reference.py defines what they compute.
+// The kernels on CPUs: plain C ABI, OpenMP, no torch. binding.py calls them; ../reference.py defines what they compute.
 //
 // The build compiles this file once per instruction set, SYNCNORM_ISA, into one library; all but the exported functions
 // have internal linkage, so that no code of a wider instruction set stands in for that of a narrower one. For the same
@@ -57,9 +57,25 @@ EXPORT(unpack)(const PackArguments *arguments) {
 }
 
 #ifdef SYNCNORM_DISPATCH
-extern "C" __attribute__((visibility("default"))) uint32_t syncnorm_source() { return SYNCNORM_SOURCE; }
+#define EXPORT_ONCE extern "C" __attribute__((visibility("default")))
 
-extern "C" __attribute__((visibility("default"))) const char *syncnorm_isa() {  // the best of this machine
+EXPORT_ONCE uint32_t syncnorm_source() { return SYNCNORM_SOURCE; }
+
+// Python compares these with the layouts by which it packs the structs.
+#define EXPORT_SIZE(Struct) \
+    EXPORT_ONCE int64_t syncnorm_sizeof_##Struct() { return sizeof(Struct); }
+EXPORT_SIZE(Shape)
+EXPORT_SIZE(Parameters)
+EXPORT_SIZE(Epilogue)
+EXPORT_SIZE(MomentsArguments)
+EXPORT_SIZE(NormalizeArguments)
+EXPORT_SIZE(BackwardArguments)
+EXPORT_SIZE(ReduceGradArguments)
+EXPORT_SIZE(GradInputArguments)
+EXPORT_SIZE(UpdateArguments)
+EXPORT_SIZE(PackArguments)
+
+EXPORT_ONCE const char *syncnorm_isa() {  // the best of this machine
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
