@@ -8,8 +8,8 @@ from typing import Any
 
 from ..report import COLOURS
 from . import memory
-from .report import left_out
 from .targets import ALL, ALONE, AUTOGRAD, OVER_COPY, TORCH, TORCH_SYNC
+from .timing import left_out
 
 try:
     import matplotlib as mpl

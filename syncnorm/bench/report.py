@@ -15,7 +15,7 @@ import torch
 
 from .. import info
 from ..report import Table, listing
-from .timing import NOISY
+from .timing import left_out
 
 try:
     import rich  # noqa: F401 (so that a benchmark without it fails before it measures)
@@ -30,7 +30,6 @@ __all__ = [
     "Table",
     "digits",
     "header",
-    "left_out",
     "publish",
     "publish_rows",
     "ranks",
@@ -123,13 +122,6 @@ def undisturbed(results: Sequence[_Result]) -> tuple[list[_Result], str]:
     """Return the results that are not noisy, and a sentence that counts the others."""
     quiet = [result for result in results if not result.noisy]
     return quiet, left_out(len(results), len(quiet))
-
-
-def left_out(all_rows: int, kept: int) -> str:
-    """Return a sentence on disturbed rows that are not shown, or nothing if there are none."""
-    if all_rows == kept:
-        return ""
-    return f"Left out as disturbed: {all_rows - kept} of {all_rows} (upper quartile above {NOISY:g} times the lower)."
 
 
 def digits(micros: float) -> str:
