@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -102,12 +103,34 @@ class _Process(Protocol):
     def stop(self) -> None: ...
 
 
+class _Forked:
+    """One rank, forked from a server process that has already imported torch."""
+
+    def __init__(self, context: Any, directory: Path, rank: int):
+        self.name = f"rank {rank}"
+        self.process = context.Process(target=worker.main, args=(directory, rank), daemon=True)
+        self.process.start()
+
+    @property
+    def exitcode(self) -> int | None:
+        code: int | None = self.process.exitcode
+        return code
+
+    def is_alive(self) -> bool:
+        return bool(self.process.is_alive())
+
+    def stop(self) -> None:
+        if self.is_alive():
+            self.process.kill()
+        self.process.join()
+
+
 def _start(directory: Path, world_size: int, backend: str) -> list[_Process]:
     if backend == "mpi":
         return [Mpirun(directory, world_size)]
-    from .forked import Forked  # not available on every system
-
-    return [Forked(directory, rank) for rank in range(world_size)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return [_Forked(context, directory, rank) for rank in range(world_size)]
 
 
 def _describe(
