@@ -37,7 +37,7 @@ get_compiler() { # for the kernels of the CPU, which the package works without
 
 install() {
     local wanted python
-    wanted=$(cksum pyproject.toml launch/setup.sh syncnorm/kernels/build.py syncnorm/kernels/cpu.cpp)
+    wanted=$(cksum pyproject.toml launch/setup.sh syncnorm/kernels/cpu/*.{py,h,cpp})
     [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] && return
     echo "installing into .venv (torch takes a while)"
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none yet, or one that was not finished

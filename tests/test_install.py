@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = "libsyncnorm_cpu.so"
+KERNELS = "syncnorm/kernels/cpu"
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="COMPILED KERNELS NOT TESTED: there is no g++; without it they are not built"
 )
@@ -31,7 +32,7 @@ print(syncnorm.__file__)
 
 LOAD = """
 import ctypes, pathlib, re, syncnorm
-library = ctypes.CDLL(pathlib.Path(syncnorm.__file__).parent / "kernels" / "libsyncnorm_cpu.so")
+library = ctypes.CDLL(pathlib.Path(syncnorm.__file__).parent / "kernels" / "cpu" / "libsyncnorm_cpu.so")
 library.syncnorm_isa.restype = ctypes.c_char_p
 print(library.syncnorm_isa().decode())
 print(len(set(re.findall(r"/lib[gi]?omp\\b.*", open("/proc/self/maps").read()))))
@@ -82,7 +83,7 @@ def copy_source(directory):
     shutil.copytree(ROOT / "syncnorm", tree / "syncnorm", ignore=shutil.ignore_patterns("__pycache__", LIBRARY))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    (tree / "syncnorm" / "kernels" / LIBRARY).write_text("outdated")
+    (tree / KERNELS / LIBRARY).write_text("outdated")
     return tree
 
 
@@ -124,9 +125,11 @@ def test_with_a_compiler(compiled):
     platform = sysconfig.get_platform().replace("-", "_")
     assert compiled.tag == f"py3-none-{platform}"
     package = compiled.site_packages / "syncnorm"
-    assert (package / "kernels" / LIBRARY).exists()
+    assert (compiled.site_packages / KERNELS / LIBRARY).exists()
     assert (package / "py.typed").exists()
-    assert not [file for file in package.rglob("*") if file.suffix in (".cpp", ".o") or file.name == "build.py"]
+    sources = [file.name for file in package.rglob("*") if file.suffix in (".cpp", ".h", ".o")]
+    assert not sources
+    assert not {"build.py", "commands.py"} & {file.name for file in package.rglob("*.py")}
 
     isa, openmp_libraries = compiled.python("-c", LOAD).split()
     assert openmp_libraries == "1"  # torch's
@@ -142,7 +145,7 @@ def test_with_a_compiler(compiled):
 @needs_compiler
 def test_the_library_asks_for_no_more_than_torch_brings(compiled):
     """Not even torch 2.6, whose OpenMP is of version 4.5: symbols of a later one are missing there."""
-    library = compiled.site_packages / "syncnorm" / "kernels" / LIBRARY
+    library = compiled.site_packages / KERNELS / LIBRARY
     listing = run("readelf", "--dynamic", "--version-info", "--wide", library, cwd=compiled.directory)
     needed = set(re.findall(r"\(NEEDED\).*\[(?!ld-linux)(.*)\]", listing))
     assert "libgomp.so.1" in needed
@@ -164,9 +167,9 @@ def test_without_a_compiler(source, no_compiler):
 
 @needs_compiler
 def test_editable(source):
-    """The library lies where the cpu.py that is imported looks for it, and never is an outdated one."""
-    kernels = source / "syncnorm" / "kernels"
-    (kernels / "cpu.cpp").write_text(
+    """The library lies where the package that is imported looks for it, and never is an outdated one."""
+    kernels = source / KERNELS
+    (kernels / "exports.cpp").write_text(
         "#ifdef SYNCNORM_DISPATCH\n"
         'extern "C" __attribute__((visibility("default"))) const char *syncnorm_isa() { return "mine"; }\n'
         "#endif\n"
@@ -175,6 +178,6 @@ def test_editable(source):
     assert installed.python("-c", LOAD).splitlines()[0] == "mine"
     assert str(source) in installed.python("-c", "import syncnorm; print(syncnorm.__file__)")
 
-    (kernels / "cpu.cpp").write_text("not C++")
+    (kernels / "exports.cpp").write_text("not C++")
     assert "the kernels of the CPU are NOT compiled" in install(source, "--editable").log
     assert not list(kernels.glob("libsyncnorm*"))

@@ -1,6 +1,21 @@
 """The passes over the data. An implementation is a module with the functions of `Kernels`; `select` picks one.
 
-`reference` defines what they compute. Kernels import nothing of the package: they know tensors alone.
+`reference`, made of torch's own operations, defines what they compute. Kernels import nothing of the package outside of
+this folder: they know tensors alone.
+
+By default, `select` takes the fastest implementation for the device: `cpu` for CPU tensors, `triton` for CUDA tensors,
+and the reference where that cannot be used. On CUDA it then warns once.
+
+SYNCNORM_KERNELS=reference, cpu or triton chooses one. It is read once. If that implementation cannot be imported, or
+does not support a tensor's device or dtype, or ROCm, `select` raises. Four cases use the reference whatever the choice
+is, because no compiled kernel could do what they ask for:
+
+- torch.compile, torch.export and torch.jit.trace: their compiler has to see torch's operations, and generates its own
+  kernels from them.
+- The transforms of torch.func, forward-mode AD, batched gradients and double backward: they differentiate or batch each
+  operation. The callers of `select` decide this, by `transforms.active`.
+- Tensor subclasses, such as DTensor and FakeTensor: they need not have memory of their own to read.
+- Meta tensors: they have no values, so only shapes and dtypes are computed.
 """
 
 from __future__ import annotations
@@ -8,6 +23,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from types import NoneType
 from typing import Protocol, cast
 
@@ -16,23 +32,38 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import reference
-from .epilogue import ACTIVATIONS, PLAIN, Epilogue
+from .epilogue import ACTIVATIONS, PLAIN, Epilogue, Saved
+from .vectors import Packed, RawMoments, Statistics, first, second
 
-__all__ = ["ACTIVATIONS", "PLAIN", "Backward", "Epilogue", "Kernels", "reference", "select"]
+__all__ = [
+    "ACTIVATIONS",
+    "PLAIN",
+    "Backward",
+    "Epilogue",
+    "Kernels",
+    "Packed",
+    "RawMoments",
+    "Saved",
+    "Statistics",
+    "first",
+    "reference",
+    "second",
+    "select",
+]
 
 
 class Kernels(Protocol):
     """What an implementation has. Inputs are (N, C, *) in any memory format; `reference` has the formulas."""
 
-    def moments(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+    def moments(self, input: Tensor, mask: Tensor | None = None) -> RawMoments:
         """Input -> [mean, M2, count]."""
         ...
 
-    def pack(self, moments: Tensor) -> Tensor:
+    def pack(self, moments: RawMoments) -> Packed:
         """[mean, M2, n] -> [n·mean, M2 + n·mean², n], which may take the memory of the argument."""
         ...
 
-    def unpack(self, packed: Tensor) -> Tensor:
+    def unpack(self, packed: Packed) -> RawMoments:
         """[n·mean, M2 + n·mean², n] -> [mean, M2, n], which may take the memory of the argument."""
         ...
 
@@ -41,7 +72,7 @@ class Kernels(Protocol):
         running_mean: Tensor,
         running_var: Tensor,
         num_batches_tracked: Tensor | None,
-        moments: Tensor,
+        moments: RawMoments,
         momentum: float | None,
     ) -> None:
         """Move the buffers in place."""
@@ -50,29 +81,30 @@ class Kernels(Protocol):
     def normalize(
         self,
         input: Tensor,
-        moments: Tensor,
+        moments: RawMoments,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
         eps: float,
         *,
         eps_outside: bool = False,
         epilogue: Epilogue = PLAIN,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Input and moments -> y, [mean, invstd, count], and the signs of z if the epilogue keeps them."""
+    ) -> tuple[Tensor, Statistics, Tensor | None]:
+        """Input and moments -> y, [mean, invstd, count], and the signs of z if the epilogue saves them."""
         ...
 
     def Backward(  # noqa: N802
         self,
         grad_output: Tensor,
-        input: Tensor,
-        statistics: Tensor,
+        saved: Saved,
+        statistics: Statistics,
         weight: Tensor | None,
         bias: Tensor | None,
         *,
         mask: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
     ) -> Backward:
-        """Gradient, input and [mean, invstd, count] -> the two passes over them, before and after the collective."""
+        """Gradient, what forward saved, [mean, invstd, count] -> the passes before and after the collective."""
         ...
 
 
@@ -91,15 +123,11 @@ class Backward(Protocol):
 
 
 def select(tensor: Tensor, *others: Tensor | None) -> Kernels:
-    """Return the implementation for a tensor: the fastest for its device, or what SYNCNORM_KERNELS asks for.
-
-    The variable is read once. The reference, which is made of torch's own operations, is for torch.compile, for
-    tensors for which nothing faster is installed, and for tensor subclasses, which need not have memory of their own;
-    `others` are what else goes in, of which none may be one either.
+    """Return the implementation for a tensor; `others` are what else goes in.
 
     Raises:
-        RuntimeError: what SYNCNORM_KERNELS asks for is none of the implementations, cannot be imported, or is not for
-            tensors on that device.
+        RuntimeError: SYNCNORM_KERNELS names no implementation, or one that cannot be imported or cannot be used for
+            tensors of that device and dtype.
     """
     if not _PLAIN.issuperset(map(type, (tensor, *others))) or torch.compiler.is_compiling():
         return reference
@@ -118,21 +146,35 @@ def _implementation(device: str, dtype: torch.dtype) -> Kernels:
     name = asked or _OF_DEVICE.get(device, "reference")
     if name not in _INSTALL:
         raise RuntimeError(f"expected SYNCNORM_KERNELS to be one of {', '.join(_INSTALL)}, got {name}")
-    if name not in ("reference", _OF_DEVICE.get(device)) and not (name == "triton" and _interpreted()):
-        raise RuntimeError(
-            f"the {name} kernels were asked for by SYNCNORM_KERNELS, and have nothing for {device} tensors"
-        )
-    if name == "reference" or dtype not in _OF_DTYPE or (device == "cuda" and torch.version.hip is not None):
+    if name == "reference" or device == "meta":
         return reference
-    try:
-        return cast(Kernels, importlib.import_module(f".{name}", __name__))
-    except ImportError as error:
-        if not asked:
-            return reference
-        raise RuntimeError(
-            f"the {name} kernels were asked for by SYNCNORM_KERNELS, and cannot be imported ({error}): "
-            f"pip install {_INSTALL[name]}"
-        ) from error
+    problem, cause = _unsupported(name, device, dtype), None
+    if problem is None:
+        try:
+            return cast(Kernels, importlib.import_module(f".{name}", __name__))
+        except ImportError as error:
+            problem, cause = f"cannot be imported ({error}): pip install {_INSTALL[name]}", error
+    if asked:
+        raise RuntimeError(f"SYNCNORM_KERNELS={name}, but the {name} kernels {problem}") from cause
+    if device == "cuda":
+        _warn_once(f"CUDA tensors use the slow reference kernels: the {name} kernels {problem}")
+    return reference
+
+
+def _unsupported(name: str, device: str, dtype: torch.dtype) -> str | None:
+    """Return what the kernels of that name do not support, if there is anything."""
+    if name != _OF_DEVICE.get(device) and not (name == "triton" and device == "cpu" and _interpreted()):
+        return f"do not support {device} tensors"
+    if dtype not in _OF_DTYPE:
+        return f"do not support {dtype}"
+    if device == "cuda" and torch.version.hip is not None:
+        return "do not support ROCm"
+    return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def _interpreted() -> bool:

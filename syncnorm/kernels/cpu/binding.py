@@ -1,0 +1,281 @@
+"""The compiled kernels, called by ctypes.
+
+The library uses neither Python nor torch. It shares torch's threads, because the OpenMP library that it needs is the
+one that torch has loaded.
+
+Shapes are those of `reference`. A tensor that is dense neither as (N, C, *) nor as (N, *, C) is copied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..epilogue import ACTIVATIONS, PLAIN, Epilogue, Saved
+from ..layout import channels_last, in_dense_format
+from ..vectors import Packed, RawMoments, Statistics
+
+__all__ = ["ISA", "Backward", "moments", "normalize", "pack", "unpack", "update_running"]
+
+LIBRARY = Path(__file__).with_name("libsyncnorm_cpu.so")
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}
+
+
+def _load() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        raise ImportError(f"expected compiled kernels, got {error}; there was no compiler at installation?") from None
+    if LIBRARY.with_name("exports.cpp").exists():  # in a checkout alone
+        from .build import source_version
+
+        library.syncnorm_source.restype = ctypes.c_uint32
+        if library.syncnorm_source() != source_version():
+            raise RuntimeError(
+                f"expected {LIBRARY} to be compiled from the sources beside it: python -m syncnorm.kernels.cpu.build"
+            )
+    return library
+
+
+_library = _load()
+_library.syncnorm_isa.restype = ctypes.c_char_p
+ISA: str = os.environ.get("SYNCNORM_ISA") or _library.syncnorm_isa().decode()
+if ISA not in ("avx512", "avx2", "base"):
+    raise RuntimeError(f"expected SYNCNORM_ISA to be one of avx512, avx2, base, got {ISA}")
+
+# The structs of arguments.h. Arguments travel as one of them: a ctypes call of 16 arguments costs more than to pack it.
+_SHAPE, _PARAMETERS, _EPILOGUE = "6q", "PPq", "qPPq"
+_BACKWARD = _SHAPE + "PPP" + _PARAMETERS + _EPILOGUE + "P"
+_LAYOUTS = {
+    "Shape": _SHAPE,
+    "Parameters": _PARAMETERS,
+    "Epilogue": _EPILOGUE,
+    "MomentsArguments": _SHAPE + "PPP",
+    "NormalizeArguments": _SHAPE + "PPP" + _PARAMETERS + "dq" + _EPILOGUE + "P",
+    "BackwardArguments": _BACKWARD,
+    "ReduceGradArguments": _BACKWARD + "qPPP",
+    "GradInputArguments": _BACKWARD + "PqdPP",
+    "UpdateArguments": "PPqPPqqd",
+    "PackArguments": "Pq",
+}
+
+
+def _check_layouts() -> None:
+    """Raise if the library has structs of other sizes: it would read and write beyond what it is passed."""
+    for name, layout in _LAYOUTS.items():
+        size_of = getattr(_library, f"syncnorm_sizeof_{name}")
+        size_of.restype = ctypes.c_int64
+        expected, got = struct.calcsize(layout), size_of()
+        if got != expected:
+            raise RuntimeError(
+                f"expected {name} in {LIBRARY} to have {expected} bytes, as binding.py packs it, got {got} bytes: "
+                "the library belongs to another version. Reinstall syncnorm, or in a checkout run "
+                "python -m syncnorm.kernels.cpu.build"
+            )
+
+
+_check_layouts()
+
+
+def _function(name: str, arguments: str) -> Callable[..., None]:
+    call = getattr(_library, f"syncnorm_{ISA}_{name}")
+    call.argtypes = [ctypes.c_char_p]
+    pack = struct.Struct(_LAYOUTS[arguments]).pack
+
+    def function(*values: float) -> None:
+        if call(pack(*values)):
+            raise MemoryError(f"expected memory for the intermediate sums of {name}, got none")
+
+    return function
+
+
+_moments = _function("moments", "MomentsArguments")
+_normalize = _function("normalize", "NormalizeArguments")
+_reduce_grad = _function("reduce_grad", "ReduceGradArguments")
+_grad_input = _function("grad_input", "GradInputArguments")
+_update_running = _function("update_running", "UpdateArguments")
+_pack = _function("pack", "PackArguments")
+_unpack = _function("unpack", "PackArguments")
+
+
+def moments(input: Tensor, mask: Tensor | None = None) -> RawMoments:
+    """See `reference.moments`."""
+    x, shape = _dense(input)
+    weights = _weights(mask, x)
+    result = RawMoments(torch.empty(2 * shape[1] + 1, dtype=torch.float64, device="cpu"))
+    _moments(*shape, x.data_ptr(), _pointer(weights), result.data_ptr())
+    return result
+
+
+def pack(moments: RawMoments) -> Packed:
+    """See `reference.pack`."""
+    _pack(moments.data_ptr(), len(moments) // 2)
+    return Packed(moments)
+
+
+def unpack(packed: Packed) -> RawMoments:
+    """See `reference.unpack`."""
+    _unpack(packed.data_ptr(), len(packed) // 2)
+    return RawMoments(packed)
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    moments: RawMoments,
+    momentum: float | None,
+) -> None:
+    """See `reference.update_running`."""
+    dtype = running_mean.dtype
+    if not (
+        dtype in (torch.float32, torch.float64)
+        and dtype == running_var.dtype
+        and running_mean.is_contiguous()
+        and running_var.is_contiguous()
+        and (num_batches_tracked is None or num_batches_tracked.dtype == torch.int64)
+    ):
+        mean, var = running_mean.double().contiguous(), running_var.double().contiguous()
+        batches = None if num_batches_tracked is None else num_batches_tracked.long()
+        update_running(mean, var, batches, moments, momentum)
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+        if num_batches_tracked is not None and batches is not None:
+            num_batches_tracked.copy_(batches)
+        return
+    _update_running(
+        running_mean.data_ptr(),
+        running_var.data_ptr(),
+        DTYPES[dtype],
+        _pointer(num_batches_tracked),
+        moments.data_ptr(),
+        len(running_mean),
+        momentum is None,
+        momentum or 0.0,
+    )
+
+
+def normalize(
+    input: Tensor,
+    moments: RawMoments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    *,
+    eps_outside: bool = False,
+    epilogue: Epilogue = PLAIN,
+) -> tuple[Tensor, Statistics, Tensor | None]:
+    """See `reference.normalize`."""
+    x, shape = _dense(input)
+    weight, bias, parameters = _parameters(weight, bias)
+    signs, inplace = None, epilogue.inplace
+    if residual is not None:
+        residual = in_dense_format(residual, like=x)
+        if epilogue.saves_signs:
+            signs = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
+    y = x if inplace else torch.empty_like(x)
+    statistics = Statistics(torch.empty_like(moments))
+    pointers = (x.data_ptr(), y.data_ptr(), moments.data_ptr())
+    what_follows = (_ACTIVATIONS[epilogue.activation], _pointer(residual), _pointer(signs), inplace)
+    _normalize(*shape, *pointers, *parameters, eps, eps_outside, *what_follows, statistics.data_ptr())
+    if inplace:
+        y = input if x is input else input.copy_(x)
+    return y, statistics, signs
+
+
+class Backward:
+    """See `reference.Backward`."""
+
+    def __init__(
+        self,
+        grad_output: Tensor,
+        saved: Saved,
+        statistics: Statistics,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        mask: Tensor | None = None,
+        epilogue: Epilogue = PLAIN,
+    ):
+        x, shape = _dense(saved.input)
+        dy = grad_output
+        if dy.stride() != x.stride() or dy.dtype != x.dtype:
+            dy = torch.empty_like(x).copy_(dy)
+        weight, bias, parameters = _parameters(weight, bias)
+        residual = None if saved.residual is None else in_dense_format(saved.residual, like=x)
+        weights = _weights(mask, x)
+        self.arguments = (
+            *(*shape, dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), *parameters),
+            *(_ACTIVATIONS[epilogue.activation], _pointer(residual), _pointer(saved.signs), epilogue.inplace),
+            _pointer(weights),
+        )
+        self.x, self.channels, self.has_residual = x, shape[1], saved.has_residual
+        self.alive = dy, statistics, weight, bias, residual, saved.signs, weights  # as long as the pointers
+
+    def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+        """See `reference.Backward.reduce_grad`."""
+        sums = torch.empty(2, self.channels, dtype=torch.float64, device="cpu")
+        grad_weight = torch.empty(self.channels, dtype=dtype, device="cpu")
+        grad_bias = torch.empty_like(grad_weight)
+        pointers = (grad_weight.data_ptr(), grad_bias.data_ptr(), sums.data_ptr())
+        _reduce_grad(*self.arguments, DTYPES[dtype], *pointers)
+        return grad_weight, grad_bias, sums
+
+    def grad_input(
+        self, sums: Tensor | None, *, centered: bool = True, eps_outside: float = 0.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `reference.Backward.grad_input`."""
+        dx = torch.empty_like(self.x)
+        dz = torch.empty_like(self.x) if self.has_residual else None
+        _grad_input(*self.arguments, _pointer(sums), centered, eps_outside, dx.data_ptr(), _pointer(dz))
+        return dx, dz
+
+
+def _dense(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, bool, int, int]]:
+    """Return the tensor, dense, and its Shape: N, C, S, channels_last, dtype, threads."""
+    last = False if tensor.is_contiguous() else channels_last(tensor)
+    if last is None:
+        tensor, last = tensor.contiguous(), False
+    shape, values = tensor.shape, tensor.numel()
+    n, c = shape[0], shape[1]
+    s = values // (n * c) if values else shape[2:].numel()
+    return tensor, (n, c, s, last, DTYPES[tensor.dtype], torch.get_num_threads())
+
+
+def _parameters(
+    weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, tuple[int, int, int]]:
+    """Return weight and bias, contiguous and of one dtype, and their Parameters."""
+    if weight is not None:
+        weight = weight.contiguous()
+        if bias is None:
+            return weight, None, (weight.data_ptr(), 0, DTYPES[weight.dtype])
+        if bias.dtype != weight.dtype:
+            both = torch.promote_types(weight.dtype, bias.dtype)
+            weight, bias = weight.to(both), bias.to(both)
+        bias = bias.contiguous()
+        return weight, bias, (weight.data_ptr(), bias.data_ptr(), DTYPES[weight.dtype])
+    if bias is None:
+        return None, None, (0, 0, 0)
+    bias = bias.contiguous()
+    return None, bias, (0, bias.data_ptr(), DTYPES[bias.dtype])
+
+
+def _weights(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return the mask as (N, S) weights in the dtype of the arithmetic."""
+    if mask is None:
+        return None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return mask.expand(len(x), 1, *x.shape[2:]).to(dtype).contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

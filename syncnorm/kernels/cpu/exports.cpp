@@ -1,0 +1,88 @@
+// The kernels on CPUs: plain C ABI, OpenMP, no torch. binding.py calls them; ../reference.py defines what they compute.
+//
+// The build compiles this file once per instruction set, SYNCNORM_ISA, into one library; all but the exported functions
+// have internal linkage, so that no code of a wider instruction set stands in for that of a narrower one. For the same
+// reason nothing of the C++ library is used.
+//
+// Memory: a dense tensor (N, C, *) with S trailing values is walked in one of two ways.
+//
+//     by plane    [N, C, S] with S >= 16: runs of one channel
+//     by period   [N, *, C], or [N, C, S] with a small S: the channels of one row repeat all along the memory, so a row,
+//                 or several short ones, are a period of values of which each has a channel of its own
+//
+// Either way the memory falls into segments of up to SEGMENT values, small enough for the first cache: what is written
+// past the caches is gathered there. T is the type in memory, R the type of the arithmetic: float, or double for double.
+// M is that of the segments which a pass reads and writes: T, whose values it converts in registers, or R, to and from
+// which they are converted in buffers. Per channel everything comes and goes as double.
+
+#include <stdint.h>
+
+#include "arguments.h"
+#include "backward.h"
+#include "moments.h"
+#include "normalize.h"
+#include "running.h"
+
+#define JOIN(a, b, c) a##b##c
+#define NAME(prefix, isa, function) JOIN(prefix, isa, _##function)
+#define EXPORT(function) \
+    extern "C" __attribute__((visibility("default"))) int NAME(syncnorm_, SYNCNORM_ISA, function)
+
+#define BY_DTYPE(function, arguments, of) \
+    switch ((of).dtype) { \
+        case FLOAT32: return function<float>(*(arguments)); \
+        case FLOAT64: return function<double>(*(arguments)); \
+        case BFLOAT16: return function<bf16>(*(arguments)); \
+        default: return function<fp16>(*(arguments)); \
+    }
+
+EXPORT(moments)(const MomentsArguments *arguments) { BY_DTYPE(moments, arguments, arguments->shape) }
+EXPORT(normalize)(const NormalizeArguments *arguments) { BY_DTYPE(normalize, arguments, arguments->shape) }
+EXPORT(reduce_grad)(const ReduceGradArguments *arguments) { BY_DTYPE(reduce_grad, arguments, arguments->of.shape) }
+EXPORT(grad_input)(const GradInputArguments *arguments) { BY_DTYPE(grad_input, arguments, arguments->of.shape) }
+
+EXPORT(update_running)(const UpdateArguments *arguments) {  // float32 or float64
+    arguments->dtype == FLOAT64 ? update_running<double>(*arguments) : update_running<float>(*arguments);
+    return 0;
+}
+
+EXPORT(pack)(const PackArguments *arguments) {
+    pack(*arguments);
+    return 0;
+}
+
+EXPORT(unpack)(const PackArguments *arguments) {
+    unpack(*arguments);
+    return 0;
+}
+
+#ifdef SYNCNORM_DISPATCH
+#define EXPORT_ONCE extern "C" __attribute__((visibility("default")))
+
+EXPORT_ONCE uint32_t syncnorm_source() { return SYNCNORM_SOURCE; }
+
+// Python compares these with the layouts by which it packs the structs.
+#define EXPORT_SIZE(Struct) \
+    EXPORT_ONCE int64_t syncnorm_sizeof_##Struct() { return sizeof(Struct); }
+EXPORT_SIZE(Shape)
+EXPORT_SIZE(Parameters)
+EXPORT_SIZE(Epilogue)
+EXPORT_SIZE(MomentsArguments)
+EXPORT_SIZE(NormalizeArguments)
+EXPORT_SIZE(BackwardArguments)
+EXPORT_SIZE(ReduceGradArguments)
+EXPORT_SIZE(GradInputArguments)
+EXPORT_SIZE(UpdateArguments)
+EXPORT_SIZE(PackArguments)
+
+EXPORT_ONCE const char *syncnorm_isa() {  // the best of this machine
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        return "avx512";
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
+#endif
+    return "base";
+}
+#endif

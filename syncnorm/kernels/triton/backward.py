@@ -1,0 +1,188 @@
+"""The kernels of `Backward`."""
+
+import triton
+import triton.language as tl
+
+from ..epilogue import LEAST_NOISE as _LEAST_NOISE
+from .device import (
+    NEGATIVE_SLOPE,
+    affine,
+    column,
+    from_bits,
+    jit_pass,
+    load_bits,
+    load_channels,
+    load_statistics,
+    load_weights,
+    or_one,
+    place,
+    place_from_the_end,
+    row_pointers,
+    store_cast,
+    store_pair,
+    through_activation,
+    tile_offsets,
+)
+
+LEAST_NOISE = tl.constexpr(_LEAST_NOISE)
+
+
+@jit_pass
+def reduce_grad_kernel(
+    dy, x, statistics, weight, bias,
+    kept,  # signs or residual, or None
+    mask,
+    partial,  # None if there is one run, which has the rest
+    grad_weight,
+    grad_bias,
+    sums,
+    C, S, tiles, per, blocks,
+    ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+    ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
+    ROUNDING: tl.constexpr, LEAST_ROUNDING: tl.constexpr,  # of y; None: not in place
+):  # fmt: skip
+    """Of dy and x: partial sums, or if there is one run grad_weight, grad_bias and sums."""
+    C, S, block, run = place(C, S, blocks, ALIGN, LAST)
+    channels = block * BC + tl.arange(0, BC)
+    mean, invstd = load_statistics(statistics, channels, C)
+    high, low, scale, shift = affine(mean, invstd, weight, bias, channels, C, ACC)
+    inverse = None
+    if ROUNDING is not None:
+        inverse = _inverse_scale(invstd, weight, bias, channels, C, ACC, ROUNDING, LEAST_ROUNDING)
+    sum_dz = tl.zeros((BC, BP), ACC)
+    sum_dz_x = tl.zeros((BC, BP), ACC)
+    for tile in range(run * per, tl.minimum((run + 1) * per, tiles)):
+        offsets, inside, positions, exists = tile_offsets(tile, channels, C, S, BP, LAST)
+        centered, dz = _centered_and_grad(
+            dy, x, kept, tile, block, C, S, offsets, inside, high, low, scale, shift, inverse,
+            ACC, ACTIVATION, KEPT_SIGNS, ALIGN, LAST, BC, BP,
+        )  # fmt: skip
+        if mask is not None:
+            w = load_weights(mask, positions, exists, ACC)
+            centered = tl.where((w == 0) & (dz == 0), 0.0, centered)  # it may be no number
+        sum_dz += dz
+        sum_dz_x += dz * centered
+    first = tl.sum(sum_dz.to(tl.float64), 1)
+    second = tl.sum(sum_dz_x.to(tl.float64), 1) * invstd
+    if partial is None:
+        _store_sums(grad_weight, grad_bias, sums, first, second, weight, channels, C)
+    else:
+        store_pair(partial + run.to(tl.int64) * (2 * C), first, second, channels, C)
+
+
+@jit_pass
+def merge_sums_kernel(
+    partial, weight, grad_weight, grad_bias, sums, C, runs, RUNS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """Of partial sums: grad_weight, grad_bias and sums."""
+    channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    first = tl.zeros((RUNS, CHANNELS), tl.float64)
+    second = tl.zeros((RUNS, CHANNELS), tl.float64)
+    for start in range(0, runs, RUNS):
+        rows, inside = row_pointers(partial, start, runs, 2 * C, channels, C, RUNS)
+        first += tl.load(rows[:, None] + channels[None, :], mask=inside, other=0)
+        second += tl.load(rows[:, None] + C + channels[None, :], mask=inside, other=0)
+    _store_sums(grad_weight, grad_bias, sums, tl.sum(first, 0), tl.sum(second, 0), weight, channels, C)
+
+
+@jit_pass
+def grad_input_kernel(
+    dy, x, statistics, weight, bias,
+    kept,  # signs or residual, or None
+    mask,
+    sums,  # of all shards; None: the statistics are constants
+    dx,
+    dz,  # or None
+    eps_bits,  # 0 with epsilon inside of the root
+    C, S, tiles, per, blocks,
+    ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+    ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
+    ROUNDING: tl.constexpr, LEAST_ROUNDING: tl.constexpr,  # of y; None: not in place
+    CENTERED: tl.constexpr,  # not about zero
+):  # fmt: skip
+    """Of dy and x: dx and dz. It walks backwards, as `normalize_kernel` does."""
+    C, S, block, run = place_from_the_end(C, S, blocks, ALIGN, LAST)
+    channels = block * BC + tl.arange(0, BC)
+    mean, invstd = load_statistics(statistics, channels, C)
+    high, low, scale, shift = affine(mean, invstd, weight, bias, channels, C, ACC)
+    inverse = None
+    if ROUNDING is not None:
+        inverse = _inverse_scale(invstd, weight, bias, channels, C, ACC, ROUNDING, LEAST_ROUNDING)
+    if sums is not None:
+        n = or_one(tl.load(statistics + 2 * C))
+        inside_root = 1 - from_bits(eps_bits) * invstd  # 0 where all values are, at which x is too
+        first, second = load_statistics(sums, channels, C)
+        slope = column(-invstd * invstd * second / (n * tl.where(inside_root > 0, inside_root, 1.0)), ACC)
+        offset = column(invstd * first / n, ACC)
+    last = tl.minimum((run + 1) * per, tiles) - 1
+    for i in range(run * per, last + 1):
+        tile = run * per + last - i
+        offsets, inside, positions, exists = tile_offsets(tile, channels, C, S, BP, LAST)
+        centered, grad = _centered_and_grad(
+            dy, x, kept, tile, block, C, S, offsets, inside, high, low, scale, shift, inverse,
+            ACC, ACTIVATION, KEPT_SIGNS, ALIGN, LAST, BC, BP,
+        )  # fmt: skip
+        result = grad * scale
+        if sums is not None:
+            w = load_weights(mask, positions, exists, ACC)
+            if mask is not None:
+                centered = tl.where(w == 0, 0.0, centered)
+            through = centered * slope
+            if CENTERED:
+                through -= offset
+            if mask is not None:
+                through *= w
+            result += through
+        tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=inside)
+        if dz is not None:
+            tl.store(dz + offsets, grad.to(dz.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_sums(grad_weight, grad_bias, sums, first, second, weight, channels, C):
+    """Store of Σ dz and Σ dz * x̂ the gradients, in their dtype, and both times weight."""
+    store_cast(grad_weight + channels, second, channels < C)
+    store_cast(grad_bias + channels, first, channels < C)
+    w = load_channels(weight, channels, C, 1.0)
+    store_pair(sums, first * w, second * w, channels, C)
+
+
+@triton.jit
+def _inverse_scale(
+    invstd, weight, bias, channels, C, ACC: tl.constexpr, ROUNDING: tl.constexpr, LEAST_ROUNDING: tl.constexpr
+):  # fmt: skip
+    """Return what z - bias is multiplied by to give x - mean, (BC, 1); see `reference`."""
+    scale = invstd * load_channels(weight, channels, C, 1.0)
+    size = tl.abs(load_channels(bias, channels, C, 0.0))
+    noise = tl.maximum(invstd * (ROUNDING * size + LEAST_ROUNDING), LEAST_NOISE)
+    return column(scale / (scale * scale + noise * noise), ACC)
+
+
+@triton.jit
+def _centered_and_grad(
+    dy, x, kept, tile, block, C, S, offsets, inside, high, low, scale, shift, inverse,
+    ACC: tl.constexpr, ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
+    ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Return x - mean, and dz from dy: what passes through the activation, (BC, BP). In place, x is y."""
+    grad = tl.load(dy + offsets, mask=inside, other=0).to(ACC)
+    value = tl.load(x + offsets, mask=inside, other=0).to(ACC)
+    if inverse is not None:
+        if ACTIVATION == "leaky_relu":
+            grad = tl.where(value > 0, grad, grad * NEGATIVE_SLOPE)
+            value = tl.where(value > 0, value, value / NEGATIVE_SLOPE)
+        centered = (value - shift) * inverse
+    else:
+        centered = (value - high) - low
+        if KEPT_SIGNS:
+            if ALIGN >= 8:
+                bit = load_bits(kept, tile, block, C, S, BC, BP, LAST)
+            else:
+                bit = tl.load(kept + (offsets >> 3), mask=inside, other=0) >> (offsets & 7).to(tl.uint8)
+            grad = tl.where((bit & 1) > 0, grad, grad * (NEGATIVE_SLOPE if ACTIVATION == "leaky_relu" else 0.0))
+        elif ACTIVATION is not None:
+            z = centered * scale + shift
+            if kept is not None:
+                z += tl.load(kept + offsets, mask=inside, other=0).to(ACC)
+            grad = through_activation(grad, z, ACTIVATION)
+    return centered, grad
