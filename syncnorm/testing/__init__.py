@@ -29,7 +29,7 @@ __all__ = [
     "run_ranks",
 ]
 
-GRACE = 5.0  # seconds after the timeout before a rank that has not ended is killed
+GRACE = 20.0  # seconds after the timeout before a rank that has not ended is killed
 PRELOADED = [  # imported once for all ranks: syncnorm and torch, a late import of torch's backward, the test runner
     worker.__name__,
     "torch.fx.experimental.symbolic_shapes",
