@@ -17,6 +17,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LAUNCHER = re.compile(r"# (torchrun|mpirun) .*?-n\S* (\d) ")  # the first line of a block for several ranks
+SAID = re.compile(r"rank (\d) of \d: (.+?)(?=rank|\n)")  # torchrun's ranks write a line and its end separately
 BEFORE, AFTER = "# before", "# after"  # the first lines of a block that uses another package, and of what replaces it
 
 
@@ -52,7 +53,8 @@ def test_the_documentation_builds_without_a_warning(tmp_path):
 def test_help_is_answered_without_installing(tmp_path):
     (tmp_path / "launch").mkdir()
     script = tmp_path / "launch/docs"
-    script.write_bytes((ROOT / "launch/docs").read_bytes())  # without the setup.sh that it would source
+    for name in ("docs", "usage.sh"):  # without the setup.sh that installs
+        (tmp_path / "launch" / name).write_bytes((ROOT / "launch" / name).read_bytes())
     completed = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, timeout=10)
     assert completed.returncode == 0
     assert completed.stdout.startswith("Install what is missing, then build the documentation")
@@ -92,8 +94,7 @@ def test_code_of_several_ranks_runs(page, block, tmp_path):
     job = launch(launcher, int(ranks), script)
     assert job.returncode == 0, job.stderr
     assert job.stderr == ""
-    # Ranks write to one pipe, text and line break by themselves: two lines may follow each other without a break.
-    said = re.findall(r"rank (\d) of \d: (.*?)(?=rank \d of|$)", job.stdout, re.MULTILINE)
+    said = SAID.findall(job.stdout)
     assert {rank for rank, _ in said} == {str(rank) for rank in range(int(ranks))}
     assert len({result for _, result in said}) == 1  # all ranks hold the same
 
