@@ -17,7 +17,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LAUNCHER = re.compile(r"# (torchrun|mpirun) .*?-n\S* (\d) ")  # the first line of a block for several ranks
-SAID = re.compile(r"rank (\d) of \d: (.+?)(?=rank|\n)")  # torchrun's ranks write a line and its end separately
+SAID = re.compile(r"rank (\d) of \d: (.+?)(?=rank \d of|\n)")  # torchrun's ranks write a line and its end separately
 BEFORE, AFTER = "# before", "# after"  # the first lines of a block that uses another package, and of what replaces it
 
 

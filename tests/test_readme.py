@@ -26,7 +26,7 @@ EXAMPLES = {  # those of several ranks, by their launcher
 def assert_equal_ranks(job):
     assert job.returncode == 0, job.stderr
     assert job.stderr == ""
-    ranks = dict(re.findall(r"rank (\d) of 2: (tensor\(.+?)(?=rank|\n)", job.stdout))  # lines may share their ends
+    ranks = dict(re.findall(r"rank (\d) of 2: (tensor\(.+?)(?=rank \d of|\n)", job.stdout))  # lines may mix
     assert ranks.keys() == {"0", "1"}
     assert ranks["0"] == ranks["1"]
 
