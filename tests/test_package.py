@@ -1,36 +1,18 @@
 """The package as it is imported."""
 
 import re
-import subprocess
-import sys
-import textwrap
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import run_python
 
 import syncnorm
 
 ROOT = Path(__file__).parent.parent
 YAML = ["CITATION.cff", ".clang-format", ".pre-commit-config.yaml", ".github/workflows/test.yml"]
-
-
-def run_python(code, **environment):
-    """Run `code` in a fresh interpreter; return what it printed, errors included."""
-    import os
-
-    completed = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-    )
-    assert completed.returncode == 0, completed.stdout
-    return completed.stdout
 
 
 def test_public_names():

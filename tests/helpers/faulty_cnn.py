@@ -16,7 +16,7 @@ from torch import nn
 import syncnorm
 
 STEP = 5
-CNN = Path(__file__).parent.parent / "examples" / "cnn.py"
+CNN = Path(__file__).parents[2] / "examples" / "cnn.py"
 
 fault, rank, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 sys.argv = [str(CNN), *sys.argv[4:]]
