@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import bootstrap, kernels
+from . import __version__, bootstrap, kernels
 from .communicators import communicator
 from .launchers import launched
 
@@ -23,7 +23,7 @@ __all__ = ["job", "machine", "table"]
 def machine() -> dict[str, str]:
     """Return what is installed here, by name."""
     return {
-        "syncnorm": _version("syncnorm"),
+        "syncnorm": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads used by torch",
