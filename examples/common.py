@@ -1,6 +1,5 @@
 """What the examples share: the order of the data, the count of what a step sends, errors of all ranks, files."""
 
-import argparse
 import contextlib
 import functools
 import inspect
@@ -8,22 +7,12 @@ import math
 import os
 import secrets
 import sys
-import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-
-from syncnorm.launchers import launched
-from syncnorm.testing import Call, CountingCommunicator
-
-
-def positive(word):
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {word}")
-    return number
 
 
 @functools.lru_cache(maxsize=2)
@@ -51,48 +40,15 @@ def without_buffer_broadcast():
     return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
 
 
-class TimedCommunicator(CountingCommunicator):
-    """A CountingCommunicator that times its all-reduces; to wait for the slowest rank is part of them.
-
-    On a GPU the times are taken by events, for which nothing waits until `seconds` is called.
-    """
-
-    def __init__(self, group, device):
-        super().__init__(group)
-        self.cuda = device.type == "cuda"
-        self.spans = []
-
-    def now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def all_reduce(self, tensor):
-        start = self.now()
-        result = super().all_reduce(tensor)
-        self.spans.append((start, self.now()))
-        return result
-
-    def seconds(self):
-        """Return the time of all collectives so far."""
-        if not self.cuda:
-            return sum(end - start for start, end in self.spans)
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in self.spans) / 1000
-
-
 def timed_all_reduce(gradient_group, bucket):
     """Average a bucket of gradients as DDP does, and note it and its time in a TimedCommunicator."""
-    gradient_group.calls.append(Call("all_reduce", bucket.buffer().nbytes))
-    start = gradient_group.now()
+    stop = gradient_group.start("all_reduce", bucket.buffer())
 
-    def ended(reduced):
-        gradient_group.spans.append((start, gradient_group.now()))
+    def averaged(reduced):
+        stop()
         return reduced.value()[0]
 
-    return allreduce_hook(None, bucket).then(ended)
+    return allreduce_hook(None, bucket).then(averaged)
 
 
 def per_step(calls, steps):
@@ -103,8 +59,9 @@ def my_device():
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def launcher():
-    return launched().launcher.replace("none", "alone")
+def backend():
+    """Return the backend of torch.distributed, which tells Gloo, NCCL and MPI apart, or "alone"."""
+    return dist.get_backend() if dist.is_initialized() else "alone"
 
 
 def on_all_ranks(group, option, function, *args):

@@ -29,14 +29,11 @@ from typing import NamedTuple
 
 import cnn
 import transformer
-from common import check_writable, on_all_ranks, on_rank_0, positive, write
-from contrast_report import write_report
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from common import check_writable, on_all_ranks, on_rank_0, write
+from training import positive
 
 import syncnorm
 from syncnorm.communicators import LocalCommunicator
-from syncnorm.launchers import launched
 
 EXAMPLES = {"cnn": cnn, "transformer": transformer}
 NORMS = {"cnn": ["bn", "sync_bn", "gn", "ln", "rms"], "transformer": ["ln", "rms", "sync_bn"]}
@@ -113,9 +110,11 @@ def read(directory, runs):
     return records
 
 
-def train(runs, args):
-    """Train the runs, on the ranks of this job, and write their records."""
-    group = syncnorm.init(timeout=TIMEOUT)
+def train(runs, args, group):
+    """Train the runs, on the ranks of the group, and write their records."""
+    from rich import progress as shown
+    from rich.console import Console
+
     on_all_ranks(group, "--ranks", check_ranks, args.ranks, group.size)
     on_all_ranks(group, "--out", check_folder, args.out)  # most ranks write records
     runs = group.all_gather_object(runs)[0]  # one rank's view of what is there
@@ -123,11 +122,12 @@ def train(runs, args):
     apart = sorted((run for run in runs if not run.split), key=lambda run: -run.cost)
     mine = apart[group.rank :: group.size]
     share = sum(run.cost for run in apart) / max(1e-9, sum(run.cost for run in mine))  # all runs' for one of mine
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(
+    columns = shown.TextColumn("{task.description}"), shown.BarColumn(), shown.TaskProgressColumn()
+    with shown.Progress(
         *columns,
-        TextColumn("left:"),
-        TimeRemainingColumn(),
+        shown.TimeElapsedColumn(),
+        shown.TextColumn("left:"),
+        shown.TimeRemainingColumn(),
         console=Console(stderr=True),
         disable=group.rank != 0,
         speed_estimate_period=300,
@@ -207,14 +207,17 @@ def arguments():
 def main():
     args = arguments()
     runs = matrix(args)
+    group = syncnorm.init(timeout=TIMEOUT)
     missing = [run for run in runs if run not in read(args.out, runs)]
-    if launched().launcher == "none":
+    if "RANK" not in os.environ:  # which `init` sets under every launcher
         on_all_ranks(LocalCommunicator(), "--out", check_folder, args.out)
         if missing:
             sys.exit(start_ranks(args))
     else:
-        train(missing, args)
-    if int(os.environ.get("RANK", 0)) == 0:
+        train(missing, args, group)
+    if group.rank == 0:
+        from contrast_report import write_report  # needs scipy
+
         try:
             write_report(args.out, read(args.out, runs))
         except OSError as error:

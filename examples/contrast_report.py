@@ -14,20 +14,23 @@ from typing import NamedTuple
 
 import numpy as np
 from common import write
+from scipy import stats
+
+from syncnorm.report import COLOURS, Table
 
 CLEAR = 2
 DEAR = 1.5  # times as long
 COMPARED = 8  # steps
 ROUNDING = 1e-5  # of float32 losses after some steps; one that turns a ReLU about grows, in one process as well
 NAMES = {"bn": "BatchNorm", "sync_bn": "SyncBatchNorm", "gn": "GroupNorm", "ln": "LayerNorm", "rms": "RMSNorm"}
-STYLES = {  # colours that the colour-blind tell apart (Okabe and Ito), and markers
-    "bn": ("#D55E00", "s"),
-    "sync_bn": ("#0072B2", "o"),
-    "gn": ("#009E73", "^"),
-    "ln": ("#CC79A7", "D"),
-    "rms": ("#666666", "v"),
+STYLES = {  # colours and markers
+    "bn": (COLOURS["vermillion"], "s"),
+    "sync_bn": (COLOURS["blue"], "o"),
+    "gn": (COLOURS["green"], "^"),
+    "ln": (COLOURS["purple"], "D"),
+    "rms": (COLOURS["grey"], "v"),
 }
-COMPUTE, COMMUNICATION = "#9AA5B1", "#E69F00"
+COMPUTE, COMMUNICATION = "#9AA5B1", COLOURS["orange"]
 MODELS = {"cnn": "CNN", "transformer": "Transformer"}
 SPREAD = "Values are mean ± standard deviation over seeds{of_error}. "
 CLEARLY = (
@@ -90,10 +93,7 @@ class Value(NamedTuple):
 
 def chance(seeds):
     """Return how often two values that do not differ would differ clearly, by Student's t-test."""
-    freedom = 2 * seeds - 2
-    cos2 = freedom / (freedom + CLEAR**2 * seeds / 2)
-    terms = itertools.accumulate(range(2, freedom, 2), lambda term, k: term * cos2 * (k - 1) / k, initial=1.0)
-    return 1 - math.sqrt(1 - cos2) * sum(terms)
+    return 2 * stats.t.sf(CLEAR * math.sqrt(seeds / 2), 2 * seeds - 2)
 
 
 class Cells(dict):
@@ -351,7 +351,7 @@ def table(cells):
     """Return the cells as a table in Markdown."""
     head = ["model", "norm", "samples per rank", "test error, %", "bits per character", "eval - train, bits"]
     head += ["step, ms", "of it communication, ms", "norm collectives", "norm kB"]
-    rule, lines = ["---", "---"] + (len(head) - 2) * ["---:"], []
+    lines = []
     for (model, norm, samples), cell in cells.items():
         row = [MODELS[model], NAMES[norm], str(samples)]
         for what, digits in ("error", 1), ("bits", 3), ("gap", 3), ("step", 1), ("communication", 1):
@@ -359,11 +359,8 @@ def table(cells):
         row += [f"{cell['norm collectives']:.0f}", f"{cell['norm kB']:.1f}"] if "norm kB" in cell else ["", ""]
         lines.append(row)
     filled = [any(column) for column in zip(*lines, strict=True)]  # a report on one model has no column for the other
-
-    def line(row):
-        return "| " + " | ".join(itertools.compress(row, filled)) + " |"
-
-    return "\n".join([line(head), "|" + "|".join(itertools.compress(rule, filled)) + "|", *map(line, lines)])
+    columns, *rows = (list(itertools.compress(row, filled)) for row in [head, *lines])
+    return Table("", columns, [rows]).markdown()
 
 
 def rows(records):
@@ -430,7 +427,7 @@ def write_report(directory, records):
         parts += [f"## {TITLES[name]}", f"![{TITLES[name]}]({name}.png)", ADVICE[name](cells)]
     parts += [
         "## All numbers",
-        table(cells),
+        table(cells).rstrip(),
         f"torch {record['torch']}; each run: [data.csv](data.csv)",
     ]
     write(directory / "data.csv", rows(records).encode())

@@ -29,42 +29,22 @@ or weights are no longer finite ends, and leaves the last good checkpoint.
 Shapes: N samples, T bytes of context, C channels.
 """
 
-import argparse
 import copy
 import functools
-import json
 import math
 import re
-import time
 import zlib
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from checkpoints import load, save
-from common import (
-    TimedCommunicator,
-    batch_of_step,
-    check_writable,
-    launcher,
-    learning_rate,
-    my_device,
-    on_all_ranks,
-    on_rank_0,
-    per_step,
-    positive,
-    timed_all_reduce,
-    without_buffer_broadcast,
-    write,
-)
-from rich.console import Console
-from rich.progress import track
+from common import my_device
 from torch import nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
-from torch.nn.parallel import DistributedDataParallel
+from training import option_parser, parsed, positive, run, training_loop
 
 import syncnorm
 from syncnorm.communicators import LocalCommunicator
+from syncnorm.testing import TimedCommunicator
 
 PROMPT = "The value of "
 VALIDATION = 10  # one paragraph of so many is held out; the split is the same in every run
@@ -234,30 +214,16 @@ def continuation(model, context, length, seed, device):
 
 
 def arguments(words=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__, steps=300, lr=0.005)
     norms = ["ln", "rms", "sync_bn", "bn"]
     parser.add_argument("--norm", choices=norms, default="sync_bn", help="bn, per rank, is the control")
-    parser.add_argument("--batch-per-rank", type=positive, default=16, metavar="N", help="samples (default: 16)")
-    parser.add_argument("--steps", type=positive, default=300, metavar="N", help="optimizer steps (default: 300)")
-    parser.add_argument("--lr", type=float, default=0.005, help="learning rate (default: 0.005)")
-    parser.add_argument("--decay", type=positive, metavar="N", help="warm it up and let it fall to 0 in N steps")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order of the data, continuation")
     parser.add_argument("--layers", type=positive, default=2, metavar="N", help="blocks (default: 2)")
     parser.add_argument("--width", type=positive, default=64, metavar="N", help="channels (default: 64)")
     parser.add_argument("--heads", type=positive, default=4, metavar="N", help="of attention (default: 4)")
     parser.add_argument("--context", type=positive, default=64, metavar="N", help="bytes, at least 4 (default: 64)")
     parser.add_argument("--data", type=Path, metavar="FILE", help="a text (default: Python's documentation)")
     parser.add_argument("--sample", type=int, default=200, metavar="N", help="bytes to write at the end (default: 200)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the record (default: runs/transformer-....json)")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write the state of the training there")
-    parser.add_argument("--checkpoint-every", type=positive, default=50, metavar="N", help="steps (default: 50)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if it is there")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for a rank that does not come")
-    args = parser.parse_args(words)
-    if args.resume and args.checkpoint is None:
-        parser.error("--resume needs --checkpoint FILE")
-    if args.out is not None and args.out == args.checkpoint:
-        parser.error(f"expected different files for --out and --checkpoint, got {args.out} for both")
+    args = parsed(parser, words)
     if args.width % args.heads:
         parser.error(f"expected a --width that --heads {args.heads} divides, got {args.width}")
     if args.context < 4:  # a sample of a single byte has no variance
@@ -276,30 +242,39 @@ def data(file, context, device):
     return train, valid, zlib.crc32(b"\n\n".join(text))
 
 
-def main():
-    args = arguments()
-    group = syncnorm.init(timeout=args.timeout)
-    path = args.out or Path("runs") / (
-        f"transformer-{args.norm}-{launcher()}-{group.size}x{args.batch_per_rank}-seed{args.seed}.json"
-    )
-    on_all_ranks(group, "--data", data, args.data, args.context, my_device())  # which keeps it
-    on_rank_0(group, "--out", check_writable, path)
-    if args.checkpoint:
-        on_rank_0(group, "--checkpoint", check_writable, args.checkpoint)
-    description = f"{args.norm}, {group.size} x {args.batch_per_rank} samples"
-    model, record = train(
-        args, group, lambda steps: track(steps, description, console=Console(stderr=True), disable=group.rank != 0)
-    )
-    record |= evaluate(model, args, group)
-    if group.rank == 0:
-        device = next(model.parameters()).device
-        record["sample"] = continuation(model, args.context, args.sample, args.seed, device)
-        on_all_ranks(LocalCommunicator(), "--out", write, path, json.dumps(record, indent=1).encode())
-        print(
-            "{valid_bits_per_character:.3f} bits per character ({valid_bits_per_character_in_train_mode:.3f} by the "
-            "statistics of the batch), {tokens_per_second:.0f} tokens/s".format(**record),
-            f"-> {path}" + (f"\n\n{record['sample']}" if args.sample else ""),
-        )
+def train(args, group, track=iter):
+    """Train on the ranks of the group; return the model and a record. `track` passes the steps on and may show them."""
+    device = my_device()
+    samples, _, crc = data(args.data, args.context, device)
+
+    torch.manual_seed(args.seed)
+    norm_group = TimedCommunicator(group)
+    norm = {
+        "ln": LayerNorm,
+        "rms": RMSNorm,
+        "sync_bn": lambda width: BatchNorm(width, process_group=norm_group),
+        "bn": lambda width: BatchNorm(width, process_group=LocalCommunicator()),
+    }[args.norm]
+    shape = {name: getattr(args, name) for name in ("layers", "width", "heads", "context")}
+    model = Transformer(**shape, norm=norm).to(device, getattr(torch, args.dtype))
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
+    tokens = 0  # valid bytes of all global batches
+
+    def loss_of(net, batch, share):
+        nonlocal tokens
+        valid_bytes = samples.lengths[batch].sum().item()  # of all ranks, which each of them knows
+        tokens += valid_bytes
+        inputs, targets, mask = samples.batch(batch[share])
+        return nats(net(inputs, mask), targets) * (group.size / valid_bytes)  # DDP divides by the number of ranks
+
+    about = {**shape, "crc_of_text": crc}
+    record = training_loop(args, group, model, norm_group, optimizer, loss_of, len(samples), about, track)
+    seconds = record["seconds_per_step"] * (args.steps - record["resumed_at_step"])
+    return model, record | {
+        "data": str(args.data or "pydoc_data.topics"),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens_per_second": tokens / seconds,
+    }
 
 
 def evaluate(model, args, group):
@@ -310,84 +285,30 @@ def evaluate(model, args, group):
     return {"valid_bits_per_character": bits, "valid_bits_per_character_in_train_mode": in_train_mode}
 
 
-def train(args, group, track=iter):
-    """Train on the ranks of the group; return the model and a record. `track` passes the steps on and may show them."""
-    device = my_device()
-    samples, _, crc = data(args.data, args.context, device)
+def evaluate_and_continue(model, args, group):
+    """Return what `evaluate` does and, on rank 0, a text that the model writes."""
+    record = evaluate(model, args, group)
+    if group.rank == 0:
+        device = next(model.parameters()).device
+        record["sample"] = continuation(model, args.context, args.sample, args.seed, device)
+    return record
 
-    torch.manual_seed(args.seed)
-    norm_group, gradient_group = TimedCommunicator(group, device), TimedCommunicator(group, device)
-    norm = {
-        "ln": LayerNorm,
-        "rms": RMSNorm,
-        "sync_bn": lambda width: BatchNorm(width, process_group=norm_group),
-        "bn": lambda width: BatchNorm(width, process_group=LocalCommunicator()),
-    }[args.norm]
-    shape = {name: getattr(args, name) for name in ("layers", "width", "heads", "context")}
-    model = Transformer(**shape, norm=norm).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
-    global_batch = args.batch_per_rank * group.size
-    training = {"norm": args.norm, "global_batch": global_batch, "lr": args.lr, "decay": args.decay, "seed": args.seed}
-    training |= {**shape, "crc_of_text": crc}
-    losses = torch.zeros(args.steps, dtype=torch.float64, device=device)
-    first = 0
-    if args.resume:
-        first = load(args.checkpoint, training, model, optimizer, losses, group)
-    net = model
-    if dist.is_initialized() and group.size > 1:
-        net = DistributedDataParallel(model, **without_buffer_broadcast())
-        net.register_comm_hook(gradient_group, timed_all_reduce)
 
-    share = slice(group.rank * args.batch_per_rank, (group.rank + 1) * args.batch_per_rank)
-    averaged = first  # losses that are those of the global batch; those after them are this rank's
-    tokens = 0  # valid bytes of all global batches
-    group.barrier()
-    start = time.perf_counter()
-    for step in track(range(first, args.steps)):
-        optimizer.param_groups[0]["lr"] = learning_rate(args, step)
-        batch = batch_of_step(step, global_batch, len(samples), args.seed)
-        valid_bytes = samples.lengths[batch].sum().item()  # of all ranks, which each of them knows
-        inputs, targets, mask = samples.batch(batch[share])
-        optimizer.zero_grad()
-        loss = nats(net(inputs, mask), targets) * (group.size / valid_bytes)  # DDP divides by the number of ranks
-        loss.backward()
-        optimizer.step()
-        losses[step] = loss.detach()
-        tokens += valid_bytes
-        done = step + 1
-        if done == args.steps or (args.checkpoint and done % args.checkpoint_every == 0):
-            losses[averaged:done] = group.all_reduce(losses[averaged:done].clone()) / group.size
-            averaged = done
-            if args.checkpoint:
-                save(args.checkpoint, training, model, optimizer, losses[:done], group)
-    group.barrier()
-    seconds = time.perf_counter() - start
-    trained = args.steps - first
-    return model, {
-        "norm": args.norm,
-        "launcher": launcher(),
-        "ranks": group.size,
-        "batch_per_rank": args.batch_per_rank,
-        "steps": args.steps,
-        "resumed_at_step": first,
-        "lr": args.lr,
-        "decay": args.decay,
-        "seed": args.seed,
-        **shape,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "data": str(args.data or "pydoc_data.topics"),
-        "samples_per_second": trained * global_batch / seconds,
-        "tokens_per_second": tokens / seconds,
-        "seconds_per_step": seconds / trained,
-        "communication_seconds_per_step": (norm_group.seconds() + gradient_group.seconds()) / trained,
-        "per_step": {
-            "norm": per_step(norm_group.calls, trained),
-            "gradients": per_step(gradient_group.calls, trained),
-        },
-        "torch": torch.__version__,
-        "device": str(device),
-        "loss": losses.tolist(),
-    }
+def summary(record):
+    before = (
+        "{valid_bits_per_character:.3f} bits per character ({valid_bits_per_character_in_train_mode:.3f} by the "
+        "statistics of the batch), {tokens_per_second:.0f} tokens/s".format(**record)
+    )
+    return before, f"\n\n{record['sample']}" if record["sample"] != PROMPT else ""
+
+
+def main():
+    args = arguments()
+
+    def load_data():
+        data(args.data, args.context, my_device())
+
+    run("transformer", args, load_data, train, evaluate_and_continue, summary)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,24 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib as mpl
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+
+from syncnorm.report import COLOURS, Table
 
 GLOBAL_BATCH = 16
-COMPARED = 20  # steps in which synchronized runs are held against one rank
+COMPARED = 20  # steps in which float32 runs are compared with one rank: later on rounding errors have grown
 SMOOTHING = 12  # steps in a running mean of the drawn losses
 TIMEOUT = 170  # seconds for one run
+SMALLEST = 1e-17  # difference that is drawn
 NORMS = {"sync_bn": "synchronized", "bn": "per rank"}
 SETTINGS = {"NO_COLOR": "1"} if not sys.stderr.isatty() else {}
 
 
 class Run(NamedTuple):
-    """One training: norm, launcher and number of ranks."""
+    """One training: norm, dtype, launcher and number of ranks."""
 
     norm: str
+    dtype: str
     launcher: str
     ranks: int
 
@@ -35,7 +36,17 @@ class Run(NamedTuple):
             "mpirun": ["mpirun", "-n", str(self.ranks), "python"],
         }[self.launcher]
         options = f"--norm {self.norm} --batch-per-rank {GLOBAL_BATCH // self.ranks} --steps {steps} --lr 0.02"
-        return [*start, "examples/cnn.py", *options.split(), "--out", str(record)]
+        return [*start, "examples/cnn.py", *options.split(), "--dtype", self.dtype, "--out", str(record)]
+
+    @property
+    def record(self):
+        """Name the file of the record."""
+        return f"{self.norm}-{self.dtype}-{self.launcher}-{self.ranks}.json"
+
+    @property
+    def on_one_rank(self):
+        """Return the same training on one rank."""
+        return self._replace(launcher="torchrun", ranks=1)
 
     @property
     def label(self):
@@ -43,18 +54,24 @@ class Run(NamedTuple):
         return f"{self.ranks} rank{'s' * (self.ranks > 1)} x {GLOBAL_BATCH // self.ranks} samples, {self.launcher}"
 
 
-STYLES = {  # launcher, ranks -> colour (told apart by the colour-blind), line width, dashes
-    ("torchrun", 1): ("#8C8C8C", 7.0, "solid"),
-    ("torchrun", 2): ("#56B4E9", 4.0, "solid"),
-    ("mpirun", 2): ("#D55E00", 2.0, "solid"),
-    ("torchrun", 4): ("#000000", 1.2, (0, (4, 3))),
+STYLES = {  # launcher, ranks -> colour, line width, dashes
+    ("torchrun", 1): (COLOURS["grey"], 7.0, "solid"),
+    ("torchrun", 2): (COLOURS["sky blue"], 4.0, "solid"),
+    ("mpirun", 2): (COLOURS["vermillion"], 2.0, "solid"),
+    ("torchrun", 4): (COLOURS["black"], 1.2, (0, (4, 3))),
 }
-RUNS = [Run(norm, *who) for norm in NORMS for who in STYLES]
+IN_FLOAT64 = [("torchrun", 1), ("mpirun", 2), ("mpirun", 4)]
+SECTIONS = {  # of the table, and curves of the differences: colour, and whether the label is above
+    ("bn", "float32"): (COLOURS["purple"], True),
+    ("sync_bn", "float32"): (COLOURS["blue"], False),
+    ("sync_bn", "float64"): (COLOURS["green"], True),
+}
+RUNS = [Run(*section, *who) for section in SECTIONS for who in (STYLES if section[1] == "float32" else IN_FLOAT64)]
 
 
 def train(run, steps, directory):
     """Run one training and return its record."""
-    record = directory / f"{run.norm}-{run.launcher}-{run.ranks}.json"
+    record = directory / run.record
     record.unlink(missing_ok=True)
     try:
         subprocess.run(run.command(steps, record), check=True, timeout=TIMEOUT, env=os.environ | SETTINGS)
@@ -65,41 +82,62 @@ def train(run, steps, directory):
 
 def difference(records, run):
     """Return |loss - loss on one rank| of every step."""
-    return np.abs(np.subtract(records[run]["loss"], records[run._replace(launcher="torchrun", ranks=1)]["loss"]))
+    return np.abs(np.subtract(records[run]["loss"], records[run.on_one_rank]["loss"]))
+
+
+def largest(records, norm, dtype):
+    """Return the largest difference of all runs of that kind, at every step."""
+    return np.max([difference(records, r) for r in records if r[:2] == (norm, dtype) and r.ranks > 1], axis=0)
 
 
 def table(records):
     """Return the results, one run a row."""
-    result = Table(title=f"CNN on 8x8 digits, global batch {GLOBAL_BATCH}")
-    for title in ("statistics", "launcher", "ranks", "samples per rank"):
-        result.add_column(title)
-    for title in (
-        f"largest loss difference to 1 rank, first {COMPARED} steps",
-        "test accuracy",
-        "norm collectives per step",
-        "bytes each rank gives",
-        "samples/s",
-    ):
-        result.add_column(title, justify="right")
-    for run, record in records.items():
-        norm = record["per_step"]["norm"]
-        result.add_row(
-            NORMS[run.norm],
-            run.launcher,
-            str(run.ranks),
-            str(GLOBAL_BATCH // run.ranks),
-            f"{difference(records, run)[:COMPARED].max():.1e}" if run.ranks > 1 else "-",
-            f"{record['test_accuracy']:.3f}",
-            f"{norm['collectives']:.0f}",
-            f"{norm['bytes']:,.0f}",
-            f"{record['samples_per_second']:,.0f}",
-            end_section=run == RUNS[len(STYLES) - 1],
-        )
-    return result
+    columns = ["statistics", "dtype", "launcher", "ranks"]
+    columns += [f"difference, first {COMPARED} steps", "difference, all steps", "test accuracy"]
+    columns += ["norm calls per step", "their kB", "samples/s"]
+    sections = [[cells(records, run) for run in records if run[:2] == section] for section in SECTIONS]
+    title = f"CNN on 8x8 digits, global batch {GLOBAL_BATCH}; largest difference of the loss to that on 1 rank"
+    return Table(title, columns, sections, names=4)
+
+
+def cells(records, run):
+    """Return a row of the table."""
+    record = records[run]
+    norm = record["per_step"]["norm"]
+    apart = difference(records, run)
+    return [
+        NORMS[run.norm],
+        run.dtype,
+        run.launcher,
+        str(run.ranks),
+        f"{apart[:COMPARED].max():.1e}" if run.ranks > 1 else "-",
+        f"{apart.max():.1e}" if run.ranks > 1 else "-",
+        f"{record['test_accuracy']:.3f}",
+        f"{norm['collectives']:.0f}",
+        f"{norm['bytes'] / 1000:.1f}",
+        f"{record['samples_per_second']:,.0f}",
+    ]
+
+
+def proof(records):
+    """Say how far apart the losses of all ranks are."""
+    steps = len(next(iter(records.values()))["loss"])
+    whole, first, alone = (
+        largest(records, "sync_bn", "float64").max(),
+        largest(records, "sync_bn", "float32")[:COMPARED].max(),
+        largest(records, "bn", "float32")[:COMPARED].max(),
+    )
+    return (
+        f"synchronized, float64: all runs within {whole:.1e} of one rank over all {steps} steps\n"
+        f"synchronized, float32: all runs within {first:.1e} of one rank over the first {COMPARED} steps\n"
+        f"per rank, float32:     up to {alone:.1e} from one rank over the first {COMPARED} steps"
+    )
 
 
 def draw(records, path):
-    """Draw the losses of both norms, and how far each run is from that on one rank."""
+    """Draw the losses of both norms in float32, and how far each kind of run is from that on one rank."""
+    import matplotlib as mpl
+
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -107,7 +145,7 @@ def draw(records, path):
     figure, axes = plt.subplots(1, 3, figsize=(14.5, 4.6), layout="constrained", width_ratios=[1, 1, 1.1])
     axes[1].sharey(axes[0])
     for axis, norm in zip(axes, NORMS, strict=False):
-        draw_losses(axis, {run: record for run, record in records.items() if run.norm == norm})
+        draw_losses(axis, {run: record for run, record in records.items() if run[:2] == (norm, "float32")})
         axis.set_title(f"BatchNorm, {NORMS[norm]} statistics")
     axes[0].set_ylabel(f"training loss, mean of {SMOOTHING} steps")
     draw_differences(axes[2], records)
@@ -140,13 +178,19 @@ def draw_losses(axis, records):
 
 def draw_differences(axis, records):
     """Draw on a logarithmic axis how far apart curves are that seem to lie on each other."""
-    for norm, colour in zip(NORMS, ("#0072B2", "#CC79A7"), strict=True):
-        runs = [run for run in records if run.norm == norm and run.ranks > 1]
-        largest = np.max([difference(records, run) for run in runs], axis=0).clip(min=1e-9)
-        axis.plot(np.arange(1, len(largest) + 1), largest, color=colour, linewidth=2)
-        axis.text(len(largest), largest.max() * 3, NORMS[norm], color=colour, ha="right", va="bottom")
+    for (norm, dtype), (colour, above) in SECTIONS.items():
+        apart = np.maximum.accumulate(largest(records, norm, dtype)).clip(min=SMALLEST)
+        axis.plot(np.arange(1, len(apart) + 1), apart, color=colour, linewidth=2)
+        axis.annotate(
+            f"{NORMS[norm]} statistics, {dtype}",
+            (2, apart[min(COMPARED, len(apart)) - 1]),
+            xytext=(0, 5 if above else -5),
+            textcoords="offset points",
+            va="bottom" if above else "top",
+            color=colour,
+        )
     axis.set(
-        yscale="log", xlabel="training step", ylabel="|loss - loss on 1 rank|, largest of the runs", ylim=(1e-9, 50)
+        yscale="log", xlabel="training step", ylabel="|loss - loss on 1 rank|, largest so far", ylim=(SMALLEST, 1e2)
     )
     axis.set_title("how far from 1 rank")
 
@@ -154,7 +198,7 @@ def draw_differences(axis, records):
 def main():
     """Run, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=120, metavar="N", help="training steps of each run")
+    parser.add_argument("--steps", type=int, default=120, metavar="N", help="training steps of each run (default: 120)")
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="for the figure and the records")
     parser.add_argument("--redraw", action="store_true", help="draw the records that are there, train nothing")
     args = parser.parse_args()
@@ -162,14 +206,13 @@ def main():
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if args.redraw:
-            records = {r: json.loads((directory / f"{r.norm}-{r.launcher}-{r.ranks}.json").read_text()) for r in RUNS}
+            records = {run: json.loads((directory / run.record).read_text()) for run in RUNS}
     except OSError as error:
         sys.exit(f"{'--redraw' if args.redraw else '--out'}: {error}")
     if not args.redraw:
         records = {run: train(run, args.steps, directory) for run in RUNS}
-    Console(width=None if sys.stdout.isatty() else 130).print(table(records))
-    largest = max(difference(records, run)[:COMPARED].max() for run in RUNS if run.norm == "sync_bn")
-    print(f"synchronized: all runs within {largest:.1e} of one rank over the first {COMPARED} steps")
+    table(records).show()
+    print(proof(records))
     draw(records, args.out / "demo.png")
     print(f"figure: {args.out / 'demo.png'}")
 

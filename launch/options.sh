@@ -3,8 +3,8 @@
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/quote.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh"
 
-usage() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"; }
 refuse() { echo "$*" >&2; exit 2; }
 
 ranks='' hostfile=''

@@ -1,12 +1,12 @@
 """Synchronized BatchNorm for PyTorch: the statistics of the whole batch, over NCCL, Gloo or MPI."""
 
 from . import functional, testing
-from .bootstrap import init
 from .communicators import Communicator, communicator
+from .communicators.subgroups import new_subgroups
 from .convert import convert_sync_batchnorm, register_conversion, revert_sync_batchnorm
 from .errors import DesyncError, SyncNormError
+from .job.init import init
 from .modules import GroupNorm, LayerNorm, LazySyncBatchNorm, RMSNorm, SyncBatchNorm
-from .subgroups import new_subgroups
 
 __version__ = "0.1.0"
 
@@ -28,3 +28,9 @@ __all__ = [
     "revert_sync_batchnorm",
     "testing",
 ]
+
+# Pickles name a class by its module. Public classes are named by the place where users find them.
+for _name in __all__:
+    if isinstance(globals()[_name], type):
+        globals()[_name].__module__ = __name__
+del _name

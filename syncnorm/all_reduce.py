@@ -1,8 +1,8 @@
-"""The sum over the ranks as a differentiable operation: backward, forward-mode and batched.
+"""The sum over the ranks as a differentiable operation, in reverse mode, in forward mode and batched.
 
-The sum is linear. Its adjoint is the sum over the ranks of the gradients, its derivative the sum over the ranks of the
-tangents, and a batch of tensors is summed as one tensor. So each of them is one all-reduce, which all ranks have to
-reach: they agree on which tensors have gradients, tangents and batch axes, and on the size of the batch.
+The sum is linear. Its adjoint sums the gradients over the ranks, and its derivative sums the tangents over the ranks. A
+batch of tensors is summed as one tensor. Each of these is one all-reduce, which all ranks must issue. So the ranks must
+agree on which tensors have gradients, tangents and batch axes, and on the size of the batch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch.autograd import Function
 from . import transforms
 from .communicators import Communicator
 
-__all__ = ["all_reduce"]
+__all__ = ["all_reduce", "sum_over_ranks"]
 
 
 def all_reduce(tensor: Tensor, group: Communicator) -> Tensor:
-    """Return the sum over the ranks, a new tensor; in a group of one, the tensor.
+    """Return the sum over the ranks as a new tensor. In a group of one rank, return the tensor itself.
 
     Raises:
-        RuntimeError: torch.jit.trace, make_fx or torch.export record the operations, and would leave this one out.
+        RuntimeError: torch.jit.trace, make_fx or torch.export is recording, and would omit the all-reduce.
     """
     if group.size == 1:
         return tensor
@@ -31,10 +31,17 @@ def all_reduce(tensor: Tensor, group: Communicator) -> Tensor:
     return _AllReduce.apply(tensor, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def sum_over_ranks(tensor: Tensor, group: Communicator, *, followed: bool) -> Tensor:
+    """Return the sum over the ranks. The tensor is overwritten unless a transform is active (`followed`)."""
+    if group.size == 1:
+        return tensor
+    return all_reduce(tensor, group) if followed else group.all_reduce(tensor)
+
+
 def _refuse_recording(group: Communicator) -> None:
     if transforms.recording():
         raise RuntimeError(
-            "expected to trace or export a model whose norms keep to this process, got one that shares its statistics "
+            "expected a model without all-reduces to trace or export, got one that shares its statistics "
             f"among {group.size} ranks: call model.eval() or syncnorm.revert_sync_batchnorm(model) first"
         )
 
@@ -64,9 +71,10 @@ class _AllReduce(Function):
 
 
 def _summed_as_one(tensor: Tensor, group: Communicator) -> Tensor:
-    """Return the sum of a batch as `torch.autograd.grad(..., is_grads_batched=True)` makes it.
+    """Return the sum of a batched gradient of `torch.autograd.grad(..., is_grads_batched=True)`.
 
-    It is no batch of torch.func, and a Function has no rule for it, so this takes the batch axis off and on again.
+    An autograd Function has no vmap rule for this kind of batch. So this function removes the batch axis, sums, and
+    adds the axis again.
     """
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()

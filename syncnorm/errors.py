@@ -1,16 +1,16 @@
-"""What this package raises beside Python's own errors."""
+"""The exceptions of this package."""
 
 __all__ = ["DesyncError", "SyncNormError", "printable"]
 
 
 class SyncNormError(RuntimeError):
-    """The ranks of a job, or what they hold, do not go together."""
+    """Base class: the ranks of a job, or their state, are inconsistent."""
 
 
 class DesyncError(SyncNormError):
-    """A collective did not come to its end; the text says where each rank is, and who is missing."""
+    """A collective did not complete. The message says where each rank is and which are missing."""
 
 
 def printable(text: str) -> str:
-    """Return text of another process as it may be shown on a terminal, with control characters escaped."""
+    """Return text with its control characters escaped, so that text of another process is safe to print."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

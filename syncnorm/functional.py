@@ -1,9 +1,10 @@
-"""The norms as functions: the place where the flow is read.
+"""The norms as functions. The forward pass of each norm can be read here.
 
-All of them take moments over some axes, combine them over the ranks that share these axes, and apply one affine map.
-`sync_batch_norm` shares the batch, which every data-parallel rank does. `layer_norm`, `rms_norm` and `group_norm` share
-nothing between ranks, and call torch's own functions, unless their axes are split: features under tensor parallelism,
-space or the channels of a group. Then they view their input as (1, rows, values) and go the same way.
+A norm computes moments over some axes, combines them over the ranks that share these axes, and applies one affine map.
+`sync_batch_norm` combines them over the batch, which data parallelism splits over the ranks. `layer_norm`, `rms_norm`
+and `group_norm` combine nothing and call torch's own functions, unless their axes are split over ranks: features under
+tensor parallelism, space, or the channels of a group. They then view their input as (1, rows, values) and take the same
+steps.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import running, transforms, validate
-from .all_reduce import all_reduce
-from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
-from .launchers import warn_if_alone_in_a_larger_job
-from .moments import Moments, MomentsAboutZero
-from .normalize import normalize, normalize_by_constants
+from . import arguments, running, transforms
+from .all_reduce import sum_over_ranks
+from .autograd import normalize
+from .communicators import ALONE, Communicator, LocalCommunicator, ProcessGroupLike, communicator
+from .job.launcher import warn_if_not_joined
+from .kernels import Packed
+from .moments import Moments, MomentsAboutZero, select_kernels
 
 __all__ = ["group_norm", "layer_norm", "rms_norm", "sync_batch_norm"]
 
@@ -42,87 +44,51 @@ def sync_batch_norm(
     activation: str | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """Batch normalization by the statistics of the whole batch, wherever its shards live.
+    """Batch normalization by the statistics of the whole batch, which is distributed over the ranks of a process group.
 
         y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
-    In training, mean and (biased) var of each channel are taken over the batch and trailing axes of *all* ranks'
-    inputs, and the running statistics move towards them (see `syncnorm.running.update`); else the running statistics
-    stand in their place. Shards may differ in all sizes but C; a shard may be empty. Tensors that have a shape and no
-    values, on the meta device or in a FakeTensorMode, give the shapes of the results.
-
-    Gradients are those of the sum of the ranks' losses. Those of weight and bias are this rank's share: their sum over
-    the ranks is the gradient of the whole batch.
+    This is the function of `syncnorm.SyncBatchNorm`. Running statistics and parameters are passed in.
 
     Args:
-        input: (N, C, *) floating point, in any memory format; the output has its dtype and memory format.
-        running_mean: (C,) updated in place in training; None: not tracked.
-        running_var: (C,) as running_mean; unbiased.
+        input: (N, C, *) floating point, in any memory format.
+        running_mean: (C,), updated in place in training. None: not tracked.
+        running_var: (C,), as running_mean. It is updated with the unbiased variance.
         weight: (C,) or None.
         bias: (C,) or None.
-        training: normalize by the batch (True) or by the running statistics (False).
-        momentum: the weight of this batch in the running statistics; None: their cumulative average.
-        eps: added to the variance; positive in training, at least 0 in eval.
-        num_batches_tracked: () int64, counts the batches in training; needed for momentum=None. A batch that is empty
-            on all ranks is not counted, and leaves the running statistics as they are.
-        process_group: the ranks that share the batch, as in `syncnorm.communicator`.
-        mask: (N, *) or (N, 1, *), or with 1 for any of these sizes, bool or floating point: which positions count, each
-            rank with its own number of them. Statistics are those of the positions where it is true (or 1), on all
-            ranks together. The others are normalized by these too, and their values may be anything; they have no part
-            in the gradient of the statistics. A fraction counts as that much of a position: the n of mean, var and the
-            unbiased var is the sum of the mask. It must not be negative, which is not looked at (on a GPU that would
-            wait for the device).
-        residual: added before the activation, of the input's shape and dtype.
-        activation: None, "relu", "leaky_relu" (slope 0.01), "silu" or "gelu_tanh", in the same pass over the data.
-            Backward keeps the input and, with a residual, the signs of its sum, one bit each (silu and gelu_tanh: the
-            residual).
-        inplace: write the output over the input, for activation None or "leaky_relu" and no residual. Backward keeps
-            the output alone and computes the input from it: where the weight is small beside the bias, and in half
-            precision, with fewer digits. The normalized input x̂ is estimated as (z - bias) * weight / (weight² + σ²),
-            where σ = finfo(input.dtype).eps * |bias| / sqrt(12) is the standard deviation of the rounding of z. A
-            weight well above σ gets an accurate gradient. For a weight below σ the output no longer holds the input:
-            its gradient tends to 0 with the weight, and its error is at most the sum of |dL/dz| (|x̂| + 1).
+        training: normalize by the statistics of the batch (True) or by the running statistics (False).
+        num_batches_tracked: () int64, counts the batches in training. Required for momentum=None. A batch that is empty
+            on all ranks is not counted and does not change the running statistics.
+
+    Other arguments, errors and the source: see `syncnorm.SyncBatchNorm` and its forward.
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of 2C
-    in backward (none if the input needs no gradient), which all ranks of the group must reach. Otherwise none. Under
-    forward-mode AD (`torch.func.jvp`, dual tensors) there is one of 2C + 1 float64 more for the tangents, and under
-    `torch.func.vmap` each is one all-reduce for the whole batch. All ranks must apply the same transforms.
-
-    Raises:
-        ValueError: shapes do not fit; the activation is unknown or cannot be in place; eps is negative, or 0 in
-            training; this rank is not in the group; the whole batch has one value per channel (with a mask on a GPU
-            that is not looked at, which would wait for the device).
-        TypeError: the input or a buffer is not floating point, the mask neither that nor bool, the residual not of the
-            input's dtype; input, mask or residual is nested, sparse or mkldnn.
-        RuntimeError: a parameter, the mask or the residual is on another device than the input; the input is to be
-            written over and is a leaf that requires a gradient, a view in a graph, or expanded; a transform of
-            torch.func was not given the running statistics, and cannot update them; torch.jit.trace, make_fx or
-            torch.export would drop the all-reduce.
-
-    Source: Ioffe and Szegedy, Batch Normalization, 2015; the moments are merged as Chan, Golub and LeVeque do, 1979;
-    in place: Rota Bulò, Porzi and Kontschieder, In-Place Activated BatchNorm, 2018.
+    in backward (none if the input needs no gradient). All ranks of the group must issue them, in the same order. Unlike
+    the module, the function does not compare which layer the ranks are in. For forward-mode AD and vmap see the class.
     """
-    validate.batch_norm_arguments(
+    arguments.check_batch_norm_arguments(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
     )
-    mask = validate.mask_over_channels(mask, input)
-    epilogue = validate.epilogue(input, weight, bias, residual, activation, inplace)
-    if input.dim() == 1:  # of shape (0,): there is nothing to normalize
+    mask = arguments.parse_mask(mask, input)
+    epilogue = arguments.parse_epilogue(input, weight, bias, residual, activation, inplace)
+    if input.dim() == 1:  # of shape (0,)
         return input if inplace else input.clone()
+    kernels = select_kernels(input, mask, residual, weight, bias, running_mean, running_var, num_batches_tracked)
     if not training:
-        assert running_mean is not None  # validated
+        assert running_mean is not None  # checked above
         assert running_var is not None
-        return normalize_by_constants(input, running_mean, running_var, weight, bias, eps, epilogue=epilogue)
+        moments = Moments.given(running_mean, running_var, kernels)
+        return normalize(input, moments, weight, bias, eps, ALONE, residual=residual, epilogue=epilogue)
     group = _sharing_batch(input, process_group)
 
-    moments = _combined(Moments.of(input, mask), group)
+    moments = _of_all_ranks(Moments.of(input, mask, kernels), group)
     if _one_value(input, mask, moments):
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
             + (" and a mask" if mask is not None else "")
             + (f" on rank {group.rank} and 1 value on all {group.size} ranks" if group.size > 1 else "")
         )
-    output = normalize(input, moments, weight, bias, eps, group, mask=mask, epilogue=epilogue)
+    output = normalize(input, moments, weight, bias, eps, group, mask=mask, residual=residual, epilogue=epilogue)
     running.update(running_mean, running_var, num_batches_tracked, moments, momentum)
     return output
 
@@ -140,32 +106,20 @@ def layer_norm(
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
-    mean and (biased) var are taken over the last axes, for each position of the others. Without a process group it is
-    `torch.nn.functional.layer_norm`.
+    This is the function of `syncnorm.LayerNorm`. Without a process group it is `torch.nn.functional.layer_norm`.
 
     Args:
-        input: (*, *normalized_shape) floating point; the output has its dtype.
-        normalized_shape: the last axes, or the last one, as they are on this rank.
         weight: of normalized_shape, or None.
         bias: of normalized_shape, or None.
-        eps: added to the variance.
-        process_group: the ranks among which the last axes are split, each with a share of any size, also none; the
-            other axes are the same on all of them. The function trusts you in this, as the modules do not, which
-            compare these axes at the first input of each size: ranks that differ hang, fail or get a wrong result.
-            Weight and bias are this rank's shares, and so are their gradients.
+
+    Other arguments, errors and the source: see `syncnorm.LayerNorm`.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2R + 1 float64 in forward, for R
-    positions, and one of 2R in backward. Otherwise none.
-
-    Raises:
-        ValueError: the last axes are not normalized_shape, or this rank is not in the group.
-        TypeError: the input is not floating point, or is sparse or mkldnn; beside a process group also: nested or a
-            DTensor; weight or bias is not a tensor, or another argument has the wrong type.
-
-    Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
+    positions, and one of 2R in backward. Otherwise none. Unlike the module, the function does not compare the other
+    axes of the ranks. If they differ, the call hangs, fails or returns a wrong result.
     """
-    validate.numbers(eps=eps)
-    shape = validate.trailing_axes(input, normalized_shape, weight, bias, split=process_group is not None)
+    arguments.check_numbers(eps=eps)
+    shape = arguments.parse_normalized_shape(input, normalized_shape, weight, bias, split=process_group is not None)
     group = _sharing(input, process_group)
     if group.size == 1:
         return F.layer_norm(input, shape, weight, bias, eps)
@@ -187,40 +141,28 @@ def rms_norm(
 
         y = x / sqrt(mean(x²) + eps) * weight + bias        with eps_outside: x / (sqrt(mean(x²)) + eps) * weight + bias
 
-    The mean is taken over the last axes, for each position of the others. Without a process group and with epsilon
-    inside of the root it is `torch.nn.functional.rms_norm`, plus the bias.
+    This is the function of `syncnorm.RMSNorm`. Without a process group and with eps inside the root it is
+    `torch.nn.functional.rms_norm`, plus the bias.
 
     Args:
-        input: (*, *normalized_shape) floating point; the output has its dtype.
-        normalized_shape: the last axes, or the last one, as they are on this rank.
         weight: of normalized_shape, or None.
-        eps: added to the mean square, or to its root. None: what torch adds then, torch.finfo(torch.float32).eps, or
-            that of float64 for such an input. (torch 2.6 itself adds finfo(input.dtype).eps in half precision.)
         bias: of normalized_shape, or None.
-        eps_outside: add it to the root. Both definitions are in use; a checkpoint wants the one that it was trained by.
-        process_group: the ranks among which the last axes are split, as in `layer_norm`; the other axes are
-            not compared here either.
+
+    Other arguments, errors and the source: see `syncnorm.RMSNorm`.
 
     Collectives: with a process group of more than one rank, one all-reduce of R + 1 float64 in forward, for R
-    positions, and one of R in backward. Otherwise none.
-
-    Raises:
-        ValueError: the last axes are not normalized_shape, or this rank is not in the group.
-        TypeError: the input is not floating point, or is sparse or mkldnn; beside a process group also: nested or a
-            DTensor; weight or bias is not a tensor, or another argument has the wrong type.
-
-    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
+    positions, and one of R in backward. Otherwise none. As in `layer_norm`, the other axes are not compared.
     """
-    validate.numbers_or_none(eps=eps)
-    validate.flags(eps_outside=eps_outside)
-    shape = validate.trailing_axes(input, normalized_shape, weight, bias, split=process_group is not None)
+    arguments.check_numbers_or_none(eps=eps)
+    arguments.check_flags(eps_outside=eps_outside)
+    shape = arguments.parse_normalized_shape(input, normalized_shape, weight, bias, split=process_group is not None)
     if eps_outside:
-        validate.dense("input", input)
+        arguments.check_dense("input", input)
     group = _sharing(input, process_group)
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
     if group.size == 1 and not eps_outside:
-        x = input if weight is None else input.to(weight.dtype)  # unlike layer_norm, it takes one dtype
+        x = input if weight is None else input.to(weight.dtype)  # unlike F.layer_norm, it requires equal dtypes
         return _affine(F.rms_norm(x, shape, weight, eps), None, bias).to(input.dtype)
     y = _normalize_rows(_rows(input, len(shape)), MomentsAboutZero, eps, group, eps_outside=eps_outside).view_as(input)
     return _affine(y, weight, bias).to(input.dtype)
@@ -235,37 +177,24 @@ def group_norm(
     *,
     process_group: ProcessGroupLike = None,
 ) -> Tensor:
-    """Group normalization over the channels of a group and space, which may be split over ranks.
+    """Group normalization over space and the channels of a group, which may be split over ranks.
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
-    mean and (biased) var are taken over space and the channels of each group, for each sample. Without a process group
-    it is `torch.nn.functional.group_norm`.
+    This is the function of `syncnorm.GroupNorm`. Without a process group it is `torch.nn.functional.group_norm`.
 
     Args:
-        input: (N, C, *) floating point; the output has its dtype.
-        num_groups: into how many groups the C channels of this rank are divided.
         weight: (C,) or None.
         bias: (C,) or None.
-        eps: added to the variance.
-        process_group: the ranks that have a part of each group: of its space (images or volumes split along any axes),
-            or of its channels. Shares may differ in size, also be empty; N and num_groups are the same on all of them.
-            The function trusts you in this, as the module does not, which compares these two at the first input of
-            each size: ranks that differ hang, fail or get a wrong result.
-            Where space is split, the gradients of weight and bias are this rank's share, to be summed over the ranks.
+
+    Other arguments, errors and the source: see `syncnorm.GroupNorm`.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 1 float64 in forward and
-    one of 2 N num_groups in backward. Otherwise none.
-
-    Raises:
-        ValueError: the groups do not divide the channels, shapes do not fit, or this rank is not in the group.
-        TypeError: the input is not floating point, is nested, sparse or mkldnn, or is a DTensor beside a process group;
-            weight or bias is not a tensor, or another argument has the wrong type.
-
-    Source: Wu and He, Group Normalization, 2018.
+    one of 2 N num_groups in backward. Otherwise none. Unlike the module, the function does not compare N and num_groups
+    of the ranks. If they differ, the call hangs, fails or returns a wrong result.
     """
-    validate.numbers(eps=eps)
-    validate.groups_of_channels(input, num_groups, weight, bias, split=process_group is not None)
+    arguments.check_numbers(eps=eps)
+    arguments.check_groups(input, num_groups, weight, bias, split=process_group is not None)
     group = _sharing(input, process_group)
     if group.size == 1:
         return F.group_norm(input, num_groups, weight, bias, eps)
@@ -276,29 +205,29 @@ def group_norm(
 
 
 def without_values(tensor: Tensor) -> bool:
-    """Return whether a tensor has a shape alone: on the meta device, or in a FakeTensorMode that records no graph."""
+    """Return whether a tensor has no values: on the meta device, or in a FakeTensorMode that records no graph."""
     if tensor.is_meta or not isinstance(tensor, FakeTensor):
         return tensor.is_meta
     return not (torch.compiler.is_compiling() or transforms.recording())
 
 
 def _sharing_batch(input: Tensor, process_group: ProcessGroupLike) -> Communicator:
-    """Return the ranks that share the batch; without values there is nothing to share, and this one is alone."""
+    """Return the ranks that share the batch. For an input without values this is this process alone."""
     if without_values(input):
-        return _ALONE
+        return ALONE
     group = communicator(process_group)
     if process_group is None and isinstance(group, LocalCommunicator) and not torch.compiler.is_compiling():
-        warn_if_alone_in_a_larger_job()
+        warn_if_not_joined()
     return group
 
 
 def _sharing(input: Tensor, process_group: ProcessGroupLike) -> Communicator:
-    """Return the ranks that share a sample: this one alone unless others were given."""
-    return _ALONE if process_group is None or without_values(input) else communicator(process_group)
+    """Return the ranks that share a sample: this process alone without a process group or without values."""
+    return ALONE if process_group is None or without_values(input) else communicator(process_group)
 
 
 def _one_value(input: Tensor, mask: Tensor | None, moments: Moments) -> bool:
-    """Return whether the whole batch has one value per channel; ask the device only where that can be so."""
+    """Return whether the whole batch has one value per channel. Reads the device only if this is possible."""
     few = input.numel() <= input.shape[1] if mask is None else mask.is_cpu
     if few and without_values(input):
         return mask is None and len(input) * input.shape[2:].numel() == 1
@@ -306,31 +235,27 @@ def _one_value(input: Tensor, mask: Tensor | None, moments: Moments) -> bool:
 
 
 def _rows(input: Tensor, axes: int) -> Tensor:
-    """Return the input as (1, R, values): R positions as channels, the last axes as what they are normalized over."""
-    return input.unsqueeze(0).flatten(-axes).flatten(0, -2).unsqueeze(0)  # no sizes, which a tracer would keep
+    """Return the input as (1, R, values): one row for each of R positions, the last axes as its values."""
+    return input.unsqueeze(0).flatten(-axes).flatten(0, -2).unsqueeze(0)  # a tracer would record sizes as constants
 
 
 def _normalize_rows(
     rows: Tensor, kind: type[Moments], eps: float, group: Communicator, *, eps_outside: bool = False
 ) -> Tensor:
-    """Return rows, (1, R, values), normalized by the moments of each over all ranks; in float32 or better."""
+    """Return rows, (1, R, values), each normalized by its moments over all ranks, in float32 or float64."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    moments = _combined(kind.of(rows), group)
+    moments = _of_all_ranks(kind.of(rows), group)
     return normalize(rows, moments, None, None, eps, group, eps_outside=eps_outside)
 
 
-def _combined(moments: Moments, group: Communicator) -> Moments:
-    """Return the moments of all ranks: one all-reduce."""
+def _of_all_ranks(moments: Moments, group: Communicator) -> Moments:
+    """Return the moments of all ranks. Issues one all-reduce."""
     if group.size == 1:
         return moments
-    packed = moments.pack()
-    summed = all_reduce(packed, group) if moments.followed else group.all_reduce(packed)
-    return type(moments).unpack(summed, moments.followed)
+    packed = moments.pack()  # [n·mean, M2 + n·mean², n], (2C + 1,) float64
+    return moments.unpack(Packed(sum_over_ranks(packed, group, followed=moments.followed)))
 
 
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
-
-
-_ALONE = LocalCommunicator()

@@ -1,4 +1,4 @@
-"""What this machine and this job have: the table of `python -m syncnorm info`."""
+"""Describe this machine and this job for `python -m syncnorm info`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import __version__, bootstrap, kernels
+from . import __version__, kernels
 from .communicators import communicator
-from .launchers import launched
+from .job.init import init
+from .job.launcher import detect_launcher
 
-__all__ = ["job", "machine", "table"]
+__all__ = ["job", "machine"]
 
 
 def machine() -> dict[str, str]:
-    """Return what is installed here, by name."""
+    """Return the versions and devices of this machine, by name."""
     return {
         "syncnorm": __version__,
         "python": platform.python_version(),
@@ -39,23 +40,21 @@ def machine() -> dict[str, str]:
 
 
 def job(*, join: bool = True) -> dict[str, str]:
-    """Return who is in the job, which this process joins first if `join`. Collective on all ranks of the job."""
-    group = bootstrap.init() if join else communicator()
+    """Return the launcher, the group and the hosts of the job. Collective on all ranks of the job.
+
+    Args:
+        join: whether to join the job first.
+    """
+    group = init() if join else communicator()
     hosts = Counter(group.all_gather_object(socket.gethostname()))
     return {
-        "launcher": launched().launcher,
+        "launcher": detect_launcher().launcher,
         "communicator": type(group).__name__,
         "torch.distributed": dist.get_backend() if dist.is_available() and dist.is_initialized() else "not initialized",
         "rank": f"{group.rank} of {group.size}",
         "local rank": f"{os.environ.get('LOCAL_RANK', 0)} on {socket.gethostname()}",
         "hosts": ", ".join(f"{host} ({ranks} rank{'s' * (ranks > 1)})" for host, ranks in hosts.items()),
     }
-
-
-def table(rows: dict[str, str]) -> str:
-    """Return the rows as lines of two aligned columns."""
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 def _version(package: str) -> str:
@@ -71,20 +70,19 @@ def _has(backend: str) -> bool:
 
 def _cuda() -> str:
     if not torch.cuda.is_available():
-        return "no device" if torch.version.cuda else "torch is built without it"
+        return "no device" if torch.version.cuda else "torch built without CUDA"
     names = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return f"{torch.version.cuda}, " + ", ".join(f"{count} x {name}" for name, count in names.items())
 
 
 def _mpi() -> str:
     if importlib.util.find_spec("mpi4py") is None:
-        return "no mpi4py to reach it"
+        return "unknown (mpi4py is not installed)"
     try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # which of them depends on how mpi4py was built
-        return f"mpi4py finds none: {str(error).splitlines()[0]}"
-    from .communicators.messages import cuda_aware
-
+        from .mpi.buffers import cuda_aware
+        from .mpi.library import MPI
+    except RuntimeError as error:
+        return f"not found by mpi4py: {str(error.__cause__).splitlines()[0]}"
     library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0")
     return f"{' '.join(library.split())}, {'CUDA-aware' if cuda_aware() else 'not CUDA-aware'}"
 

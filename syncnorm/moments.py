@@ -1,4 +1,4 @@
-"""Count, mean and M2 of a batch, per channel; of one rank or, summed on the wire, of all ranks.
+"""Count, mean and M2 of a batch, for each channel: of one rank or, after the all-reduce, of all ranks.
 
 Shapes: input (N, C, *), mask what expands to (N, 1, *), mean and m2 (C,), count (); packed (2C + 1,), or (C + 1,) about
 zero. All moments are float64.
@@ -7,14 +7,23 @@ zero. All moments are float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from . import kernels, transforms
+from .kernels import Kernels, Packed, RawMoments
 
-__all__ = ["Moments", "MomentsAboutZero"]
+__all__ = ["Moments", "MomentsAboutZero", "select_kernels"]
+
+
+def select_kernels(input: Tensor, *others: Tensor | None) -> Kernels:
+    """Return the implementation for one pass of a layer over these tensors, forward or backward.
+
+    Where a transform follows each operation (see `transforms`), it is the reference, which torch differentiates.
+    """
+    return kernels.reference if transforms.active() else kernels.select(input, *others)
 
 
 @dataclass(slots=True)
@@ -22,43 +31,47 @@ class Moments:
     """The moments of a set of values, for each of C channels.
 
     Attributes:
-        values: [mean, M2, count], (2C + 1,) float64.
-        followed: whether something follows how they come from the input, as `transforms` tells.
-        centered: whether they are about the mean; else about zero, and `values` is [0, Σ x², count].
+        values: [mean, M2, count], (2C + 1,) float64. Moments about zero have [0, Σ x², count].
+        kernels: the implementation that computes with them.
+        followed: whether a transform follows how they come from the input, as `transforms` tells.
+        constant: whether they were given, and do not depend on the input.
     """
 
-    values: Tensor
+    values: RawMoments
+    kernels: Kernels
     followed: bool = False
+    constant: bool = False
 
-    centered: ClassVar[bool] = True
+    centered: ClassVar[bool] = True  # about the mean; else about zero
 
     @classmethod
-    def of(cls, input: Tensor, mask: Tensor | None = None) -> Moments:
+    def of(cls, input: Tensor, mask: Tensor | None = None, implementation: Kernels | None = None) -> Moments:
         """Return the moments of (N, C, *) over all axes but the channels', weighted by the mask.
 
         They have no autograd graph, which `normalize` does without, unless a transform needs it.
         """
-        if transforms.active():
-            return cls(kernels.reference.moments(input, mask), followed=True)
-        return cls(kernels.select(input, mask).moments(input.detach(), mask))
+        chosen = implementation or select_kernels(input, mask)
+        if followed := transforms.active():
+            return cls(kernels.reference.moments(input, mask), kernels.reference, followed)
+        return cls(chosen.moments(input.detach(), mask), chosen)
 
-    def pack(self) -> Tensor:
-        """Return [n·mean, M2 + n·mean², n], (2C + 1,) float64: the sum over the ranks packs the whole batch.
+    @classmethod
+    def given(cls, mean: Tensor, variance: Tensor, implementation: Kernels | None = None) -> Moments:
+        """Return moments with this mean and variance, which do not depend on the input."""
+        values = torch.cat([mean.double(), variance.double(), mean.new_ones(1, dtype=torch.float64)]).detach()
+        chosen = implementation or select_kernels(values)
+        return cls(RawMoments(values), chosen, followed=transforms.active(), constant=True)
 
-        It takes the memory of the moments, which are no more: a layer sends and receives by one buffer.
+    def pack(self) -> Packed:
+        """Return [n·mean, M2 + n·mean², n], (2C + 1,): summed over the ranks, it is that of the whole batch.
+
+        It takes the memory of the moments, which are then invalid: a layer sends and receives in one buffer.
         """
-        return _kernels(self.values, self.followed).pack(self.values)
+        return self.kernels.pack(self.values)
 
-    @classmethod
-    def unpack(cls, packed: Tensor, followed: bool = False) -> Moments:
-        """Return the moments that `packed`, (2C + 1,) float64, stands for, in its memory."""
-        return cls(_kernels(packed, followed).unpack(packed), followed)
-
-    @classmethod
-    def constant(cls, mean: Tensor, variance: Tensor) -> Moments:
-        """Return moments of this mean and variance, as if of one value, for statistics that are given."""
-        values = torch.cat([mean.double(), variance.double(), mean.new_ones(1, dtype=torch.float64)])
-        return cls(values.detach(), followed=transforms.active())
+    def unpack(self, packed: Packed) -> Moments:
+        """Return the moments of the whole batch from the sum of what the ranks packed, in its memory."""
+        return type(self)(self.kernels.unpack(packed), self.kernels, self.followed)
 
     @property
     def count(self) -> Tensor:
@@ -68,12 +81,12 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """The mean, (C,); 0 of no values."""
-        return self.values[: len(self.values) // 2]
+        return kernels.first(self.values)
 
     @property
     def m2(self) -> Tensor:
         """Σ (x - mean)², (C,)."""
-        return self.values[len(self.values) // 2 : -1]
+        return kernels.second(self.values)
 
     @property
     def variance(self) -> Tensor:
@@ -87,25 +100,28 @@ class Moments:
 
 
 class MomentsAboutZero(Moments):
-    """Moments whose mean is 0 by definition: `m2` is Σ x², and the variance the mean square."""
+    """Moments whose mean is 0 by definition: `m2` is Σ x², and the variance is the mean square."""
 
     centered = False
 
     @classmethod
-    def of(cls, input: Tensor, mask: Tensor | None = None) -> MomentsAboutZero:
-        """Return the moments of (N, C, *) over all axes but the channels', weighted by the mask."""
-        about_mean = Moments.of(input, mask)
-        return cls.unpack(about_mean.pack()[input.shape[1] :], about_mean.followed)
+    def of(cls, input: Tensor, mask: Tensor | None = None, implementation: Kernels | None = None) -> MomentsAboutZero:
+        """Return the moments of (N, C, *) over all axes but the channels', weighted by the mask.
 
-    def pack(self) -> Tensor:
-        """Return [Σ x², n], (C + 1,) float64."""
-        return self.values[len(self.mean) :].clone()
+        Packed moments about the mean hold those about zero: Σ x² = M2 + n·mean². So any kernel computes them.
+        """
+        about_mean = Moments.of(input, mask, implementation)
+        packed = cast(Packed, about_mean.pack()[input.shape[1] :])
+        return cls(_about_zero(packed), about_mean.kernels, about_mean.followed)
 
-    @classmethod
-    def unpack(cls, packed: Tensor, followed: bool = False) -> MomentsAboutZero:
-        """Return the moments that `packed`, (C + 1,) float64, stands for."""
-        return cls(torch.cat([torch.zeros_like(packed[:-1]), packed]), followed)
+    def pack(self) -> Packed:
+        """Return [Σ x², n], (C + 1,)."""
+        return Packed(self.values[len(self.mean) :].clone())
+
+    def unpack(self, packed: Packed) -> MomentsAboutZero:
+        """Return the moments of the whole batch from the sum of what the ranks packed, (C + 1,)."""
+        return MomentsAboutZero(_about_zero(packed), self.kernels, self.followed)
 
 
-def _kernels(tensor: Tensor, followed: bool) -> kernels.Kernels:
-    return kernels.reference if followed else kernels.select(tensor)
+def _about_zero(packed: Packed) -> RawMoments:
+    return RawMoments(torch.cat([torch.zeros_like(packed[:-1]), packed]))

@@ -1,4 +1,4 @@
-"""Running statistics: the update rule.
+"""The update of the running statistics.
 
 Shapes: running_mean and running_var (C,); num_batches_tracked () int64.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import kernels
+from .kernels import RawMoments
 from .moments import Moments
 
 __all__ = ["update"]
@@ -21,31 +21,31 @@ def update(
     moments: Moments,
     momentum: float | None,
 ) -> None:
-    """Move the buffers, in place, towards the moments of the whole batch.
+    """Update the buffers in place with the moments of the whole batch.
 
         running = (1 - momentum) * running + momentum * batch        (variance: unbiased, by the global count)
 
-    momentum=None weighs all batches equally: momentum = 1 / num_batches_tracked, the current batch counted. A batch
-    without values moves nothing. It is computed on the device, in float64, from moments that are bit for bit the same
-    on every rank, so the buffers stay so too. In a recomputation of the forward pass (`torch.utils.checkpoint`)
-    nothing moves: the batch was counted by the first one.
+    momentum=None weights all batches equally: momentum = 1 / num_batches_tracked, including the current batch. A batch
+    without values does not change the buffers. The update is computed on the device, in float64. The moments are
+    bitwise identical on every rank, so the buffers are too. A recomputation of the forward pass
+    (`torch.utils.checkpoint`) does not update them, since the first forward pass did.
     """
     if running_mean is None or running_var is None or _recomputing():
         return
     buffers = running_mean, running_var, num_batches_tracked
     if not moments.followed:
-        kernels.select(*buffers, moments.values).update_running(*buffers, moments.values, momentum)
+        moments.kernels.update_running(*buffers, moments.values, momentum)
         return
     try:
-        kernels.reference.update_running(*buffers, moments.values.detach(), momentum)
-    except RuntimeError as error:  # of torch.func, which says that a tensor cannot be written, but not which
+        moments.kernels.update_running(*buffers, RawMoments(moments.values.detach()), momentum)
+    except RuntimeError as error:  # from torch.func, which does not say which tensor it cannot update
         raise RuntimeError(
-            "expected running statistics that the transform can update, got buffers that it does not map or own: "
-            "give them to the transformed function as arguments, with torch.func.functional_call(model, (parameters, "
-            "buffers), input), or call model.eval(), or make the layer with track_running_stats=False"
+            "expected running statistics that the transform can update, got buffers that it does not map or receive: "
+            "pass them as arguments of the transformed function, with torch.func.functional_call(model, (parameters, "
+            "buffers), input), or call model.eval(), or create the layer with track_running_stats=False"
         ) from error
 
 
 def _recomputing() -> bool:
-    """Whether this forward runs inside a backward pass, as activation checkpointing does."""
+    """Return whether this forward runs inside a backward pass, as in activation checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

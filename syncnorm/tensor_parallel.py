@@ -15,18 +15,21 @@ __all__ = ["ShardedNorm"]
 
 
 class ShardedNorm(ParallelStyle):
-    """Normalize features that are sharded over a tensor-parallel mesh by the statistics of all of them.
+    """Parallelize a norm over features that are sharded over a tensor-parallel mesh.
 
-    It stands in the plan for a `LayerNorm` or `RMSNorm`, of torch or of syncnorm, over one axis whose input arrives
-    sharded, say the query norm over all heads behind a `ColwiseParallel` projection:
+    The norm is a `LayerNorm` or `RMSNorm`, of torch or of syncnorm, over one axis. Its statistics are those of the
+    features of all ranks. For example, a query norm over all heads follows a `ColwiseParallel` projection:
 
         parallelize_module(model, mesh, {"attention.wq": ColwiseParallel(), "attention.q_norm": ShardedNorm()})
 
-    Input and output are this rank's features, (*, D_rank), as `ColwiseParallel` leaves them. Weight and bias become
-    DTensors, `Shard(0)` on the mesh. Collectives are those of the norm, over the ranks of the mesh.
+    Input and output are this rank's features, (*, D_rank), as `ColwiseParallel` returns them. Weight and bias become
+    DTensors with placement `Shard(0)` on the mesh.
+
+    Collectives: those of the norm, over the ranks of the mesh.
 
     Raises:
-        TypeError: another module; in forward, a DTensor, as `ColwiseParallel(use_local_output=False)` makes it.
+        TypeError: the module is not such a norm; in forward, the input is a DTensor, as
+            `ColwiseParallel(use_local_output=False)` returns it.
         ValueError: the norm is over more than one axis, or the mesh has more than one dimension.
     """
 
@@ -35,17 +38,17 @@ class ShardedNorm(ParallelStyle):
             raise TypeError(f"expected a LayerNorm or an RMSNorm, got {type(module).__name__}")
         if len(module.normalized_shape) != 1:
             raise ValueError(f"expected a norm over one axis, got one over {module.normalized_shape}")
-        norm = become_ours(module)  # in its place: a plan cannot put another module there
+        norm = convert_in_place(module)  # in place: parallelize_module cannot replace a module
         norm.process_group = device_mesh
         for name, parameter in list(norm.named_parameters(recurse=False)):
             sharded = distribute_tensor(parameter.detach(), device_mesh, [Shard(0)])
             norm.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-        norm.normalized_shape = (share(norm.normalized_shape[0], device_mesh),)
+        norm.normalized_shape = (local_size(norm.normalized_shape[0], device_mesh),)
         return norm
 
 
-def become_ours(module: nn.LayerNorm | nn.RMSNorm) -> LayerNorm | RMSNorm:
-    """Turn a norm of torch's into syncnorm's, which has more attributes, as it stands."""
+def convert_in_place(module: nn.LayerNorm | nn.RMSNorm) -> LayerNorm | RMSNorm:
+    """Turn torch's norm into syncnorm's, which has additional attributes. The module object stays the same."""
     if isinstance(module, LayerNorm | RMSNorm):
         return module
     attributes: dict[str, Any] = {} if isinstance(module, nn.LayerNorm) else {"eps_outside": False, "bias": None}
@@ -55,7 +58,7 @@ def become_ours(module: nn.LayerNorm | nn.RMSNorm) -> LayerNorm | RMSNorm:
     return module  # type: ignore[return-value]
 
 
-def share(features: int, mesh: DeviceMesh) -> int:
-    """Return how many of the features `Shard` gives to this rank."""
+def local_size(features: int, mesh: DeviceMesh) -> int:
+    """Return the number of features that `Shard` assigns to this rank."""
     per_rank = -(-features // mesh.size())
     return max(0, min(per_rank, features - per_rank * mesh.get_local_rank()))

@@ -1,10 +1,11 @@
-"""What follows the operations on tensors beside reverse-mode autograd, and has to see each of them.
+"""Detect transforms and tracers that must see each operation on tensors.
 
-These are the transforms of torch.func (grad, vmap, jvp and what is made of them), forward-mode AD, batched gradients
-(`is_grads_batched`), torch.jit.trace and make_fx. They see neither into the compiled kernels nor, but for batched
-gradients, into the hand-written backward. For them the norms are composed of torch's operations and of `all_reduce`.
+These are the transforms of torch.func (grad, vmap, jvp and their combinations), forward-mode AD, batched gradients
+(`is_grads_batched`), torch.jit.trace and make_fx. They cannot see into the compiled kernels. Except for batched
+gradients, they cannot see into the hand-written backward either. While one is active, the norms are composed of torch's
+operations and `all_reduce`.
 
-It is asked in each step of a layer, so each look-up counts.
+These functions run in every step of a layer, so they must be fast.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
 __all__ = ["active", "batched", "plain", "recording"]
 
-# torch.jit.trace warns where a shape is compared, which is no part of the trace. torch ignores that for itself too.
+# torch.jit.trace warns of comparisons of shapes, which it does not record. torch ignores the warning in its own code.
 warnings.filterwarnings("ignore", category=TracerWarning, module=__package__)
 
 _torch_func = _C._are_functorch_transforms_active
@@ -28,13 +29,13 @@ _is_batch = _C._functorch.is_legacy_batchedtensor
 
 
 def active(*grads: Tensor | None) -> bool:
-    """Return whether a transform of torch.func, forward-mode AD or a tracer follows the operations.
+    """Return whether a transform of torch.func, forward-mode AD or a tracer is active.
 
-    In a backward pass, also whether any of its gradients is a batch, as `is_grads_batched` makes it.
+    In a backward pass, pass its gradients. The result is also true if any of them is batched (`is_grads_batched`).
     """
     if _torch_func() or forward_ad._current_level >= 0:
         return True
-    if is_dynamo_compiling():  # torch.compile sees through the reference, and cannot answer what is asked below
+    if is_dynamo_compiling():  # torch.compile can trace the reference kernels, but not the checks below
         return False
     for grad in grads:
         if grad is not None and _is_batch(grad):
@@ -43,19 +44,19 @@ def active(*grads: Tensor | None) -> bool:
 
 
 def recording() -> bool:
-    """Return whether torch.jit.trace, make_fx or torch.export records the operations."""
+    """Return whether torch.jit.trace, make_fx or torch.export is recording operations."""
     if is_dynamo_compiling():
         return False
     return _jit_trace() or (_modes() > 0 and (_mode(_PROXY) is not None or is_compiling()))
 
 
 def batched(tensor: Tensor) -> bool:
-    """Return whether a tensor is a batch, as `torch.autograd.grad(..., is_grads_batched=True)` makes it."""
+    """Return whether a tensor is a batched gradient of `torch.autograd.grad(..., is_grads_batched=True)`."""
     return not is_dynamo_compiling() and _is_batch(tensor)
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """Return the tensor that the transforms of torch.func have wrapped: under vmap, that of the whole batch."""
+    """Return the tensor inside the wrappers of torch.func. Under vmap this is the tensor of the whole batch."""
     while _C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _C._functorch.get_unwrapped(tensor)
     return tensor

@@ -71,7 +71,7 @@ for end in ends:
 said = {words for batch in DataLoader(Attempts(), num_workers=2, multiprocessing_context="fork") for words in batch}
 train()
 time.sleep(1.5)  # for the roll call's thread, which would see it ended
-attended = syncnorm.roll_call.take([0, 1]) if group.rank == 0 else ""
+attended = syncnorm.job.desync.collect([0, 1]) if group.rank == 0 else ""
 group.barrier()
 expected = 0.5 * (1 - 0.9 ** (len(ends) + 2))
 torch.testing.assert_close(layer.running_mean, torch.full((2,), expected))

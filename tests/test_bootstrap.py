@@ -11,7 +11,7 @@ import torch
 from launchers import COMMANDS, launch
 
 import syncnorm
-from syncnorm.store import free_port
+from syncnorm.job.store import free_port
 
 JOIN = """
     import sys, torch, torch.distributed as dist, syncnorm
@@ -221,7 +221,7 @@ def test_an_mpirun_inside_a_process_that_has_a_rank_is_refused(script):
     assert sorted(job.stdout.splitlines()) == [
         "RuntimeError expected one launcher, got two that contradict each other: RANK=0, WORLD_SIZE=1 of torchrun, and "
         f"OMPI_COMM_WORLD_RANK={rank}, OMPI_COMM_WORLD_SIZE=2 of mpirun. Unset RANK and WORLD_SIZE to join the 2 ranks "
-        "of mpirun, or OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE to be alone"
+        "of mpirun, or OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE to run a single process"
         for rank in range(2)
     ]
 
@@ -312,8 +312,8 @@ def test_an_unknown_backend(backend):
 
 def test_a_backend_that_does_not_see_the_launcher_is_refused(script):
     job = launch("torchrun", 2, script(INIT.format(backend="mpi")))
-    assert job.stdout.count("RuntimeError expected a group of 2 ranks, as torchrun tells") == 2
-    assert job.stdout.count("got this process alone from MPI") == 2
+    assert job.stdout.count("RuntimeError expected 2 ranks, as started by torchrun") == 2
+    assert job.stdout.count("got a world of size 1 from MPI") == 2
 
 
 def test_gloo_under_mpirun_meets_over_mpi(script):
@@ -366,4 +366,4 @@ def test_a_second_call_keeps_the_first_timeout(script):
 @pytest.mark.parametrize("backend", [*["nccl"] * (not torch.cuda.is_available())])
 def test_nccl_where_there_is_none(script, backend):
     job = launch("alone", 1, script(INIT.format(backend=backend)))
-    assert job.stdout.startswith("RuntimeError nccl was asked for, and this torch has no CUDA device or no NCCL: pip")
+    assert job.stdout.startswith('RuntimeError expected a CUDA device and NCCL for backend="nccl", and at least one is')

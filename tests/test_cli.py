@@ -9,7 +9,7 @@ from launchers import launch
 
 import syncnorm
 from syncnorm.cli import main
-from syncnorm.launchers import Launched
+from syncnorm.job.launcher import LaunchInfo
 
 
 def rows(output):
@@ -41,13 +41,13 @@ def test_info(tmp_path, launcher, ranks, name, communicator, backend):
     assert table["rank"] == f"0 of {ranks}"
     assert table["hosts"] == f"{socket.gethostname()} ({ranks} rank{'s' * (ranks > 1)})"
     assert table["kernels on cpu"].startswith(("cpu (", "reference"))  # test_install.py: which, and why
-    assert "Open MPI" in table["mpi"]
+    assert re.search(r"\d.*, (not )?CUDA-aware$", table["mpi"])  # whatever the MPI
 
 
 def test_info_joins_no_job_unless_it_is_asked_to(monkeypatch, capsys):
     joined = []
-    monkeypatch.setattr("syncnorm.bootstrap.init", lambda: joined.append(True) or syncnorm.communicator())
-    monkeypatch.setattr("syncnorm.cli.launched", lambda: Launched("none", 0, 1))
+    monkeypatch.setattr("syncnorm.info.init", lambda: joined.append(True) or syncnorm.communicator())
+    monkeypatch.setattr("syncnorm.cli.detect_launcher", lambda: LaunchInfo("none", 0, 1))
     main(["info"])
     assert rows(capsys.readouterr().out)["rank"] == "0 of 1"
     assert joined == []
@@ -75,3 +75,21 @@ def test_benchmarks_have_names(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "nothing"])
     assert "invalid choice: 'nothing' (choose from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "expected"),
+    [
+        (["comm", "--quick"], "comm", {"quick": True}),
+        (["kernels", "--only", "bf16 NHWC"], "kernels", {"quick": False, "only": "bf16 NHWC"}),
+        (["layer", "--compile"], "layer", {"quick": False, "only": "", "with_compiled": True}),
+        (["train", "--batch", "3"], "train", {"quick": False, "depth": 50, "batch": 3, "size": None}),
+    ],
+)
+def test_options_reach_the_benchmark(monkeypatch, tmp_path, words, module, expected):
+    called = []
+    monkeypatch.setattr(f"syncnorm.bench.{module}.main", lambda files, **options: called.append((files, options)))
+    main(["bench", *words, "--json", str(tmp_path / "all.json")])
+    [(files, options)] = called
+    assert options == expected
+    assert (files.json, files.markdown, files.figure) == (tmp_path / "all.json", None, None)

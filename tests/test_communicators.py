@@ -167,7 +167,7 @@ def test_contract_through_a_counter(promise):
 def test_contract_of_mpi_with_a_timeout(promise):
     from mpi4py import MPI
 
-    from syncnorm.communicators.mpi import MpiCommunicator
+    from syncnorm.mpi.communicator import MpiCommunicator
 
     getattr(Contract, promise)(MpiCommunicator(MPI.COMM_WORLD, timedelta(seconds=30)))
 
@@ -184,7 +184,7 @@ def test_mpi_refuses_to_sum_what_it_has_no_type_for():
 def test_an_mpi_collective_whose_peers_stay_away_times_out():
     from mpi4py import MPI
 
-    from syncnorm.communicators.mpi import MpiCommunicator
+    from syncnorm.mpi.communicator import MpiCommunicator
 
     own = MPI.COMM_WORLD.Dup()
     group = MpiCommunicator(own, timedelta(seconds=0.2))
@@ -226,7 +226,7 @@ def assert_it_has_failed(group, call):
 def test_an_mpi_communicator_is_not_used_after_an_error():
     from mpi4py import MPI
 
-    from syncnorm.communicators.mpi import MpiCommunicator
+    from syncnorm.mpi.communicator import MpiCommunicator
 
     for timeout in (None, timedelta(seconds=30)):
         group = MpiCommunicator(MPI.COMM_WORLD.Dup(), timeout)
@@ -282,7 +282,7 @@ def test_a_device_mesh():
 def mesh_of_others():
     mesh = DeviceMesh("cpu", [0])
     if dist.get_rank() == 1:
-        with pytest.raises(ValueError, match=r"expected a DeviceMesh that holds this rank, got .* on rank 1"):
+        with pytest.raises(ValueError, match=r"expected a DeviceMesh that contains this rank, got .* on rank 1"):
             syncnorm.communicator(mesh)
 
 

@@ -180,9 +180,9 @@ HOW = {
     parametrized: r"a parametrized one at '3.0': Parametrized.*; remove its parametrizations first and register",
     weight_normalized: "a parametrized one at '3.0': Parametrized.*; remove its parametrizations first",
     spectrally_normalized: "a parametrized one at '3.0': Parametrized.*; remove its parametrizations first",
-    compiled: r"a compiled one at '3.0': .*; revert the model that was given to torch\.compile",
-    replaced: "one whose forward was replaced at '3.0': .*; delete the forward that was set on the layer first",
-    reclassed: "one whose class was replaced at '3.0': Another; set the class that the conversion gave",
+    compiled: r"a compiled one at '3.0': .*; revert the model that was passed to torch\.compile",
+    replaced: "one whose forward was replaced at '3.0': .*; delete the forward attribute of the layer first",
+    reclassed: "one whose class was replaced at '3.0': Another; restore the class that the conversion gave",
 }
 
 
@@ -335,7 +335,9 @@ def test_attributes_that_have_the_names_of_ours_are_refused(name):
     layer = nn.BatchNorm2d(2)
     setattr(layer, name, nn.ReLU() if name == "activation" else "mine")
     model = nn.Sequential(nn.BatchNorm2d(2), layer)
-    assert_refused(convert_sync_batchnorm, model, f"one with an attribute '{name}', which SyncBatchNorm uses .* at '1'")
+    assert_refused(
+        convert_sync_batchnorm, model, f"one with an attribute '{name}', which SyncBatchNorm also uses, at '1'"
+    )
     by_class = type("Own", (nn.BatchNorm2d,), {name: None})
     assert_refused(convert_sync_batchnorm, by_class(2), f"one with an attribute '{name}'")
 
@@ -378,10 +380,10 @@ def test_layers_of_quantization_aware_training_normalize_as_before():
         torch.testing.assert_close(sync(x), plain(x))
         torch.testing.assert_close(sync.state_dict(), plain.state_dict())
         assert kinds(revert_sync_batchnorm(sync)) == kinds(model)
-    with pytest.raises(TypeError, match=r"torch\.fx can trace, for fuse=True"):
+    with pytest.raises(TypeError, match=r"torch\.fx can trace with fuse=True"):
         convert_sync_batchnorm(nn.Sequential(quantized, nn.ReLU()), fuse=True)
     fused = convert_sync_batchnorm(nn.Sequential(float_layer, nn.ReLU()), fuse=True)
     assert fused[0][1].activation == "relu"
     fused[0][0].qconfig, fused[0].qconfig = None, get_default_qat_qconfig("fbgemm")
-    with pytest.raises(TypeError, match="expected a norm without an activation where eps is read"):
+    with pytest.raises(TypeError, match="expected to read eps from a norm without an activation"):
         intrinsic.qat.ConvBn2d.from_float(fused[0])

@@ -10,6 +10,7 @@ from launchers import launch
 
 CNN = Path(__file__).parent.parent / "examples" / "cnn.py"
 STEPS = 8
+BACKENDS = {"alone": "alone", "torchrun": "nccl" if torch.cuda.device_count() >= 4 else "gloo", "mpirun": "mpi4py"}
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +18,12 @@ def train(tmp_path_factory):
     """Return the record of a training, run once for each set of arguments."""
     records = {}
 
-    def run(norm, launcher, ranks, seed=0):
-        key = norm, launcher, ranks, seed
+    def run(norm, launcher, ranks, seed=0, dtype="float32"):
+        key = norm, launcher, ranks, seed, dtype
         if key not in records:
             path = tmp_path_factory.mktemp("cnn") / "record.json"
             options = {"--norm": norm, "--batch-per-rank": 8 // ranks, "--steps": STEPS, "--seed": seed, "--out": path}
+            options["--dtype"] = dtype
             job = launch(launcher, ranks, CNN, *[word for option in options.items() for word in option], NO_COLOR="1")
             assert job.returncode == 0, job.stderr
             records[key] = json.loads(path.read_text())
@@ -52,6 +54,29 @@ def test_cnn_losses_with_plain_batch_norm_are_not(train, launcher, ranks):
     assert (losses(train("bn", launcher, ranks)) - losses(train("bn", "alone", 1))).abs().max() > 1e-2
 
 
+def assert_losses_in_float64_are_those_of_one_process(train, norm, launcher):
+    one, two = (losses(train(norm, *who, dtype="float64")) for who in (("alone", 1), (launcher, 2)))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_cnn_in_float64_agrees_to_its_rounding(train, launcher):
+    assert_losses_in_float64_are_those_of_one_process(train, "sync_bn", launcher)
+    assert train("sync_bn", launcher, 2, dtype="float64")["dtype"] == "float64"
+
+
+def test_cnn_in_float64_with_the_statistics_of_each_rank_does_not(train):
+    """The negative control."""
+    with pytest.raises(AssertionError, match="not close"):
+        assert_losses_in_float64_are_those_of_one_process(train, "bn", "torchrun")
+
+
+def test_cnn_in_float32_does_not_agree_to_the_rounding_of_float64(train):
+    """So the training in float64 really was one."""
+    difference = losses(train("sync_bn", "torchrun", 2)) - losses(train("sync_bn", "alone", 1))
+    assert difference.abs().max() > 1e-12
+
+
 def test_cnn_seeds_differ(train):
     assert not torch.equal(losses(train("sync_bn", "alone", 1, seed=1)), losses(train("sync_bn", "alone", 1)))
 
@@ -59,7 +84,7 @@ def test_cnn_seeds_differ(train):
 @pytest.mark.parametrize(("launcher", "ranks"), [("alone", 1), *LAUNCHES[1:]])
 def test_cnn_record(train, launcher, ranks):
     record = train("sync_bn", launcher, ranks)
-    assert (record["launcher"], record["ranks"], record["batch_per_rank"]) == (launcher, ranks, 8 // ranks)
+    assert (record["backend"], record["ranks"], record["batch_per_rank"]) == (BACKENDS[launcher], ranks, 8 // ranks)
     assert len(record["loss"]) == STEPS
     assert 0 <= record["test_accuracy"] <= 1
     assert record["samples_per_second"] > 0

@@ -23,9 +23,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it imports what torch has deprecated
     from torch.fx.experimental import optimization
 
-REFUSED = (
-    r"expected a norm without an activation where eps is read, got activation='{}'.*revert_sync_batchnorm\(model\)"
-)
+REFUSED = r"expected to read eps from a norm without an activation, got activation='{}'.*revert_sync_batchnorm\(model\)"
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU}
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 import whole_batch
+from test_arguments import Unreachable
 from test_normalize import SIZES, arguments, on_the_whole_batch
 from test_triton_kernels import chosen
-from test_validate import Unreachable
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from whole_batch import CHANNELS, assert_close
@@ -472,9 +472,9 @@ def test_in_place_without_a_graph():
     ("given", "message"),
     [
         (lambda x: x, "a leaf Variable that requires grad has been used in an in-place operation"),
-        (lambda x: (x * 1)[:3], "expected an input that is no view with inplace=True"),
-        (lambda x: x.detach()[:3], "expected an input that is no view with inplace=True"),  # the weight has a gradient
-        (lambda x: (x * 1)[:, :, :1].expand(4, 3, 5), "expected an input of its own memory with inplace=True"),
+        (lambda x: (x * 1)[:3], "expected an input that is not a view with inplace=True"),
+        (lambda x: x.detach()[:3], "an input that is not a view with inplace=True"),  # the weight has a gradient
+        (lambda x: (x * 1)[:, :, :1].expand(4, 3, 5), "expected an input that is not expanded with inplace=True"),
     ],
 )
 def test_in_place_where_it_cannot_be(given, message):
@@ -534,9 +534,9 @@ def in_no_grad(x):
     ("make", "message"),
     [
         (lambda x: x, "a leaf Variable that requires grad has been used in an in-place operation"),
-        (lambda x: (x * 1)[:3], "expected an input that is no view with inplace=True"),
-        (lambda x: (x * 1).view(4, 3, 5)[:, :, :3], "expected an input that is no view with inplace=True"),
-        (in_no_grad, "expected an input that is no view with inplace=True"),  # with a gradient for the weight
+        (lambda x: (x * 1)[:3], "expected an input that is not a view with inplace=True"),
+        (lambda x: (x * 1).view(4, 3, 5)[:, :, :3], "expected an input that is not a view with inplace=True"),
+        (in_no_grad, "expected an input that is not a view with inplace=True"),  # with a gradient for the weight
     ],
 )
 def test_in_place_on_a_subclass_where_it_cannot_be(make, message):
@@ -555,7 +555,7 @@ def test_in_place_on_what_was_made_in_inference_mode():
         x = torch.randn(4, 3)
         torch.testing.assert_close(SyncBatchNorm(3, inplace=True)(x.clone()), nn.BatchNorm1d(3)(x))
     before = x.clone()
-    with pytest.raises(RuntimeError, match="expected a tensor that was not made in inference mode with inplace=True"):
+    with pytest.raises(RuntimeError, match="expected an input that was not created in inference mode"):
         layer(x)
     assert torch.equal(x, before)
 

@@ -13,7 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import syncnorm
 from syncnorm import kernels
-from syncnorm.kernels import Epilogue, reference
+from syncnorm.kernels import Epilogue, Saved, reference
 
 cpu = pytest.importorskip("syncnorm.kernels.cpu", reason="COMPILED KERNELS NOT TESTED: no compiler at installation")
 from syncnorm.kernels.cpu import binding  # noqa: E402
@@ -47,7 +47,7 @@ def assert_near(actual, expected, dtype):
 
 def without_kinks(x, moments, weight, bias, residual):
     """Return x with the values moved whose z is near 0, where rounding decides on the derivative."""
-    z = reference.normalize(x, moments, weight, bias, 1e-5, epilogue=Epilogue(None, residual))[0]
+    z = reference.normalize(x, moments, weight, bias, residual, 1e-5)[0]
     return torch.where(z.abs() < 0.05, x + 0.5, x)
 
 
@@ -65,24 +65,25 @@ def check(shape, dtype, layout, masked):
             x = without_kinks(x, reference.moments(x, mask), weight, bias, r)
         moments = reference.moments(x, mask)
         assert_near(cpu.moments(x, mask), moments, torch.float64 if dtype == torch.float64 else torch.float32)
-        epilogue = Epilogue(activation, r)
-        y, statistics, _ = cpu.normalize(x, moments, weight, bias, 1e-5, epilogue=epilogue)
-        wanted, wanted_statistics, wanted_signs = reference.normalize(x, moments, weight, bias, 1e-5, epilogue=epilogue)
+        epilogue = Epilogue(activation, adds_residual=adds)
+        y, statistics, _ = cpu.normalize(x, moments, weight, bias, r, 1e-5, epilogue=epilogue)
+        expected = reference.normalize(x, moments, weight, bias, r, 1e-5, epilogue=epilogue)
+        wanted, wanted_statistics, wanted_signs = expected
         assert_near(y, wanted, dtype)
         assert y.dtype == dtype
         assert y.stride() == wanted.stride() or 1 in shape or 0 in shape
         assert_near(statistics, wanted_statistics, torch.float64)
-        backward = Epilogue(activation, r if epilogue.keeps_residual else wanted_signs)
-        arguments = (dy, x, statistics, weight, bias)
-        gradients = cpu.Backward(*arguments, mask=mask, epilogue=backward).reduce_grad(wide)
-        wanted_gradients = reference.Backward(*arguments, mask=mask, epilogue=backward).reduce_grad(wide)
+        saved = Saved(x, wanted_signs, r if epilogue.saves_residual else None)
+        arguments = (dy, saved, statistics, weight, bias)
+        gradients = cpu.Backward(*arguments, mask=mask, epilogue=epilogue).reduce_grad(wide)
+        wanted_gradients = reference.Backward(*arguments, mask=mask, epilogue=epilogue).reduce_grad(wide)
         for gradient, wanted_gradient, kind in zip(
             gradients, wanted_gradients, (wide, wide, torch.float64), strict=True
         ):
             assert_near(gradient, wanted_gradient, wide)
             assert gradient.dtype == kind
         for total in (wanted_gradients[2], None):
-            options = {"mask": mask if total is not None else None, "epilogue": backward}
+            options = {"mask": mask if total is not None else None, "epilogue": epilogue}
             dx, dz = cpu.Backward(*arguments, **options).grad_input(total)
             wanted_dx, wanted_dz = reference.Backward(*arguments, **options).grad_input(total)
             assert_near(dx, wanted_dx, dtype)
@@ -108,11 +109,13 @@ def check_in_place(shape, dtype, layout, masked):
     moments = reference.moments(x, mask)
     for activation in (None, "leaky_relu"):
         epilogue = Epilogue(activation, inplace=True)
-        y, statistics, _ = reference.normalize(x.clone(), moments, weight, bias, 1e-5, epilogue=epilogue)
+        y, statistics, _ = reference.normalize(x.clone(), moments, weight, bias, None, 1e-5, epilogue=epilogue)
         mine = x.clone()
-        assert cpu.normalize(mine, moments, weight, bias, 1e-5, epilogue=epilogue)[0] is mine
+        assert cpu.normalize(mine, moments, weight, bias, None, 1e-5, epilogue=epilogue)[0] is mine
         assert_near(mine, y, dtype)
-        passes = [k.Backward(dy, y, statistics, weight, bias, mask=mask, epilogue=epilogue) for k in (cpu, reference)]
+        passes = [
+            k.Backward(dy, Saved(y), statistics, weight, bias, mask=mask, epilogue=epilogue) for k in (cpu, reference)
+        ]
         gradients, expected = (backward.reduce_grad(torch.float32) for backward in passes)
         for gradient, wanted in zip(gradients, expected, strict=True):
             assert_near(gradient, wanted, torch.float32)
@@ -195,7 +198,7 @@ def test_more_values_than_an_int32_counts():
     count = (2**15 + 1) * 2**15
     assert moments.tolist() == pytest.approx([0, 3 / count, 0, 9 - 9 / count, count])
     statistics = torch.tensor([0, 0, 1, 1, count], dtype=torch.float64)
-    *_, sums = cpu.Backward(x, x, statistics, None, None).reduce_grad()
+    *_, sums = cpu.Backward(x, Saved(x), statistics, None, None).reduce_grad()
     assert sums.tolist() == [[0, 3], [0, 9]]
 
 
@@ -203,9 +206,10 @@ def test_an_infinite_gradient_stops_at_a_relu():
     """0 times infinity would be no number."""
     x = torch.tensor([[1.0], [-1.0]])
     statistics = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-    for epilogue in (Epilogue("relu"), Epilogue("relu", torch.tensor([1], dtype=torch.uint8))):
+    positive = torch.tensor([1], dtype=torch.uint8)
+    for epilogue, signs in ((Epilogue("relu"), None), (Epilogue("relu", adds_residual=True), positive)):
         dy = torch.full((2, 1), torch.inf)
-        dx, _ = cpu.Backward(dy, x, statistics, None, None, epilogue=epilogue).grad_input(None)
+        dx, _ = cpu.Backward(dy, Saved(x, signs), statistics, None, None, epilogue=epilogue).grad_input(None)
         assert dx.flatten().tolist() == [torch.inf, 0]
 
 
@@ -218,9 +222,9 @@ def test_buffers_and_parameters_of_any_dtype():
     torch.testing.assert_close(mean, torch.tensor([2.0, 4.0]))
     torch.testing.assert_close(var, torch.tensor([2.0, 8.0]).double())
     weight, bias = torch.ones(2, dtype=torch.bfloat16), torch.full((2,), 1 / 3)
-    y, statistics, _ = cpu.normalize(x, cpu.moments(x), weight, bias, 1e-5)
+    y, statistics, _ = cpu.normalize(x, cpu.moments(x), weight, bias, None, 1e-5)
     torch.testing.assert_close(y, torch.tensor([[-1.0, -1.0], [1.0, 1.0]]) + 1 / 3, rtol=0, atol=1e-5)
-    grads = cpu.Backward(x, x, statistics, weight, bias, epilogue=Epilogue("relu")).reduce_grad(torch.bfloat16)
+    grads = cpu.Backward(x, Saved(x), statistics, weight, bias, epilogue=Epilogue("relu")).reduce_grad(torch.bfloat16)
     assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.bfloat16, torch.float64]
 
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from syncnorm.launchers import launched
+from syncnorm.job.launcher import detect_launcher
 
 STEP = {
     "SLURM_JOB_ID": "7",
@@ -28,7 +28,7 @@ def told(monkeypatch):
 
     def tell(environment):
         monkeypatch.setattr(os, "environ", environment)
-        return launched.__wrapped__()
+        return detect_launcher.__wrapped__()
 
     return tell
 
@@ -65,7 +65,7 @@ def test_a_rank_of_one_does_not_hide_a_job(told, launcher, left):
     assert str(raised.value) == (
         "expected one launcher, got two that contradict each other: RANK=0, WORLD_SIZE=1 of torchrun, and "
         f"{rank}={three}, {size}=4 of {launcher.split()[0]}. Unset RANK and WORLD_SIZE to join the 4 ranks of "
-        f"{launcher.split()[0]}, or {rank} and {size} to be alone"
+        f"{launcher.split()[0]}, or {rank} and {size} to run a single process"
     )
 
 

@@ -9,7 +9,8 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 def merged(parts):
-    return Moments.unpack(torch.stack([Moments.of(part).pack() for part in parts]).sum(0))
+    moments = [Moments.of(part) for part in parts]
+    return moments[0].unpack(torch.stack([m.pack() for m in moments]).sum(0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

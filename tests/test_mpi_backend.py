@@ -129,10 +129,10 @@ def test_booleans(rank, size):
 @pytest.mark.parametrize(
     ("dtype", "op", "message"),
     [
-        (torch.float32, ReduceOp.BAND, "expected integers to take BAND of, got torch.float32"),
-        (torch.int32, ReduceOp.AVG, "expected a floating-point tensor to take AVG of, got torch.int32"),
-        (torch.complex64, ReduceOp.MAX, "expected real numbers to take MAX of, got torch.complex64"),
-        (torch.bool, ReduceOp.AVG, "expected numbers to take AVG of, got torch.bool"),
+        (torch.float32, ReduceOp.BAND, "expected a tensor of integers for BAND, got torch.float32"),
+        (torch.int32, ReduceOp.AVG, "expected a floating-point or complex tensor for AVG, got torch.int32"),
+        (torch.complex64, ReduceOp.MAX, "expected a tensor of real numbers for MAX, got torch.complex64"),
+        (torch.bool, ReduceOp.AVG, "expected a tensor of numbers for AVG, got torch.bool"),
     ],
 )
 def test_reductions_that_make_no_sense(dtype, op, message):
@@ -146,7 +146,7 @@ def options(opts, op):
 
 
 def test_a_reduction_that_is_not_there():
-    with pytest.raises(NotImplementedError, match="PREMUL_SUM is no reduction of the mpi4py backend"):
+    with pytest.raises(NotImplementedError, match="that the mpi4py backend supports, got PREMUL_SUM"):
         dist.group.WORLD.allreduce([torch.ones(2)], SimpleNamespace(reduceOp=SimpleNamespace(op=ReduceOp.PREMUL_SUM)))
 
 

@@ -1,4 +1,4 @@
-"""The README's usage examples run as they stand, under the launchers that it names."""
+"""The README's example runs as it stands, and so do those of the page that it names for whole programs."""
 
 import re
 from pathlib import Path
@@ -6,14 +6,36 @@ from pathlib import Path
 import pytest
 from launchers import launch
 
-README = Path(__file__).parent.parent / "README.md"
-EXAMPLES = dict(
-    zip(
-        ["torchrun", "mpirun"],
-        re.findall(r"```python\n(import torch.*?)```", README.read_text(), re.DOTALL),
-        strict=True,
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+(SHORT,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+STEP = """
+group = syncnorm.communicator()
+torch.manual_seed(group.rank)
+model(torch.randn(2, 3, 16, 16)).square().mean().backward()
+print(f"rank {group.rank} of {group.size}: {model.module[1].running_mean[:2]} {model.module[0].weight.grad.sum()}")
+"""
+EXAMPLES = {  # those of several ranks, by their launcher
+    launcher: f"# {launcher} {code}"
+    for launcher, code in re.findall(
+        r"```python\n# (torchrun|mpirun) (.*?)```", (ROOT / "docs/start.md").read_text(), re.DOTALL
     )
-)
+}
+
+
+def assert_equal_ranks(job):
+    assert job.returncode == 0, job.stderr
+    assert job.stderr == ""
+    ranks = dict(re.findall(r"rank (\d) of 2: (tensor\(.+?)(?=rank \d of|\n)", job.stdout))  # lines may mix
+    assert ranks.keys() == {"0", "1"}
+    assert ranks["0"] == ranks["1"]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_the_example_trains(launcher, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SHORT + STEP)
+    assert_equal_ranks(launch(launcher, 2, script))
 
 
 @pytest.mark.parametrize(
@@ -22,14 +44,11 @@ EXAMPLES = dict(
 def test_usage_examples(example, launcher, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(EXAMPLES[example])
-    job = launch(launcher, 2, script)
-    assert job.returncode == 0, job.stderr
-    assert job.stderr == ""
-    ranks = dict(re.findall(r"rank (\d) of 2: (tensor\(.*?\))", job.stdout, re.DOTALL))
-    assert ranks.keys() == {"0", "1"}
-    assert ranks["0"] == ranks["1"]
+    assert_equal_ranks(launch(launcher, 2, script))
 
 
-def test_the_readme_names_files_that_are_there():
-    for path in re.findall(r"\]\((?!http)([^)]+)\)", README.read_text()):
-        assert (README.parent / path).exists(), path
+def test_it_is_short_and_names_the_commands():
+    assert len(README.splitlines()) <= 150
+    for command in ("./launch/demo", "./launch/test", "./launch/docs", "pip install ."):
+        assert command in README
+    assert not re.search(r"pip install '?syncnorm", README)  # it is not on PyPI

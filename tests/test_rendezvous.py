@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 import syncnorm
-from syncnorm import rendezvous
-from syncnorm.rendezvous import address_of_this_host, first_host, tasks_per_node
-from syncnorm.store import free_port, obstacle, write_once
+from syncnorm.job import rendezvous
+from syncnorm.job.rendezvous import address_of_this_host
+from syncnorm.job.slurm import first_host, tasks_per_node
+from syncnorm.job.store import free_port, obstacle, write_once
 from syncnorm.testing import PRELOADED
 
 HOST = socket.gethostname()
@@ -97,7 +98,7 @@ def wait_for_store(port):
 def wait_for(port, rank, job="unnamed"):
     """Wait until a rank of a job has left its note at a port."""
     store = dist.TCPStore(LOCALHOST, port, wait_for_workers=False, timeout=timedelta(seconds=60))
-    dist.PrefixStore(f"syncnorm/{job}/0/meeting/1", store).wait([f"note of {rank}"])
+    dist.PrefixStore(f"syncnorm/{job}/0/join/1", store).wait([f"info of {rank}"])
 
 
 def test_each_rank_is_counted_once(start):
@@ -108,15 +109,15 @@ def test_each_rank_is_counted_once(start):
     for rank in range(2):
         wait_for(port, rank)
     assert re.fullmatch(
-        f"RuntimeError expected one process for each rank, rank 1 of 3 has joined at {LOCALHOST}:{port} already: "
-        rf"{one.name}\. This is process \d+ on {HOST}\. Was a rank started twice, or is the port another job's\? .*",
+        f"RuntimeError expected one process for each rank, but rank 1 of 3 has already joined at {LOCALHOST}:{port}: "
+        rf"{one.name}\. This is process \d+ on {HOST}\. Check that no rank was started twice\. .*",
         start(**by_hand(1, 3, port)).outcome(),
     )
     assert start(**by_hand(0, 3, port)).outcome() == (
-        f"RuntimeError expected port {port} of {LOCALHOST} to be free for the job's store, it is used by rank 0 of "
-        f"this job, {zero.name}: set MASTER_PORT to another port on all ranks"
+        f"RuntimeError expected port {port} of {LOCALHOST} to be free for the job's store, but it is used by rank "
+        f"0 of this job, {zero.name}: set MASTER_PORT to another port on all ranks"
     )
-    text = f"RuntimeError expected all ranks at {LOCALHOST}:{port} to have one WORLD_SIZE, got 4 on rank 2 and 3 on the"
+    text = f"RuntimeError expected the same WORLD_SIZE on all ranks at {LOCALHOST}:{port}, got 4 on rank 2 and 3 on the"
     assert start(**by_hand(2, 4, port)).outcome().startswith(text)
     assert zero.is_joining()
     two = start(**by_hand(2, 3, port))  # the job goes on as if nobody had come
@@ -129,7 +130,7 @@ def test_two_jobs_at_one_port_are_told_apart(start):
     zero = start(**by_hand(0, 2, port), **first)
     refused = start(**by_hand(1, 2, port), **second)
     assert refused.outcome() == (
-        f"RuntimeError expected the store of this job second\\x1b[2J at {LOCALHOST}:{port}, found that of job first: "
+        f"RuntimeError expected the store of this job second\\x1b[2J at {LOCALHOST}:{port}, got that of job first: "
         "set MASTER_PORT to another port on all ranks of one of them"
     )
     refused = start(**by_hand(0, 2, port), **second)
@@ -149,7 +150,7 @@ def test_two_jobs_of_slurm_whose_numbers_give_one_port_are_told_apart(start):
     zero = task(job, 0)
     refused = task(job + 12000, 1).outcome()
     assert f"expected the store of this job {job + 12000}.0 of Slurm at" in refused
-    assert f"found that of job {job}.0 of Slurm: set MASTER_PORT" in refused
+    assert f"got that of job {job}.0 of Slurm: set MASTER_PORT" in refused
     assert f"it is used by job {job}.0 of Slurm: set MASTER_PORT" in task(job + 12000, 0).outcome()
     assert [rank.outcome() for rank in (zero, task(job, 1))] == ["0 of 2 sums 2", "1 of 2 sums 2"]
 
@@ -178,15 +179,16 @@ def test_who_is_waited_for_is_said_in_time_and_the_wait_ends(start):
     many = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16 and 3 more"
     unknown = "the name 'no-such-host.invalid' is unknown"
     assert [rank.outcome() for rank in waiting] == [
-        f"RuntimeError expected 20 ranks to join within 10 s, missing: {many}",
+        f"RuntimeError expected 20 ranks to join within 10 s, missing: {many}. Check that they were started, or set "
+        "SYNCNORM_JOIN_TIMEOUT to wait longer",
         *(
-            f"RuntimeError expected rank 0 to open the job's store at {where}: {reason}. Check MASTER_ADDR, "
-            "MASTER_PORT, and whether rank 0 runs"
+            f"RuntimeError expected rank 0 to open the job's store at {where}, got: {reason}. Check MASTER_ADDR, "
+            "MASTER_PORT, and that rank 0 is running"
             for where, reason in (
                 (f"{LOCALHOST}:{ports[1]} within 10 s", "connection refused"),
                 (f"no-such-host.invalid:{ports[1]} within 10 s", unknown),
-                (f"{LOCALHOST}:{ports[2]} there", "another program uses the port"),
-                (f"{LOCALHOST}:{ports[3]} there", "another program uses the port"),
+                (f"{LOCALHOST}:{ports[2]}", "another program uses the port"),
+                (f"{LOCALHOST}:{ports[3]}", "another program uses the port"),
             )
         ),
     ]
@@ -201,7 +203,7 @@ def test_who_is_waited_for_is_said_in_time_and_the_wait_ends(start):
     ]
     for rank, line in zip(waiting, told, strict=True):
         assert len(rank.stderr()) == 1, rank.stderr()
-        assert re.fullmatch(rf"syncnorm: {re.escape(line)}\. It gives up in \d+ s", rank.stderr()[0])
+        assert re.fullmatch(rf"syncnorm: {re.escape(line)}\. It times out in \d+ s", rank.stderr()[0])
         assert "frame #" not in rank.errors.read_text()  # of C++
     silent.close()
     web.shutdown()
@@ -215,18 +217,18 @@ def test_a_note_that_was_overwritten_is_refused(start):
     wait_for(port, 0)
     store = dist.TCPStore(LOCALHOST, port, wait_for_workers=False)
     note = json.dumps({"host": "else\x1b[2Jwhere", "process": 1, "gpu": None, "token": ""})
-    dist.PrefixStore("syncnorm/unnamed/0/meeting/1", store).set("note of 0", note)
+    dist.PrefixStore("syncnorm/unnamed/0/join/1", store).set("info of 0", note)
     start(**by_hand(1, 2, port))
-    assert "rank 0 of 2 has joined at" in (outcome := zero.outcome())
-    assert rf"already: process 1 on else\x1b[2Jwhere. This is {zero.name}." in outcome
+    assert f"rank 0 of 2 has already joined at {LOCALHOST}:{port}: " in (outcome := zero.outcome())
+    assert rf"{port}: process 1 on else\x1b[2Jwhere. This is {zero.name}." in outcome
 
 
 def test_a_port_of_another_program_is_told_to_rank_0(start):
     with socket.create_server((LOCALHOST, 0)) as taken:
         port = taken.getsockname()[1]
         assert start(**by_hand(0, 2, port)).outcome() == (
-            f"RuntimeError expected port {port} of {LOCALHOST} to be free for the job's store, it is used by another "
-            "program: set MASTER_PORT to another port on all ranks"
+            f"RuntimeError expected port {port} of {LOCALHOST} to be free for the job's store, but it is used by "
+            "another program: set MASTER_PORT to another port on all ranks"
         )
 
 
@@ -237,15 +239,15 @@ def test_the_end_of_rank_0_is_told_to_those_that_wait_for_others(start):
     wait_for(port, 1)
     ranks[0].process.kill()
     assert ranks[1].outcome() == (
-        f"RuntimeError expected the job's store at {LOCALHOST}:{port} to stay, its connection is lost: the process "
-        "that served it has ended, which is rank 0's or torchrun"
+        f"RuntimeError expected the job's store at {LOCALHOST}:{port} to stay open, but its connection was lost: check "
+        "why the process that served it (rank 0 or torchrun) has ended"
     )
 
 
 @pytest.mark.parametrize("note", ["", "null", "[]", '{"host": 1, "process": 1}', '{"host": "node1"}', "\x1b[31mred"])
 def test_a_note_that_is_none_is_refused(note):
     with pytest.raises(
-        RuntimeError, match=r"expected the note of rank 3 at node1:7 to be written by syncnorm, got"
+        RuntimeError, match=r"expected the info of rank 3 at node1:7 to be written by syncnorm, got"
     ) as e:
         rendezvous._read(note, 3, "node1:7")
     assert str(e.value).isprintable()
@@ -257,8 +259,8 @@ def test_a_rank_that_failed_to_join_leaves_the_port(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SYNCNORM_JOIN_TIMEOUT", "0.2")
     for _ in range(2):  # as in a notebook
-        with pytest.raises(RuntimeError, match=r"expected 2 ranks to join within 0.2 s, missing: 1$"):
-            rendezvous.meet(0, 2, {})
+        with pytest.raises(RuntimeError, match=r"expected 2 ranks to join within 0.2 s, missing: 1\. Check"):
+            rendezvous.join(0, 2, {})
         assert not rendezvous._served
 
 
@@ -274,7 +276,7 @@ def test_what_is_no_port_is_refused(monkeypatch, port):
     monkeypatch.setenv("MASTER_ADDR", "node1")
     monkeypatch.setenv("MASTER_PORT", port)
     with pytest.raises(ValueError, match=f"expected MASTER_PORT to be a number from 1 to 65535, got '{port}'"):
-        rendezvous.meet(1, 2, {})
+        rendezvous.join(1, 2, {})
 
 
 def test_no_address_is_refused(monkeypatch):
@@ -283,7 +285,7 @@ def test_no_address_is_refused(monkeypatch):
     with pytest.raises(
         ValueError, match="expected MASTER_ADDR to be the name or the address of rank 0's host, got ' '"
     ):
-        rendezvous.meet(1, 2, {})
+        rendezvous.join(1, 2, {})
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon", ""])
@@ -293,7 +295,7 @@ def test_what_is_no_time_to_join_is_refused(monkeypatch, seconds):
     monkeypatch.setenv("SYNCNORM_JOIN_TIMEOUT", seconds)
     text = f"expected SYNCNORM_JOIN_TIMEOUT to be a positive number of seconds, got '{seconds}'"
     with pytest.raises(ValueError, match=text):
-        rendezvous.meet(1, 2, {})
+        rendezvous.join(1, 2, {})
 
 
 @pytest.mark.parametrize(

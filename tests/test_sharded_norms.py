@@ -592,7 +592,7 @@ def test_not_a_tensor():
         (lambda: syncnorm.RMSNorm((2, 3))(torch.randn(6)), r"expected an input of shape \(\*, 2, 3\), got \(6,\)"),
         (
             lambda: syncnorm.GroupNorm(2, 6)(torch.randn(4, 5)),
-            r"expected an input of 6 channels, \(N, 6, \*\) as weight has it, got \(4, 5\)",
+            r"expected an input of 6 channels, \(N, 6, \*\), to match weight, got \(4, 5\)",
         ),
         (
             lambda: syncnorm.GroupNorm(2, 6, affine=False)(torch.randn(4, 4)),

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from syncnorm import store
+from syncnorm.job import store
 
 TIMEOUT = timedelta(seconds=10)
 

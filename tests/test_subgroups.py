@@ -101,7 +101,7 @@ def test_ranks_in_unequally_many_groups_are_told_so_and_do_not_hang():
     results = syncnorm.testing.run_ranks(parts_after_an_unequal_start, 4)
     assert results[2:] == [2, 2]
     assert results[0] == results[1]
-    assert "equally many process groups, got rank 0 in 3, rank 1 in 2: divide the group before" in results[0]
+    assert "equally many process groups, got rank 0 in 3, rank 1 in 2: call new_subgroups before" in results[0]
 
 
 def without_split():

@@ -147,7 +147,7 @@ def feed_a_dtensor(norm):
 @pytest.mark.parametrize("norm", [nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH)], ids=str)
 def test_a_dtensor_as_input_is_refused(norm, world_size):
     for text in run_ranks(feed_a_dtensor, world_size, norm):
-        assert "got a DTensor of shape (3, 12): give its to_local(), or leave out use_local_output=False" in text
+        assert "got a DTensor of shape (3, 12): pass its to_local(), or use ColwiseParallel without" in text
 
 
 def in_sequence_parallel(norms):

@@ -11,6 +11,7 @@ from launchers import launch
 
 TRANSFORMER = Path(__file__).parent.parent / "examples" / "transformer.py"
 STEPS = 8
+BACKENDS = {"alone": "alone", "torchrun": "nccl" if torch.cuda.device_count() >= 4 else "gloo", "mpirun": "mpi4py"}
 GLOBAL_BATCH = 8
 WIDTH, CONTEXT, NORMS = 32, 32, 3  # of one layer: before attention, before the MLP, at the end
 SMALL = ["--layers", 1, "--width", WIDTH, "--heads", 2, "--context", CONTEXT, "--sample", 20]
@@ -86,7 +87,7 @@ def test_losses_with_the_statistics_of_each_rank_are_not(train):
 @pytest.mark.parametrize(("norm", "launcher", "ranks"), [("sync_bn", "alone", 1), *LAUNCHES[2:]])
 def test_record(train, norm, launcher, ranks):
     record = train(norm, launcher, ranks)
-    assert (record["norm"], record["launcher"], record["ranks"]) == (norm, launcher, ranks)
+    assert (record["norm"], record["backend"], record["ranks"]) == (norm, BACKENDS[launcher], ranks)
     assert (record["batch_per_rank"], record["steps"], record["resumed_at_step"]) == (GLOBAL_BATCH // ranks, STEPS, 0)
     assert len(record["loss"]) == STEPS
     weights = (256 + CONTEXT + 4 * WIDTH + 8 * WIDTH + 256) * WIDTH

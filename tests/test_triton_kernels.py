@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from test_package import run_python
 
 import syncnorm
-from syncnorm.kernels import ACTIVATIONS, Epilogue, reference
+from syncnorm.kernels import ACTIVATIONS, Epilogue, Saved, reference
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DEVICE = "cpu"  # of the process that checks
@@ -130,7 +130,9 @@ def call(implementation, name, *args, **options):
     own = {key: options.pop(key) for key in ("centered", "eps_outside") if key in options}
     if name == "reduce_grad" and args[3] is not None:
         own["dtype"] = args[3].dtype
-    return getattr(implementation.Backward(*args[:5], **options), name)(*args[5:], **own)
+    grad_output, saved, *others = args[:5]
+    saved = saved if isinstance(saved, Saved) else Saved(saved)
+    return getattr(implementation.Backward(grad_output, saved, *others, **options), name)(*args[5:], **own)
 
 
 def check_moments(name, dtype, division):
@@ -158,15 +160,16 @@ def check_passes(name, dtype, division, epilogues):
     options = {"tolerance": tolerance}
     with constants(division):
         for activation, adds in epilogues:
-            epilogue = Epilogue(activation, residual if adds else None)
-            _, statistics, signs = compare("normalize", x, moments, weight, bias, 1e-5, epilogue=epilogue, **options)
-            kept = Epilogue(activation, residual if epilogue.keeps_residual else signs)
-            arguments = (dy, x, statistics, weight, bias if kept.needs_bias else None)
+            epilogue = Epilogue(activation, adds_residual=adds)
+            tensors = (x, moments, weight, bias, residual if adds else None)
+            _, statistics, signs = compare("normalize", *tensors, 1e-5, epilogue=epilogue, **options)
+            saved = Saved(x, signs, residual if epilogue.saves_residual else None)
+            arguments = (dy, saved, statistics, weight, bias if epilogue.needs_bias else None)
             for mask in masks(x)[::2] if epilogues == FEW else [None]:
-                backward = {"mask": mask, "epilogue": kept, "tolerance": tolerance}
+                backward = {"mask": mask, "epilogue": epilogue, "tolerance": tolerance}
                 sums = compare("reduce_grad", *arguments, **(backward | {"tolerance": min(tolerance, 1e-5)}))[2]
                 compare("grad_input", *arguments, sums, **backward)
-            compare("grad_input", *arguments, None, epilogue=kept, **options)
+            compare("grad_input", *arguments, None, epilogue=epilogue, **options)
 
 
 ALL = list(itertools.product(ACTIVATIONS, [False, True]))
@@ -196,12 +199,13 @@ def check_options():
     for m, centered, outside, parameter in itertools.product(
         (moments, about_zero), (True, False), (True, False), ((None, None), half, (strided[:, 0], None))
     ):
-        statistics = compare("normalize", x, m, *parameter, 0.1, eps_outside=outside, tolerance=tolerance)[1]
+        statistics = compare("normalize", x, m, *parameter, None, 0.1, eps_outside=outside, tolerance=tolerance)[1]
         sums = compare("reduce_grad", dy, x, statistics, *parameter, tolerance=tolerance)[2]
         options = {"centered": centered, "eps_outside": 0.1 if outside else 0.0, "tolerance": tolerance}
         compare("grad_input", dy, x, statistics, *parameter, sums, **options)
     constant = torch.full_like(x, 2)
-    statistics = compare("normalize", constant, reference.moments(constant), weight, bias, 1e-5, tolerance=tolerance)[1]
+    arguments = (constant, reference.moments(constant), weight, bias, None, 1e-5)
+    statistics = compare("normalize", *arguments, tolerance=tolerance)[1]
     compare("grad_input", dy, constant, statistics, weight, bias, sums, eps_outside=1e-5, tolerance=tolerance)
 
 
@@ -217,9 +221,11 @@ def check_inplace(name, dtype, activation, weights):
     tolerance = max(1e-5, TOLERANCE[dtype])
     moments = reference.moments(x)
     mine = x.clone()
-    y, statistics, _ = kernels().normalize(mine, moments, weight, bias, 1e-5, epilogue=epilogue)
+    y, statistics, _ = kernels().normalize(mine, moments, weight, bias, None, 1e-5, epilogue=epilogue)
     assert y is mine
-    assert_same(y, reference.normalize(x.clone(), moments, weight, bias, 1e-5, epilogue=epilogue)[0], TOLERANCE[dtype])
+    assert_same(
+        y, reference.normalize(x.clone(), moments, weight, bias, None, 1e-5, epilogue=epilogue)[0], TOLERANCE[dtype]
+    )
     for mask in masks(x):
         arguments = (dy, y, statistics, weight, bias)
         sums = compare("reduce_grad", *arguments, mask=mask, epilogue=epilogue, tolerance=1e-5)[2]
@@ -241,22 +247,22 @@ def check_other_layouts():
     for x in (base.permute(1, 0, 3, 2), base[:, :, :1].expand(5, 3, 7, 9), base[..., ::2]):
         weight, bias = parameters(x.shape[1])
         moments = compare("moments", x, masks(x)[1], tolerance=1e-6)
-        epilogue = Epilogue("relu", x * 2)
-        y, statistics, signs = kernels().normalize(x, moments, weight, bias, 1e-5, epilogue=epilogue)
-        expected = reference.normalize(x, moments, weight, bias, 1e-5, epilogue=epilogue)
+        epilogue = Epilogue("relu", adds_residual=True)
+        y, statistics, signs = kernels().normalize(x, moments, weight, bias, x * 2, 1e-5, epilogue=epilogue)
+        expected = reference.normalize(x, moments, weight, bias, x * 2, 1e-5, epilogue=epilogue)
         torch.testing.assert_close(y, expected[0])
         assert torch.equal(signs, expected[2])
-        arguments = (torch.ones_like(x), x, statistics, weight, None)
-        sums = compare("reduce_grad", *arguments, epilogue=Epilogue("relu", signs), tolerance=1e-5)[2]
+        arguments = (torch.ones_like(x), Saved(x, signs), statistics, weight, None)
+        sums = compare("reduce_grad", *arguments, epilogue=epilogue, tolerance=1e-5)[2]
         for actual, dx in zip(
-            call(kernels(), "grad_input", *arguments, sums, epilogue=Epilogue("relu", signs)),
-            call(reference, "grad_input", *arguments, sums, epilogue=Epilogue("relu", signs)),
+            call(kernels(), "grad_input", *arguments, sums, epilogue=epilogue),
+            call(reference, "grad_input", *arguments, sums, epilogue=epilogue),
             strict=True,
         ):
             torch.testing.assert_close(actual, dx, rtol=1e-5, atol=1e-5)
     x = base.permute(0, 1, 3, 2)
-    expected = reference.normalize(x, moments := reference.moments(x), None, None, 1e-5)[0]
-    kernels().normalize(x, moments, None, None, 1e-5, epilogue=Epilogue(inplace=True))
+    expected = reference.normalize(x, moments := reference.moments(x), None, None, None, 1e-5)[0]
+    kernels().normalize(x, moments, None, None, None, 1e-5, epilogue=Epilogue(inplace=True))
     torch.testing.assert_close(x, expected)
 
 
@@ -295,7 +301,7 @@ def check_masked_values_may_be_anything():
     assert torch.equal(kernels().moments(hidden, mask), kernels().moments(x, mask))
     weight, bias = parameters(3)
     dy = random("odd", torch.float32, 1).masked_fill(mask == 0, 0)
-    statistics = reference.normalize(x, moments := reference.moments(x, mask), weight, bias, 1e-5)[1]
+    statistics = reference.normalize(x, moments := reference.moments(x, mask), weight, bias, None, 1e-5)[1]
     sums = call(kernels(), "reduce_grad", dy, hidden, statistics, weight, bias, mask=mask)[2]
     assert_same(sums, call(reference, "reduce_grad", dy, x, statistics, weight, bias, mask=mask)[2], 3e-6)
     arguments = (statistics, weight, bias, sums)
@@ -304,7 +310,7 @@ def check_masked_values_may_be_anything():
     x[0, 1, 0, 0] = torch.nan
     moments = kernels().moments(x)
     assert moments.isnan().tolist() == [False, True, False] * 2 + [False]
-    statistics = kernels().normalize(x, moments, weight, bias, 1e-5, epilogue=Epilogue("relu"))
+    statistics = kernels().normalize(x, moments, weight, bias, None, 1e-5, epilogue=Epilogue("relu"))
     assert statistics[0].isnan().flatten(2).all(2).tolist() == [[False, True, False]] * 5
 
 
@@ -323,7 +329,7 @@ def errors(ratio, begins_with_zeros):
     expected = F.batch_norm(valid.double().cpu(), None, None, training=True)
     with constants(SMALL):
         moments = kernels().unpack(kernels().pack(kernels().moments(x, mask)))
-        y = kernels().normalize(valid, moments, None, None, 1e-5)[0]
+        y = kernels().normalize(valid, moments, None, None, None, 1e-5)[0]
     return [(result.cpu().double() - expected).abs().max().item() for result in (F.batch_norm(valid, *NONE), y)]
 
 
@@ -402,14 +408,16 @@ def compile_all():
         ):
             x = random(name, dtype)
             weight, bias = parameters(x.shape[1])
-            epilogue = Epilogue(activation, x.clone() if adds else None, inplace)
+            epilogue = Epilogue(activation, inplace, adds)
+            residual = x.clone() if adds else None
             with constants(SMALL if adds else {}):
                 for mask in masks(x):
                     moments = kernels().unpack(kernels().pack(kernels().moments(x, mask)))
-                    _, statistics, signs = kernels().normalize(x, moments, weight, bias, 1e-5, epilogue=epilogue)
-                    kept = Epilogue(activation, epilogue.residual if signs is None else signs, inplace)
-                    options = {"mask": mask, "epilogue": kept}
-                    backward = kernels().Backward(x, x, statistics, weight, bias, **options)
+                    tensors = (x, moments, weight, bias, residual)
+                    _, statistics, signs = kernels().normalize(*tensors, 1e-5, epilogue=epilogue)
+                    saved = Saved(x, signs, residual if epilogue.saves_residual else None)
+                    options = {"mask": mask, "epilogue": epilogue}
+                    backward = kernels().Backward(x, saved, statistics, weight, bias, **options)
                     *_, sums = backward.reduce_grad()
                     backward.grad_input(sums)
         for momentum in (0.1, None):
@@ -528,10 +536,10 @@ if torch.cuda.is_available():
             expected = torch.zeros(2 * channels + 1, dtype=torch.float64)
             expected[channels - 1], expected[2 * channels - 1], expected[2 * channels] = 1 / n, 1 - 1 / n, n
             torch.testing.assert_close(moments.cpu(), expected, rtol=1e-6, atol=0)
-            y, statistics, _ = triton.normalize(x, moments, None, None, 1e-5)
+            y, statistics, _ = triton.normalize(x, moments, None, None, None, 1e-5)
             assert y[last].item() == pytest.approx(statistics[-2].item(), rel=1e-2)
             del y
-            sums = triton.Backward(x, x, statistics, None, None).reduce_grad()[2]
+            sums = triton.Backward(x, Saved(x), statistics, None, None).reduce_grad()[2]
             assert sums[0].tolist() == [0] * (channels - 1) + [1]
-            dx = triton.Backward(x, x, statistics, None, None).grad_input(None)[0]
+            dx = triton.Backward(x, Saved(x), statistics, None, None).grad_input(None)[0]
             assert dx[last].item() == pytest.approx(statistics[-2].item(), rel=1e-2)

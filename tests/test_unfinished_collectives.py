@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch, torch.distributed as dist
 from mpi4py import MPI
 import syncnorm
-from syncnorm.communicators.mpi import MpiCommunicator
+from syncnorm.mpi.communicator import MpiCommunicator
 
 N = 4096
 world = MPI.COMM_WORLD.Dup()

@@ -1,1 +1,1 @@
-"""Benchmarks that hold syncnorm against what it cannot beat, in one run: `python -m syncnorm bench NAME`."""
+"""Benchmarks of syncnorm beside other implementations and plain copies: `python -m syncnorm bench NAME`."""

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import bootstrap, info
+from .. import info
 from ..communicators import Communicator, communicator
-from . import floor, report
+from ..job.init import init
+from . import copy_baseline, report
 from .timing import FULL, QUICK, Candidates, Effort, Timing, interleave
 
 __all__ = ["MESSAGES", "Message", "Row", "Target", "check", "main", "measure"]
@@ -60,6 +61,11 @@ class Row(NamedTuple):
     timing: Timing
     raw: Timing
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the machine had other things to do."""
+        return self.timing.noisy or self.raw.noisy
+
     def numbers(self) -> dict[str, Any]:
         """Return the row as it is written to JSON."""
         median, low, high = self.timing.micros()
@@ -75,7 +81,7 @@ class Row(NamedTuple):
             **over,
             "target": target and target._asdict(),
             "met": target and over[target.quantity] <= target.limit,
-            "noisy": self.timing.noisy or self.raw.noisy,
+            "noisy": self.noisy,
         }
 
     def cells(self) -> list[str]:
@@ -101,7 +107,7 @@ def main(files: report.Files, quick: bool = False) -> None:
     Raises:
         RuntimeError: this process is alone.
     """
-    group = bootstrap.init()
+    group = init()
     if group.size == 1:
         raise RuntimeError(
             "expected a group of several ranks, got this process alone: mpirun -n 2 python -m syncnorm bench comm"
@@ -110,9 +116,8 @@ def main(files: report.Files, quick: bool = False) -> None:
     job = info.job()
     if group.rank == 0:
         title = f"all-reduce on {report.ranks(group.size)}" + report.WARNING * quick
-        table = report.Table(title, COLUMNS, [[row.cells() for row in rows] for rows in sections])
         rows = [row.numbers() for rows in sections for row in rows]
-        report.publish(report.header(job), [table], {"rows": rows}, files)
+        report.publish_rows(report.header(job), report.Table(title, COLUMNS, []), sections, {"rows": rows}, files)
 
 
 def measure(group: Communicator, effort: Effort) -> Iterator[list[Row]]:
@@ -148,7 +153,7 @@ def paths(tensor: Tensor, group: Communicator, gloo: dist.ProcessGroup) -> list[
         own = communicator(gloo)
         return [{**over_gloo, COMMUNICATOR: lambda: own.all_reduce(tensor)}]
     over_mpi = {
-        "raw mpi4py": floor.all_reduce(tensor),
+        "raw mpi4py": copy_baseline.all_reduce(tensor),
         COMMUNICATOR: lambda: group.all_reduce(tensor),
         MPI4PY: lambda: dist.all_reduce(tensor),
     }

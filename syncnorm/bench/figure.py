@@ -1,21 +1,21 @@
-"""The figure of `bench layer`: a panel for each case, in it a bar for each candidate: its time over the floor.
-
-Panels side by side are one shape in its layouts, on one scale.
-"""
+"""The figure of `bench layer`: a row for each shape, and in it each candidate at its time over the copy baseline."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from ..report import COLOURS
 from . import memory
-from .targets import ALL, ALONE, AUTOGRAD, ON_CPU, TORCH, TORCH_SYNC
+from .targets import ALL, ALONE, AUTOGRAD, OVER_COPY, TORCH, TORCH_SYNC
+from .timing import left_out
 
 try:
     import matplotlib as mpl
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
 except ImportError as error:
     raise RuntimeError(
         "python -m syncnorm bench layer --figure draws with matplotlib, which cannot be imported: "
@@ -24,19 +24,18 @@ except ImportError as error:
 
 __all__ = ["check", "draw"]
 
-COLOURS = {  # that the colour-blind tell apart (Okabe and Ito)
-    AUTOGRAD: "#999999",
-    ALL: "#0072B2",
-    ALONE: "#56B4E9",
-    TORCH: "#E69F00",
-    TORCH_SYNC: "#D55E00",
-    "fairscale": "#F0E442",
-    "composed of all-reduces": "#CC79A7",
-    "torch.compile": "#009E73",
+STYLES = {  # colour and marker. Candidates that are not here are not drawn: activations, and all-reduces alone
+    ALONE: (COLOURS["sky blue"], "o"),
+    ALL: (COLOURS["blue"], "o"),
+    TORCH: (COLOURS["orange"], "s"),
+    TORCH_SYNC: (COLOURS["vermillion"], "s"),
+    "fairscale": (COLOURS["green"], "^"),
+    "composed of all-reduces": (COLOURS["purple"], "D"),
+    "torch.compile": (COLOURS["yellow"], "v"),
+    AUTOGRAD: (COLOURS["grey"], "x"),
 }
 SETTINGS: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False}
-
-Panel: TypeAlias = "dict[str, Mapping[str, Any]]"
+TICKS = (0.5, 0.7, 1, 1.4, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 
 
 def check(path: Path) -> None:
@@ -46,44 +45,73 @@ def check(path: Path) -> None:
         raise RuntimeError(f"expected a figure named .{', .'.join(known)}, got {path.name}")
 
 
-def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draw the rows of `bench layer`, as they are written to JSON, on memory as it is by default.
+def draw(path: Path, rows: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draw the results of `bench layer` on memory as it is by default.
 
-    Activations, all-reduces alone and the layer that is all overhead are left out: what is drawn computes the same.
+    Args:
+        path: the file to write.
+        rows: the candidates as they are written to JSON. Disturbed ones are left out, and counted below.
+        targets: the verdicts as they are written to JSON.
+        title: what was measured.
     """
-    shown = [row for row in rows if row["memory"] != memory.KEPT and row["candidate"] in COLOURS]
-    lines: dict[tuple[str, str], dict[str, Panel]] = {}  # by shape and dtype, then by layout: candidates' rows
-    for row in shown:
-        if row["kind"] in ON_CPU:
-            shape, dtype, layout = row["case"].split()
-            lines.setdefault((shape, dtype), {}).setdefault(layout, {})[row["candidate"]] = row
-    candidates = [name for name in COLOURS if any(row["candidate"] == name for row in shown)]
-    height = 0.9 + max(1, len(lines)) * (0.6 + 0.19 * len(candidates))
+    shown = [row for row in rows if row["memory"] != memory.KEPT and row["candidate"] in STYLES]
+    quiet = [row for row in shown if not row["noisy"]]
+    cases = list(dict.fromkeys(row["case"] for row in shown))
+    candidates = [name for name in STYLES if any(row["candidate"] == name for row in quiet)]
+    limits = {of["case"]: of["limit"] for of in targets if of["target"] == OVER_COPY and of["memory"] != memory.KEPT}
     with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(8.3, height), dpi=200, layout="constrained")
-        axes = figure.subplots(max(1, len(lines)), 2, squeeze=False, sharex="row", sharey=True)
-        for axis in axes.flat:
-            axis.set_axis_off()
-        for beside, panels in zip(axes, lines.values(), strict=False):
-            limit = max(row["ratio"] for panel in panels.values() for row in panel.values())
-            for axis, panel in zip(beside, panels.values(), strict=False):
-                axis.set_axis_on()
-                _draw_panel(axis, panel, candidates, limit)
-        figure.suptitle(f"{title}\n(black line: the floor, the time of the memory traffic alone)", fontsize=10)
+        figure = Figure(figsize=(8.3, 2.1 + 0.3 * len(cases)), dpi=150, layout="constrained")
+        axis = figure.subplots()
+        for place in range(1, len(cases), 2):
+            axis.axhspan(place - 0.5, place + 0.5, color="#F3F3F3", zorder=0)
+        for i, candidate in enumerate(candidates):
+            aside = 0.5 * (i / max(1, len(candidates) - 1) - 0.5)  # so that no error bar hides another
+            of_it = [row for row in quiet if row["candidate"] == candidate]
+            _draw_dots(axis, candidate, of_it, [cases.index(row["case"]) + aside for row in of_it])
+        _draw_lines(axis, cases, limits)
+        _scale(axis, quiet)
+        axis.set_yticks(range(len(cases)), cases)
+        axis.tick_params(axis="y", length=0)
+        axis.set_ylim(len(cases) - 0.5, -0.5)
+        note = left_out(len(shown), len(quiet))
+        axis.set_xlabel("time / copy baseline (logarithmic; median and quartiles)" + f"\n{note}" * bool(note))
+        figure.suptitle(title, fontsize=10)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path)
 
 
-def _draw_panel(axis: Axes, panel: Panel, candidates: Sequence[str], limit: float) -> None:
-    first = next(iter(panel.values()))
-    axis.set_title(f"{first['case']} ({first['kind']})", fontsize=9, loc="left")
-    for place, candidate in enumerate(candidates):
-        if candidate in panel:
-            ratio = panel[candidate]["ratio"]
-            axis.barh(place, ratio, height=0.75, color=COLOURS[candidate])
-            axis.text(max(ratio, 1.0) + 0.02 * limit, place, f"{ratio:.2f}", va="center", fontsize=8.5)
-    axis.axvline(1, color="#000000", linewidth=0.8, zorder=3)
-    axis.set_xlim(0, 1.15 * limit)
-    axis.set_xlabel("time / floor", loc="right", fontsize=8.5, labelpad=1)
-    axis.set_yticks(range(len(candidates)), candidates)
-    axis.set_ylim(len(candidates) - 0.4, -0.6)
-    axis.tick_params(axis="y", length=0)
+def _draw_dots(axis: Axes, candidate: str, rows: Sequence[Mapping[str, Any]], places: Sequence[float]) -> None:
+    colour, marker = STYLES[candidate]
+    ratios = [row["ratio"] for row in rows]
+    spans = [[bound / row["median_us"] * row["ratio"] for bound in row["quartiles_us"]] for row in rows]
+    below = [ratio - low for ratio, (low, _) in zip(ratios, spans, strict=True)]
+    above = [high - ratio for ratio, (_, high) in zip(ratios, spans, strict=True)]
+    axis.errorbar(
+        ratios, places, xerr=[below, above], fmt=marker, color=colour, label=candidate, markersize=5, elinewidth=1.2
+    )
+
+
+def _draw_lines(axis: Axes, cases: Sequence[str], limits: Mapping[str, float]) -> None:
+    axis.axvline(1, color=COLOURS["black"], linewidth=0.9, zorder=1, label="copy baseline")
+    limited = [place for place, case in enumerate(cases) if case in limits]
+    if limited:
+        axis.vlines(
+            [limits[cases[place]] for place in limited],
+            [place - 0.5 for place in limited],
+            [place + 0.5 for place in limited],
+            colors=COLOURS["black"],
+            linestyles="dotted",
+            linewidth=1.2,
+            label=f"target of {ALONE}",
+        )
+
+
+def _scale(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    ratios = [row["ratio"] for row in rows] or [1.0]
+    axis.set_xscale("log")
+    axis.set_xlim(0.85 * min(1.0, *ratios), 1.2 * max(1.5, *ratios))
+    low, high = axis.get_xlim()
+    ticks = [tick for tick in TICKS if low <= tick <= high]
+    axis.xaxis.set_major_locator(FixedLocator(ticks))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xticklabels([f"{tick:g}" for tick in ticks])

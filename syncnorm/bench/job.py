@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from .. import bootstrap
 from ..communicators import Communicator
-from ..launchers import launched
+from ..job.init import init
+from ..job.launcher import detect_launcher
 
 __all__ = ["Job", "join"]
 
@@ -31,8 +31,8 @@ def join() -> Job:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     if not torch.cuda.is_available():
-        return Job(bootstrap.init(), torch.device("cpu"))
+        return Job(init(), torch.device("cpu"))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    alone = launched().launcher == "none" and dist.is_nccl_available()
-    return Job(bootstrap.init("nccl" if alone else "auto"), device)
+    alone = detect_launcher().launcher == "none" and dist.is_nccl_available()
+    return Job(init("nccl" if alone else "auto"), device)

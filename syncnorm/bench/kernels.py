@@ -1,4 +1,4 @@
-"""`python -m syncnorm bench kernels`: each pass of each implementation over the time of its own memory traffic.
+"""`python -m syncnorm bench kernels`: each pass of each implementation over a copy of its own memory traffic.
 
 Passes: moments, normalize, reduce_grad, grad_input on x and dy, (N, C, *). Memory is kept (see `memory`): the pass is
 measured, not the allocator. No pass has a collective; several ranks show what sharing the memory's bandwidth costs.
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import info, kernels
-from ..kernels import Kernels
-from . import floor, memory, report
+from ..kernels import Kernels, Saved
+from . import copy_baseline, memory, report
 from .cases import LARGE, TINY, Case, cases
 from .job import Job, join
 from .timing import FULL, QUICK, Effort, Timing, clock_of, interleave
@@ -26,18 +26,23 @@ __all__ = ["IMPLEMENTATIONS", "Row", "available", "check", "main", "measure", "p
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
 LONG = Effort(rounds=21, block=FULL.block)  # of large tensors
 BRIEF = QUICK._replace(rounds=2)
-FLOOR = "floor"
-COLUMNS = ("case", "pass", "implementation", "median µs", "quartiles", "x floor")
+COPY = "copy baseline"
+COLUMNS = ("case", "pass", "implementation", "median µs", "quartiles", "x copy")
 
 
 class Row(NamedTuple):
-    """The time of one pass of one implementation, or of the floor, beside that of the floor."""
+    """The time of one pass of one implementation, or of the copy baseline, beside that of the copy baseline."""
 
     case: Case
     kernel: str
     implementation: str
     timing: Timing
-    floor: Timing
+    copy: Timing
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the machine had other things to do."""
+        return self.timing.noisy or self.copy.noisy
 
     def numbers(self) -> dict[str, Any]:
         """Return the row as it is written to JSON."""
@@ -48,15 +53,15 @@ class Row(NamedTuple):
             "implementation": self.implementation,
             "median_us": median,
             "quartiles_us": [low, high],
-            "floor_us": 1e6 * self.floor.median,
-            "ratio": self.timing.median / self.floor.median,
-            "noisy": self.timing.noisy or self.floor.noisy,
+            "copy_us": 1e6 * self.copy.median,
+            "ratio": self.timing.median / self.copy.median,
+            "noisy": self.noisy,
         }
 
     def cells(self) -> list[str]:
         """Return the row as it is printed."""
         median, low, high = map(report.digits, self.timing.micros())
-        ratio = f"{self.timing.median / self.floor.median:.2f}"
+        ratio = f"{self.timing.median / self.copy.median:.2f}"
         return [self.case.name, self.kernel, self.implementation, median, f"{low} to {high}", ratio]
 
 
@@ -70,12 +75,11 @@ def main(files: report.Files, quick: bool = False, only: str = "") -> None:
     told = info.job()
     if job.group.rank == 0:
         title = f"passes over the data on {report.ranks(job.group.size)}" + report.WARNING * quick
-        table = report.Table(title, COLUMNS, [[row.cells() for row in rows] for rows in sections], names=3)
         rows = [row.numbers() for rows in sections for row in rows]
         facts = report.header(told)
         for name, found in _search(job.device).items():
             facts[f"implementation {name}"] = found if isinstance(found, str) else "timed"
-        report.publish(facts, [table], {"rows": rows}, files)
+        report.publish_rows(facts, report.Table(title, COLUMNS, [], names=3), sections, {"rows": rows}, files)
 
 
 def measure(job: Job, listed: Sequence[Case], quick: bool) -> Iterator[list[Row]]:
@@ -87,13 +91,13 @@ def measure(job: Job, listed: Sequence[Case], quick: bool) -> Iterator[list[Row]
         effort = BRIEF if quick else LONG if case.kind == LARGE else FULL
         by_name = {name: passes(implementation, x, dy) for name, implementation in found.items()}
         rows = []
-        for kernel, traffic in floor.PASSES.items():
-            runs: dict[str, Callable[[], object]] = {FLOOR: partial(traffic, x, dy)}
+        for kernel, traffic in copy_baseline.PASSES.items():
+            runs: dict[str, Callable[[], object]] = {COPY: partial(traffic, x, dy)}
             for name, made in by_name.items():
                 check(f"{kernel} of {name} on {case.name}", made[kernel](), by_name["reference"][kernel]())
                 runs[name] = made[kernel]
             timings = interleave(runs, job.group, effort, clock_of(job.device), together=True)
-            rows += [Row(case, kernel, name, timing, timings[FLOOR]) for name, timing in timings.items()]
+            rows += [Row(case, kernel, name, timing, timings[COPY]) for name, timing in timings.items()]
         yield rows
 
 
@@ -120,12 +124,12 @@ def passes(implementation: Kernels, x: Tensor, dy: Tensor) -> dict[str, Callable
     """Return the passes of an implementation over x and dy, by name. What they are given the reference has computed."""
     weight, bias = (torch.full((x.shape[1],), value, device=x.device) for value in (0.5, 1.0))
     moments = kernels.reference.moments(x)
-    _, statistics, _ = kernels.reference.normalize(x, moments, weight, bias, 1e-5)
-    read = (dy, x, statistics, weight, bias)
+    _, statistics, _ = kernels.reference.normalize(x, moments, weight, bias, None, 1e-5)
+    read = (dy, Saved(x), statistics, weight, bias)
     *_, sums = kernels.reference.Backward(*read).reduce_grad()
     return {
         "moments": lambda: (implementation.moments(x),),
-        "normalize": lambda: implementation.normalize(x, moments, weight, bias, 1e-5),
+        "normalize": lambda: implementation.normalize(x, moments, weight, bias, None, 1e-5),
         "reduce_grad": lambda: implementation.Backward(*read).reduce_grad(),
         "grad_input": lambda: implementation.Backward(*read).grad_input(sums),
     }

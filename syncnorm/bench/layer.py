@@ -1,4 +1,4 @@
-"""`python -m syncnorm bench layer`: forward and backward of one layer, over the floor, beside what others do.
+"""`python -m syncnorm bench layer`: forward and backward of one layer over the copy baseline, beside what others do.
 
 All candidates take turns on the same x, dy and residual, (N, C, *). On large tensors it runs twice: as the C library
 is, which returns freed memory to the system, and told to keep it, which spares all candidates page faults.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import info
 from ..communicators import Communicator, LocalCommunicator, ProcessGroupLike
 from ..modules import SyncBatchNorm
-from . import floor, memory, peers, report
+from . import baselines, copy_baseline, memory, report
 from .cases import LARGE, TINY, Case, cases
 from .job import Job, join
 from .targets import (
@@ -27,7 +27,7 @@ from .targets import (
     ALL_REDUCES_BETWEEN,
     ALONE,
     AUTOGRAD,
-    FLOOR,
+    COPY,
     MODULE,
     RELU,
     TORCH,
@@ -46,7 +46,7 @@ COMPILED = "torch.compile"
 LONG = Effort(rounds=21, block=FULL.block)  # of large tensors
 BRIEF = QUICK._replace(rounds=2)
 TOLERANCE = 0.1  # of the mean error over the mean value: bfloat16 statistics pass, those of one rank alone do not
-COLUMNS = ("case", "candidate", "median µs", "quartiles", "x floor")
+COLUMNS = ("case", "candidate", "median µs", "quartiles", "x copy")
 TARGET_COLUMNS = ("case", "target", "measured", "limit", "")
 
 
@@ -87,13 +87,18 @@ class Result(NamedTuple):
     verdicts: list[Verdict]
 
     @property
+    def noisy(self) -> bool:
+        """Whether the machine had other things to do while one of the candidates was timed."""
+        return any(timing.noisy for timing in self.timings.values())
+
+    @property
     def about(self) -> str:
         """The case and its memory, as printed."""
         return f"{self.case.name}, memory {self.memory}"
 
-    def over_floor(self, name: str) -> float:
-        """Return the median of a candidate over that of the floor."""
-        return self.timings[name].median / self.timings[FLOOR].median
+    def over_copy(self, name: str) -> float:
+        """Return the median of a candidate over that of the copy baseline."""
+        return self.timings[name].median / self.timings[COPY].median
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the candidates as they are written to JSON."""
@@ -105,7 +110,7 @@ class Result(NamedTuple):
                 "candidate": name,
                 "median_us": median,
                 "quartiles_us": [low, high],
-                "ratio": self.over_floor(name),
+                "ratio": self.over_copy(name),
                 "noisy": timing.noisy,
             }
 
@@ -138,7 +143,7 @@ def main(files: report.Files, quick: bool = False, only: str = "", with_compiled
         if files.figure is not None:
             from . import figure  # needs matplotlib
 
-            figure.draw(files.figure, rows, title)
+            figure.draw(files.figure, rows, targets, title)
 
 
 def measure(job: Job, listed: Sequence[Case], quick: bool, with_compiled: bool) -> Iterator[Result]:
@@ -158,7 +163,10 @@ def _measured(job: Job, case: Case, setting: str, quick: bool, with_compiled: bo
     residual = case.random(device, generator).requires_grad_()
     dy = case.random(device, generator)
     pair = [torch.ones(case.shape[1], device=device, requires_grad=True) for _ in ("weight", "bias")]
-    steps: dict[str, Callable[[], object]] = {FLOOR: floor.layer(x), AUTOGRAD: floor.layer_in_autograd(x, pair, dy)}
+    steps: dict[str, Callable[[], object]] = {
+        COPY: copy_baseline.layer(x),
+        AUTOGRAD: copy_baseline.layer_in_autograd(x, pair, dy),
+    }
     wanted: dict[object, tuple[Tensor, Tensor]] = {}
     for name, layer in layers(case, job, residual, with_compiled).items():
         step = layer.step(x, dy)
@@ -170,7 +178,7 @@ def _measured(job: Job, case: Case, setting: str, quick: bool, with_compiled: bo
     if group.size > 1:
         all_reduces = _all_reduces(case.shape[1], device)
         steps[ALL_REDUCES] = lambda: [all_reduce() for all_reduce in all_reduces]
-        steps[ALL_REDUCES_BETWEEN] = floor.layer(x, all_reduces)
+        steps[ALL_REDUCES_BETWEEN] = copy_baseline.layer(x, all_reduces)
     effort = BRIEF if quick else LONG if case.kind == LARGE else FULL
     timings = interleave(steps, group, effort, clock_of(device), together=True)
     return Result(case, setting, timings, list(verdicts(case, timings, device)))
@@ -207,19 +215,19 @@ def layers(case: Case, job: Job, residual: Tensor, with_compiled: bool = False) 
         ALONE: _of_module(one),
         RELU: _of_module(relu, relu=True),
         ADD_RELU: Layer(fused, list(add_relu.parameters()), relu=True, residual=residual),
-        COMPOSITION: Layer(peers.composition(norm, group), parameters, synchronized=True),
+        COMPOSITION: Layer(baselines.composition(norm, group), parameters, synchronized=True),
     }
     if case.kind == TINY:
         made[MODULE] = _of_module(norm)
     if with_compiled:
-        made[COMPILED] = Layer(peers.compiled(norm), parameters)
+        made[COMPILED] = Layer(baselines.compiled(norm), parameters)
     if group.size > 1:
         made[ALL] = _of_module(ours(group), synchronized=True)
-        other = peers.fairscale(norm)
+        other = baselines.fairscale(norm)
         if other is not None:
             made[FAIRSCALE] = _of_module(other, synchronized=True)
     if device.type == "cuda" and dist.is_initialized() and dist.get_backend() in ("nccl", "gloo"):
-        made[TORCH_SYNC] = Layer(peers.torch_sync_batch_norm(norm), parameters, synchronized=True)
+        made[TORCH_SYNC] = Layer(baselines.torch_sync_batch_norm(norm), parameters, synchronized=True)
     return made
 
 
@@ -235,14 +243,15 @@ def tables(results: Sequence[Result], title: str) -> tuple[list[report.Table], l
     """Return the tables for the terminal, with all there is, and those for Markdown, with a line for each case."""
     timings = report.Table(title, COLUMNS, [list(_timing_rows(result)) for result in results])
     targets = report.Table(WORDS, TARGET_COLUMNS, [list(_target_rows(result)) for result in results])
-    return [timings, targets], [_ratios(results, title), _verdicts(results)]
+    quiet, note = report.undisturbed(results)
+    return [timings, targets], [_ratios(quiet, title)._replace(note=note), _verdicts(quiet)._replace(note=note)]
 
 
 def _timing_rows(result: Result) -> Iterator[list[str]]:
     head = f"{result.about}, {result.case.megabytes:.3g} MB"
     for name, timing in result.timings.items():
         median, low, high = map(report.digits, timing.micros())
-        yield [head, name, median, f"{low} to {high}", f"{result.over_floor(name):.2f}"]
+        yield [head, name, median, f"{low} to {high}", f"{result.over_copy(name):.2f}"]
         head = ""
 
 
@@ -254,18 +263,18 @@ def _target_rows(result: Result) -> Iterator[list[str]]:
 
 
 def _ratios(results: Sequence[Result], title: str) -> report.Table:
-    """Return the times over the floor, a line for each case. Of layers with activations the verdicts tell."""
-    names = [name for name in _in_order(result.timings for result in results) if "relu" not in name and name != FLOOR]
+    """Return the times over the copy baseline, a line for each case. Of layers with activations the verdicts tell."""
+    names = [name for name in _in_order(result.timings for result in results) if "relu" not in name and name != COPY]
     rows = [
         [
             result.case.name,
             result.memory,
-            report.digits(1e6 * result.timings[FLOOR].median),
-            *(f"{result.over_floor(name):.2f}" if name in result.timings else "" for name in names),
+            report.digits(1e6 * result.timings[COPY].median),
+            *(f"{result.over_copy(name):.2f}" if name in result.timings else "" for name in names),
         ]
         for result in results
     ]
-    return report.Table(f"{title}; times over the floor", ("case", "memory", "floor µs", *names), [rows])
+    return report.Table(f"{title}; times over the copy baseline", ("case", "memory", "copy µs", *names), [rows])
 
 
 def _verdicts(results: Sequence[Result]) -> report.Table:
@@ -290,7 +299,7 @@ def _of_module(module: nn.Module, synchronized: bool = False, relu: bool = False
 def _all_reduces(features: int, device: torch.device) -> list[Callable[[], object]]:
     """Return two bare all-reduces, of what forward and backward of a layer send."""
     sizes = 2 * features + 1, 2 * features
-    return [floor.all_reduce(torch.zeros(size, dtype=torch.float64, device=device)) for size in sizes]
+    return [copy_baseline.all_reduce(torch.zeros(size, dtype=torch.float64, device=device)) for size in sizes]
 
 
 def expected(layer: Layer, x: Tensor, dy: Tensor, group: Communicator) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What every benchmark tells: where it ran, tables on the terminal or in Markdown, all numbers as JSON."""
+"""What every benchmark reports: where it ran, tables on the terminal and in Markdown, all numbers as JSON."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from .. import info
+from ..report import Table, listing
+from .timing import left_out
 
 try:
-    from rich.console import Console
-    from rich.table import Table as RichTable
+    import rich  # noqa: F401 (so that a benchmark without it fails before it measures)
 except ImportError as error:
     raise RuntimeError(
         "python -m syncnorm bench draws its tables with rich, which cannot be imported: pip install 'syncnorm[bench]'"
     ) from error
 
-__all__ = ["WARNING", "Files", "Table", "digits", "header", "publish", "ranks"]
+__all__ = [
+    "WARNING",
+    "Files",
+    "Table",
+    "digits",
+    "header",
+    "publish",
+    "publish_rows",
+    "ranks",
+    "undisturbed",
+]
 
 WARNING = " (--quick: tells whether it runs, not how fast)"
-WIDTH = 120  # characters; mpirun gives ranks a terminal of 80 whatever the real one is
-
-
-class Table(NamedTuple):
-    """Sections of rows of cells, as printed. The first `names` columns are words, the others numbers."""
-
-    title: str
-    columns: Sequence[str]
-    sections: Sequence[Sequence[Sequence[str]]]
-    names: int = 2
 
 
 class Files(NamedTuple):
@@ -75,17 +76,52 @@ def publish(
     printed: Sequence[Table],
     numbers: Mapping[str, Sequence[Mapping[str, Any]]],
     files: Files,
-    in_markdown: Sequence[Table] | None = None,
+    in_markdown: Sequence[Table],
 ) -> None:
-    """Print the header and the tables; write all numbers as JSON, and tables as Markdown (other ones if given)."""
-    print(info.table(dict(facts)))
+    """Print the header and the tables; write all numbers as JSON, and tables as Markdown."""
+    print(listing(facts))
     for table in printed:
-        _show(table)
+        table.show()
     if files.json is not None:
         files.json.write_text(json.dumps({"header": facts, **numbers}, indent=2) + "\n")
     if files.markdown is not None:
-        tables = printed if in_markdown is None else in_markdown
-        files.markdown.write_text("\n".join([_provenance(facts), *map(_markdown, tables)]))
+        files.markdown.write_text("\n".join([_provenance(facts), *map(_section, in_markdown)]))
+
+
+class _Row(Protocol):
+    """A row of a benchmark that has one table."""
+
+    @property
+    def noisy(self) -> bool: ...
+    def cells(self) -> list[str]: ...
+
+
+class _Noisy(Protocol):
+    @property
+    def noisy(self) -> bool: ...
+
+
+_Result = TypeVar("_Result", bound=_Noisy)
+
+
+def publish_rows(
+    facts: Mapping[str, str],
+    empty: Table,
+    sections: Sequence[Sequence[_Row]],
+    numbers: Mapping[str, Sequence[Mapping[str, Any]]],
+    files: Files,
+) -> None:
+    """Publish one table of rows: all of them on the terminal and as JSON, the undisturbed ones as Markdown."""
+    printed = empty._replace(sections=[[row.cells() for row in rows] for rows in sections])
+    quiet, note = undisturbed([row for rows in sections for row in rows])
+    in_markdown = empty._replace(sections=[[row.cells() for row in quiet]], note=note)
+    publish(facts, [printed], numbers, files, [in_markdown])
+
+
+def undisturbed(results: Sequence[_Result]) -> tuple[list[_Result], str]:
+    """Return the results that are not noisy, and a sentence that counts the others."""
+    quiet = [result for result in results if not result.noisy]
+    return quiet, left_out(len(results), len(quiet))
 
 
 def digits(micros: float) -> str:
@@ -98,16 +134,6 @@ def ranks(size: int) -> str:
     return "one rank" if size == 1 else f"{size} ranks, of whom the slowest counts"
 
 
-def _show(table: Table) -> None:
-    drawn = RichTable(title=table.title)
-    for i, column in enumerate(table.columns):
-        drawn.add_column(column, justify="left" if i < table.names else "right")
-    for section in table.sections:
-        for row in section:
-            drawn.add_row(*row, end_section=row is section[-1])
-    Console(width=WIDTH, force_terminal=False).print(drawn)
-
-
 def _provenance(facts: Mapping[str, str]) -> str:
     """Return a sentence on where the numbers are from."""
     versions = ", ".join(f"{name} {facts[name]}" for name in ("syncnorm", "torch", "mpi4py") if name in facts)
@@ -117,11 +143,8 @@ def _provenance(facts: Mapping[str, str]) -> str:
     return f"{where} ({versions}, {facts['mpi']}; {ranks}; {facts['date'][:10]}).\n"
 
 
-def _markdown(table: Table) -> str:
-    aligned = ["---"] * table.names + ["---:"] * (len(table.columns) - table.names)
-    rows = [table.columns, aligned, *(row for section in table.sections for row in section)]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return f"{table.title[0].upper()}{table.title[1:]}:\n\n" + "\n".join(lines) + "\n"
+def _section(table: Table) -> str:
+    return f"{table.title[0].upper()}{table.title[1:]}:\n\n{table.markdown()}"
 
 
 def _cpu() -> str:

@@ -13,7 +13,7 @@ import torch
 
 from ..communicators import Communicator
 
-__all__ = ["FULL", "QUICK", "Candidates", "Effort", "Timing", "clock_of", "interleave"]
+__all__ = ["FULL", "NOISY", "QUICK", "Candidates", "Effort", "Timing", "clock_of", "interleave", "left_out"]
 
 Candidates = Mapping[str, Callable[[], object]]
 
@@ -115,3 +115,10 @@ def _calls_in(block: float, timer: timeit.Timer, group: Communicator) -> int:
     while max(group.all_gather_object(timer.timeit(calls))) < block:
         calls *= 2
     return calls
+
+
+def left_out(all_rows: int, kept: int) -> str:
+    """Return a sentence on disturbed rows that are not shown, or nothing if there are none."""
+    if all_rows == kept:
+        return ""
+    return f"Left out as disturbed: {all_rows - kept} of {all_rows} (upper quartile above {NOISY:g} times the lower)."

@@ -7,7 +7,6 @@ applies the ReLU. They take turns on the same images. A process alone trains wit
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,13 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import info
 from ..communicators import Communicator
 from ..modules import SyncBatchNorm
-from ..testing import CountingCommunicator
+from ..testing import TimedCommunicator
 from . import report
 from .job import Job, join
 from .resnet import BLOCKS, NormFactory, ResNet, Separate
 from .timing import Candidates, Effort, Timing, clock_of, interleave
 
-__all__ = ["CANDIDATES", "Row", "TimedCommunicator", "Training", "main", "measure", "waiting"]
+__all__ = ["CANDIDATES", "Row", "Training", "main", "measure", "waiting"]
 
 BN, SYNC, FUSED = CANDIDATES = ("BN", "SyncBN", "SyncBN fused")
 STEPS = Effort(rounds=11, block=0.0)  # of one step each
@@ -43,44 +42,6 @@ COLUMNS = (
 )
 
 
-class TimedCommunicator(CountingCommunicator):
-    """A communicator that also times its all-reduces, in which a rank waits for the slowest one.
-
-    On a GPU events take the times, for which nothing waits until `seconds` is called.
-    """
-
-    def __init__(self, group: Communicator, device: torch.device):
-        super().__init__(group)
-        self.device = device
-        self.spans: list[tuple[Any, Any]] = []
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Note, time and pass on."""
-        start = self._now()
-        result = super().all_reduce(tensor)
-        self.spans.append((start, self._now()))
-        return result
-
-    def clear(self) -> None:
-        """Forget what was noted."""
-        self.calls.clear()
-        self.spans.clear()
-
-    def seconds(self) -> float:
-        """Return the time of all that was noted."""
-        if self.device.type != "cuda":
-            return sum((end - start for start, end in self.spans), 0.0)
-        torch.cuda.synchronize(self.device)
-        return sum((start.elapsed_time(end) / 1000 for start, end in self.spans), 0.0)
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-
 class Training:
     """A model with its optimizer on one batch: a call is a step.
 
@@ -94,7 +55,7 @@ class Training:
 
     def __init__(self, name: str, job: Job, blocks: tuple[int, ...], width: int, images: Tensor):
         torch.manual_seed(0)  # all ranks and candidates start alike
-        self.timed = TimedCommunicator(job.group, job.device)
+        self.timed = TimedCommunicator(job.group)
         model: nn.Module = ResNet(blocks, _norms(name, self.timed), width).to(job.device)
         self.model = model if job.group.size == 1 else _distributed(model, job.device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
@@ -118,6 +79,11 @@ class Row(NamedTuple):
     calls: float
     share: float
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the machine had other things to do."""
+        return self.timing.noisy or self.batch_norm.noisy
+
     def numbers(self) -> dict[str, Any]:
         """Return the row as it is written to JSON."""
         median, low, high = self.timing
@@ -130,7 +96,7 @@ class Row(NamedTuple):
             "ratio": median / self.batch_norm.median,
             "norm_collectives_per_step": self.calls,
             "norm_collectives_share": self.share,
-            "noisy": self.timing.noisy or self.batch_norm.noisy,
+            "noisy": self.noisy,
         }
 
     def cells(self) -> list[str]:
@@ -163,8 +129,8 @@ def main(
         what = "a narrow ResNet" if quick else f"ResNet-{depth}"
         images = f"{shape[0]} images of {shape[2]} x {shape[3]} per rank"
         title = f"training step of {what}, {images}, on {report.ranks(job.group.size)}" + report.WARNING * quick
-        table = report.Table(title, COLUMNS, [[row.cells() for row in rows]], names=1)
-        report.publish(report.header(told), [table], {"rows": [row.numbers() for row in rows]}, files)
+        numbers = {"rows": [row.numbers() for row in rows]}
+        report.publish_rows(report.header(told), report.Table(title, COLUMNS, [], names=1), [rows], numbers, files)
 
 
 def measure(job: Job, blocks: tuple[int, ...], width: int, shape: tuple[int, ...], effort: Effort) -> Iterator[Row]:

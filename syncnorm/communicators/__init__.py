@@ -1,67 +1,70 @@
-"""Groups of ranks: this process alone, a `torch.distributed` process group, or an mpi4py communicator.
+"""Communicators: this process alone, a `torch.distributed` process group, or an mpi4py communicator.
 
-`communicator` resolves all that a `process_group` argument may be.
+`communicator` resolves any supported `process_group` argument.
 """
 
 from __future__ import annotations
 
-import sys
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch.distributed as dist
 
-from .base import Collectives, Communicator
 from .local import LocalCommunicator
+from .protocol import Collectives, Communicator
 
 if TYPE_CHECKING:
     from mpi4py import MPI
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
+    "ALONE",
     "Collectives",
     "Communicator",
     "LocalCommunicator",
     "ProcessGroupLike",
     "communicator",
     "has_default",
+    "register_group_type",
     "set_default",
     "uncounted",
 ]
 
 ProcessGroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | MPI.Comm | Collectives | None"
 
-_default: Communicator | None = None  # what syncnorm.init() made, other than torch.distributed's default group
-_beside: dist.ProcessGroup | None = None  # the default group that it was made with
-_ALONE = LocalCommunicator()
-# one communicator for each group, by id or MPI handle
-_made: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_of_world: tuple[weakref.ref[dist.ProcessGroup], Communicator] | None = None  # the default group's communicator
-_own: set[type] = set()  # classes of this package that were met, of which nobody has to look at the members, for 15 µs
+_default: Communicator | None = None  # made by syncnorm.init(), if not torch.distributed's default group
+_default_group: dist.ProcessGroup | None = None  # torch.distributed's default group when _default was set
+ALONE = LocalCommunicator()  # this process, which communicates with no other
+_made: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # the communicator of each group, by id
+_of_world: tuple[weakref.ref[dist.ProcessGroup], Communicator] | None = None  # the default group and its communicator
+_known: set[type] = {LocalCommunicator}  # our own classes seen so far: skips isinstance on a protocol (15 µs)
+_PACKAGE = __name__.rpartition(".")[0] + "."
+_resolvers: dict[type[dist.ProcessGroup], Callable[[Any], Communicator]] = {}
 
 
-def set_default(made: Communicator | None, beside: dist.ProcessGroup | None = None) -> None:
-    """Set the communicator that `process_group=None` stands for; None takes it back.
+def set_default(made: Communicator | None, default_group: dist.ProcessGroup | None = None) -> None:
+    """Set the communicator that `process_group=None` stands for.
 
     Args:
-        made: the communicator.
-        beside: torch.distributed's default group of the same ranks: who destroys it takes the communicator back too.
+        made: the communicator, or None to unset it.
+        default_group: torch.distributed's default group of the same ranks. Destroying it unsets the communicator.
     """
-    global _default, _beside
-    _default, _beside = made, beside
+    global _default, _default_group
+    _default, _default_group = made, default_group
 
 
 def has_default() -> bool:
-    """Return whether `set_default` was called with a communicator that is still in use."""
+    """Return whether `set_default` has set a communicator that is still in use."""
     return _current_default() is not None
 
 
 def _current_default() -> Communicator | None:
-    return _default if _beside is None or _beside is dist.group.WORLD else None
+    return _default if _default_group is None or _default_group is dist.group.WORLD else None
 
 
 def uncounted(group: Communicator) -> Communicator:
-    """Return the group for what is no part of a step: where calls are counted, the communicator that is not counted."""
+    """Return the group for collectives that are not part of a step: the communicator inside a counting one."""
     below: Communicator = getattr(group, "uncounted", group)
     return below
 
@@ -70,22 +73,22 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
     """Return the communicator that `process_group` stands for. Issues no collective.
 
     Args:
-        process_group: a `torch.distributed.ProcessGroup`, a one-dimensional `DeviceMesh`, an `mpi4py.MPI.Comm`, a
-            `Communicator` (returned as it is; it may lack `split`), or None: the communicator that `syncnorm.init()`
-            made, else torch.distributed's default group, else this process alone.
+        process_group: a `torch.distributed.ProcessGroup`, a one-dimensional `DeviceMesh`, an `mpi4py.MPI.Comm`, or a
+            `Communicator`, which is returned unchanged and may lack `split`. None stands for the communicator of
+            `syncnorm.init()`, else torch.distributed's default group, else this process alone.
 
     Raises:
         ValueError: this rank is not a member of the group, or the mesh has more than one dimension.
         TypeError: `process_group` is something else.
     """
-    if type(process_group) in _own:
+    if type(process_group) in _known:
         return process_group  # type: ignore[return-value]
     if process_group is None:
         made = _current_default()
         if made is not None:
             return made
         world = dist.group.WORLD if dist.is_available() else None
-        return _ALONE if world is None else _of_process_group(world)
+        return ALONE if world is None else _of_process_group(world)
     if dist.is_available():
         if isinstance(process_group, dist.ProcessGroup):
             return _of_process_group(process_group)
@@ -95,31 +98,27 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
             )
         if isinstance(process_group, _device_mesh_type()):
             return _of_process_group(_group_of_mesh(process_group))
-    mpi = sys.modules.get("mpi4py.MPI")  # whoever holds a Comm has imported it
-    if mpi is not None and isinstance(process_group, mpi.Comm):
-        if process_group == mpi.COMM_NULL:
-            raise ValueError(
-                f"expected an MPI communicator that this rank is a member of, got MPI.COMM_NULL on rank "
-                f"{mpi.COMM_WORLD.rank} of MPI.COMM_WORLD"
-            )
-        from .mpi import MpiCommunicator
+    if any(kind.__module__ == "mpi4py.MPI" for kind in type(process_group).__mro__):
+        from ..mpi.communicator import of_comm
 
-        made = _made.get(process_group.handle)
-        if made is None or made.comm != process_group:  # a handle is used again after Free
-            _made[process_group.handle] = made = MpiCommunicator(process_group)
-        return made
+        return of_comm(process_group)  # type: ignore[arg-type]
     if isinstance(process_group, Collectives) and not isinstance(process_group, type):
-        if type(process_group).__module__.startswith(__name__):
-            _own.add(type(process_group))
-        return process_group  # type: ignore[return-value]  # split may be missing: new_subgroups says so
+        if type(process_group).__module__.startswith(_PACKAGE):
+            _known.add(type(process_group))
+        return process_group  # type: ignore[return-value]  # split may be missing, which new_subgroups checks
     raise TypeError(
         "expected process_group to be a torch.distributed ProcessGroup, a one-dimensional DeviceMesh, an mpi4py Comm, "
         f"an object with the members of syncnorm.Communicator, or None, got {process_group!r}"
     )
 
 
+def register_group_type(kind: type[dist.ProcessGroup], resolve: Callable[[Any], Communicator]) -> None:
+    """Use `resolve` instead of `ProcessGroupCommunicator` to make communicators of process groups of this class."""
+    _resolvers[kind] = resolve
+
+
 def _of_default_group(world: dist.ProcessGroup) -> Communicator:
-    """Return the communicator of torch.distributed's default group, another one for each that was made."""
+    """Return the communicator of torch.distributed's default group. A new default group gets a new one."""
     from .process_group import ProcessGroupCommunicator
 
     global _of_world
@@ -131,15 +130,15 @@ def _of_default_group(world: dist.ProcessGroup) -> Communicator:
 def _of_process_group(group: dist.ProcessGroup) -> Communicator:
     from .process_group import ProcessGroupCommunicator
 
-    mpi_backend = sys.modules.get("syncnorm.mpi_backend")  # imported by whoever made such a group
-    if mpi_backend is not None and isinstance(group, mpi_backend.MpiProcessGroup):
-        direct: Communicator = group.communicator
-        return (_current_default() or direct) if group is dist.group.WORLD else direct
+    if group is dist.group.WORLD and (default := _current_default()) is not None:
+        return default
+    if (resolve := _resolvers.get(type(group))) is not None:
+        return resolve(group)
     if group is dist.group.WORLD:
         return _of_default_group(group)
     made = _made.get(id(group))
     if made is None:
-        _made[id(group)] = made = ProcessGroupCommunicator(group)  # which keeps the group, so no other has its id
+        _made[id(group)] = made = ProcessGroupCommunicator(group)  # keeps the group alive, so its id stays unique
     return made
 
 
@@ -156,6 +155,6 @@ def _group_of_mesh(mesh: Any) -> dist.ProcessGroup:
             'which the batch is sharded, for example mesh["dp"]'
         )
     if mesh.get_coordinate() is None:
-        raise ValueError(f"expected a DeviceMesh that holds this rank, got {mesh} on rank {dist.get_rank()}")
+        raise ValueError(f"expected a DeviceMesh that contains this rank, got {mesh} on rank {dist.get_rank()}")
     group: dist.ProcessGroup = mesh.get_group()
     return group

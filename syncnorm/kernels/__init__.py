@@ -32,23 +32,38 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import reference
-from .epilogue import ACTIVATIONS, PLAIN, Epilogue
+from .epilogue import ACTIVATIONS, PLAIN, Epilogue, Saved
+from .vectors import Packed, RawMoments, Statistics, first, second
 
-__all__ = ["ACTIVATIONS", "PLAIN", "Backward", "Epilogue", "Kernels", "reference", "select"]
+__all__ = [
+    "ACTIVATIONS",
+    "PLAIN",
+    "Backward",
+    "Epilogue",
+    "Kernels",
+    "Packed",
+    "RawMoments",
+    "Saved",
+    "Statistics",
+    "first",
+    "reference",
+    "second",
+    "select",
+]
 
 
 class Kernels(Protocol):
     """What an implementation has. Inputs are (N, C, *) in any memory format; `reference` has the formulas."""
 
-    def moments(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+    def moments(self, input: Tensor, mask: Tensor | None = None) -> RawMoments:
         """Input -> [mean, M2, count]."""
         ...
 
-    def pack(self, moments: Tensor) -> Tensor:
+    def pack(self, moments: RawMoments) -> Packed:
         """[mean, M2, n] -> [n·mean, M2 + n·mean², n], which may take the memory of the argument."""
         ...
 
-    def unpack(self, packed: Tensor) -> Tensor:
+    def unpack(self, packed: Packed) -> RawMoments:
         """[n·mean, M2 + n·mean², n] -> [mean, M2, n], which may take the memory of the argument."""
         ...
 
@@ -57,7 +72,7 @@ class Kernels(Protocol):
         running_mean: Tensor,
         running_var: Tensor,
         num_batches_tracked: Tensor | None,
-        moments: Tensor,
+        moments: RawMoments,
         momentum: float | None,
     ) -> None:
         """Move the buffers in place."""
@@ -66,29 +81,30 @@ class Kernels(Protocol):
     def normalize(
         self,
         input: Tensor,
-        moments: Tensor,
+        moments: RawMoments,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
         eps: float,
         *,
         eps_outside: bool = False,
         epilogue: Epilogue = PLAIN,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Input and moments -> y, [mean, invstd, count], and the signs of z if the epilogue keeps them."""
+    ) -> tuple[Tensor, Statistics, Tensor | None]:
+        """Input and moments -> y, [mean, invstd, count], and the signs of z if the epilogue saves them."""
         ...
 
     def Backward(  # noqa: N802
         self,
         grad_output: Tensor,
-        input: Tensor,
-        statistics: Tensor,
+        saved: Saved,
+        statistics: Statistics,
         weight: Tensor | None,
         bias: Tensor | None,
         *,
         mask: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
     ) -> Backward:
-        """Gradient, input and [mean, invstd, count] -> the two passes over them, before and after the collective."""
+        """Gradient, what forward saved, [mean, invstd, count] -> the passes before and after the collective."""
         ...
 
 

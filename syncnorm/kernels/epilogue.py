@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "LEAST_NOISE", "NEGATIVE_SLOPE", "PLAIN", "Epilogue", "rounding"]
+__all__ = ["ACTIVATIONS", "LEAST_NOISE", "NEGATIVE_SLOPE", "PLAIN", "Epilogue", "Saved", "rounding"]
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu_tanh")
 NEGATIVE_SLOPE = 0.01  # of leaky_relu
@@ -18,33 +18,52 @@ LEAST_NOISE = 2.0**-126  # times invstd: float32 holds the inverse of what is no
 
 
 class Epilogue(NamedTuple):
-    """y = activation(z), with z = (x - mean) * invstd * weight + bias + residual.
+    """y = activation(z), with z = (x - mean) * invstd * weight + bias + residual. It holds no tensor.
 
     Attributes:
         activation: one of ACTIVATIONS; None: y = z.
-        residual: forward: what is added, or None. Backward: what forward kept of it, the signs of z or the residual.
-        inplace: y takes the memory of the input, and backward computes the input from it; the activation is None or
+        inplace: y takes the memory of the input, and backward computes the input from it. The activation is None or
             leaky_relu, which have an inverse.
+        adds_residual: whether a residual is added.
     """
 
     activation: str | None = None
-    residual: Tensor | None = None
     inplace: bool = False
+    adds_residual: bool = False
 
     @property
-    def keeps_signs(self) -> bool:
-        """Whether backward needs no more than the signs of z, which with a residual cannot be had from the input."""
-        return self.residual is not None and self.activation in ("relu", "leaky_relu")
+    def saves_signs(self) -> bool:
+        """Whether backward needs only the signs of z, which cannot be computed from the input after a residual."""
+        return self.adds_residual and self.activation in ("relu", "leaky_relu")
 
     @property
-    def keeps_residual(self) -> bool:
+    def saves_residual(self) -> bool:
         """Whether backward needs the residual itself."""
-        return self.residual is not None and self.activation in ("silu", "gelu_tanh")
+        return self.adds_residual and self.activation in ("silu", "gelu_tanh")
 
     @property
     def needs_bias(self) -> bool:
         """Whether backward computes z from the input, or the input from y."""
-        return self.inplace or (self.activation is not None and not self.keeps_signs)
+        return self.inplace or (self.activation is not None and not self.saves_signs)
+
+
+class Saved(NamedTuple):
+    """What forward saved for backward, of the size of the input.
+
+    Attributes:
+        input: x; with an epilogue in place, y.
+        signs: one bit for each value, whether z > 0, if the epilogue saves signs.
+        residual: the residual, if the epilogue saves it.
+    """
+
+    input: Tensor
+    signs: Tensor | None = None
+    residual: Tensor | None = None
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether dz, the gradient of a residual, is not the gradient of y."""
+        return self.signs is not None or self.residual is not None
 
 
 PLAIN = Epilogue()

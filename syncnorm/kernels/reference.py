@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .epilogue import LEAST_NOISE, NEGATIVE_SLOPE, PLAIN, Epilogue, rounding
+from .epilogue import LEAST_NOISE, NEGATIVE_SLOPE, PLAIN, Epilogue, Saved, rounding
 from .layout import channels_last
+from .vectors import Packed, RawMoments, Statistics
 
 __all__ = [
     "Backward",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 
-def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
+def moments(input: Tensor, mask: Tensor | None = None) -> RawMoments:
     """Return mean Σ w x / Σ w, M2 = Σ w (x - mean)² and the count Σ w, (2C + 1,); zeros for an empty input.
 
     The sums are of x - shift, where the shift is a first estimate of the mean, so they keep their digits however
@@ -52,22 +53,22 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     centered = x - _per_channel(shift, x)
     correction = _weighted(centered, mask).sum(axes).double() / or_one(count)
     m2 = _weighted(centered.square(), mask).sum(axes).double() - count * correction.square()
-    return torch.cat([shift.double() + correction, m2.clamp_min(0), count.view(1)])
+    return RawMoments(torch.cat([shift.double() + correction, m2.clamp_min(0), count.view(1)]))
 
 
-def pack(moments: Tensor) -> Tensor:
+def pack(moments: RawMoments) -> Packed:
     """Return [n·mean, M2 + n·mean², n], (2C + 1,), whose sum over shards packs the moments of them all."""
     mean, m2 = moments[:-1].view(2, -1).unbind()
     total = moments[-1] * mean
-    return torch.cat([total, torch.addcmul(m2, total, mean), moments[-1:]])
+    return Packed(torch.cat([total, torch.addcmul(m2, total, mean), moments[-1:]]))
 
 
-def unpack(packed: Tensor) -> Tensor:
+def unpack(packed: Packed) -> RawMoments:
     """Return the moments, (2C + 1,), that `packed` stands for."""
     total, total_square = packed[:-1].view(2, -1).unbind()
     mean = total / or_one(packed[-1])
     m2 = torch.addcmul(total_square, total, mean, value=-1).clamp_min(0)
-    return torch.cat([mean, m2, packed[-1:]])
+    return RawMoments(torch.cat([mean, m2, packed[-1:]]))
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def update_running(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor | None,
-    moments: Tensor,
+    moments: RawMoments,
     momentum: float | None,
 ) -> None:
     """Move the buffers in place towards mean and M2 / (n - 1), by momentum or 1 / num_batches_tracked, if n > 0."""
@@ -96,24 +97,23 @@ def update_running(
 
 def normalize(
     input: Tensor,
-    moments: Tensor,
+    moments: RawMoments,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     eps: float,
     *,
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Statistics, Tensor | None]:
     """Return y = activation((x - mean) * invstd * weight + bias + residual), the statistics, and the signs of z.
 
     invstd is 1 / sqrt(M2 / n + eps), or 1 / (sqrt(M2 / n) + eps) with eps_outside. y has the dtype and the memory
     format of the input. Of the signs, (⌈numel / 8⌉,) uint8, bit i % 8 of byte i // 8 tells whether z > 0 for the value
-    at place i in the memory of y; they are None unless the epilogue keeps signs.
+    at place i in the memory of y; they are None unless the epilogue saves signs.
     """
-    z, statistics = preactivation(
-        input, moments, weight, bias, eps, eps_outside=eps_outside, residual=epilogue.residual
-    )
-    signs = _to_bits(z > 0, input) if epilogue.keeps_signs else None
+    z, statistics = preactivation(input, moments, weight, bias, residual, eps, eps_outside=eps_outside)
+    signs = _to_bits(z > 0, input) if epilogue.saves_signs else None
     y = activate(z, epilogue.activation).to(input.dtype)
     if epilogue.inplace:
         input.copy_(y)  # which may give another tensor back, where y is of a subclass
@@ -122,19 +122,19 @@ def normalize(
 
 def preactivation(
     input: Tensor,
-    moments: Tensor,
+    moments: RawMoments,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     eps: float,
     *,
     eps_outside: bool = False,
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Statistics]:
     """Return z = (x - mean) * invstd * weight + bias + residual, in the dtype of the arithmetic, and the statistics."""
     mean, m2 = moments[:-1].view(2, -1).unbind()
     variance = m2 / or_one(moments[-1])
     invstd = 1 / (_sqrt(variance) + eps) if eps_outside else (variance + eps).rsqrt()
-    statistics = torch.cat([mean, invstd, moments[-1:]])
+    statistics = Statistics(torch.cat([mean, invstd, moments[-1:]]))
     return _affine(_centered(input, statistics), statistics, weight, bias, residual), statistics
 
 
@@ -153,17 +153,17 @@ class Backward:
     def __init__(
         self,
         grad_output: Tensor,
-        input: Tensor,
-        statistics: Tensor,
+        saved: Saved,
+        statistics: Statistics,
         weight: Tensor | None,
         bias: Tensor | None,
         *,
         mask: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
     ):
-        self.input, self.statistics, self.weight, self.mask = input, statistics, weight, mask
-        self.dtype_of_dz = None if epilogue.residual is None else grad_output.dtype
-        self.centered, self.dz = _centered_and_grad(grad_output, input, statistics, weight, bias, mask, epilogue)
+        self.input, self.statistics, self.weight, self.mask = saved.input, statistics, weight, mask
+        self.dtype_of_dz = grad_output.dtype if saved.has_residual else None
+        self.centered, self.dz = _centered_and_grad(grad_output, saved, statistics, weight, bias, mask, epilogue)
 
     def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of weight and bias, Σ dz * x̂ and Σ dz, and sums = [Σ weight * dz, Σ weight * dz * x̂].
@@ -181,7 +181,7 @@ class Backward:
     def grad_input(
         self, sums: Tensor | None, *, centered: bool = True, eps_outside: float = 0.0
     ) -> tuple[Tensor, Tensor | None]:
-        """Return dx in the dtype and the memory format of the input, and dz if the epilogue has kept of a residual.
+        """Return dx in the dtype and the memory format of the input, and dz if something of a residual was saved.
 
             dx = weight * invstd * dz - w * invstd * (sums[0] + sums[1] * x̂) / n
 
@@ -209,22 +209,22 @@ class Backward:
 
 def _centered_and_grad(
     grad_output: Tensor,
-    input: Tensor,
-    statistics: Tensor,
+    saved: Saved,
+    statistics: Statistics,
     weight: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     epilogue: Epilogue,
 ) -> tuple[Tensor, Tensor]:
     """Return x - mean, and dz from dy = grad_output: what passes through the activation."""
-    activation, residual, inplace = epilogue
+    input, activation = saved.input, epilogue.activation
     dy = grad_output.to(_compute_dtype(input))
     void = None if mask is None else (mask == 0) & (dy == 0)  # where z and x may be no numbers
 
     def filled(values: Tensor) -> Tensor:
         return values if void is None else torch.where(void, 0, values)  # masked_fill would lay it out anew
 
-    if inplace:  # input is y
+    if epilogue.inplace:  # input is y
         z = y = filled(input.to(dy.dtype))
         if activation == "leaky_relu":
             z, dy = torch.where(y > 0, y, y / NEGATIVE_SLOPE), torch.where(y > 0, dy, dy * NEGATIVE_SLOPE)
@@ -233,16 +233,15 @@ def _centered_and_grad(
     centered = filled(_centered(input, statistics))
     if activation is None:
         return centered, dy
-    if epilogue.keeps_signs:
-        assert residual is not None
-        positive = _from_bits(residual, input)
+    if saved.signs is not None:
+        positive = _from_bits(saved.signs, input)
         return centered, torch.where(positive, dy, dy * NEGATIVE_SLOPE if activation == "leaky_relu" else 0)
-    z = filled(_affine(centered, statistics, weight, bias, residual))
+    z = filled(_affine(centered, statistics, weight, bias, saved.residual))
     return centered, _BACKWARD[activation](dy, z)
 
 
 def _affine(
-    centered: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    centered: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     z = centered * _per_channel(_scale(statistics, weight), centered)
     z = z if bias is None else z + _per_channel(bias, z)
@@ -295,7 +294,7 @@ def _weighted(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if mask is None else values * mask.to(values.dtype)
 
 
-def _centered(input: Tensor, statistics: Tensor) -> Tensor:
+def _centered(input: Tensor, statistics: Statistics) -> Tensor:
     """Return x - mean with the mean as a high and a low part, which together keep its float64 digits."""
     x, (mean, _) = input.to(_compute_dtype(input)), _mean_and_invstd(statistics)
     high = mean.to(x.dtype)
@@ -303,18 +302,18 @@ def _centered(input: Tensor, statistics: Tensor) -> Tensor:
     return (x - _per_channel(high, x)) - _per_channel(low, x)
 
 
-def _mean_and_invstd(statistics: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_and_invstd(statistics: Statistics) -> tuple[Tensor, Tensor]:
     mean, invstd = statistics[:-1].view(2, -1).unbind()
     return mean, invstd
 
 
-def _scale(statistics: Tensor, weight: Tensor | None) -> Tensor:
+def _scale(statistics: Statistics, weight: Tensor | None) -> Tensor:
     _, invstd = _mean_and_invstd(statistics)
     return invstd if weight is None else invstd * weight
 
 
 def _inverse(
-    statistics: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, activation: str | None
+    statistics: Statistics, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, activation: str | None
 ) -> Tensor:
     """Return what z - bias is multiplied by to give x - mean, where z was rounded to the dtype of y.
 

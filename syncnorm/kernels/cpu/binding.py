@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..epilogue import ACTIVATIONS, PLAIN, Epilogue
+from ..epilogue import ACTIVATIONS, PLAIN, Epilogue, Saved
 from ..layout import channels_last, in_dense_format
+from ..vectors import Packed, RawMoments, Statistics
 
 __all__ = ["ISA", "Backward", "moments", "normalize", "pack", "unpack", "update_running"]
 
@@ -104,32 +105,32 @@ _pack = _function("pack", "PackArguments")
 _unpack = _function("unpack", "PackArguments")
 
 
-def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
+def moments(input: Tensor, mask: Tensor | None = None) -> RawMoments:
     """See `reference.moments`."""
     x, shape = _dense(input)
     weights = _weights(mask, x)
-    result = torch.empty(2 * shape[1] + 1, dtype=torch.float64, device="cpu")
+    result = RawMoments(torch.empty(2 * shape[1] + 1, dtype=torch.float64, device="cpu"))
     _moments(*shape, x.data_ptr(), _pointer(weights), result.data_ptr())
     return result
 
 
-def pack(moments: Tensor) -> Tensor:
+def pack(moments: RawMoments) -> Packed:
     """See `reference.pack`."""
     _pack(moments.data_ptr(), len(moments) // 2)
-    return moments
+    return Packed(moments)
 
 
-def unpack(packed: Tensor) -> Tensor:
+def unpack(packed: Packed) -> RawMoments:
     """See `reference.unpack`."""
     _unpack(packed.data_ptr(), len(packed) // 2)
-    return packed
+    return RawMoments(packed)
 
 
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor | None,
-    moments: Tensor,
+    moments: RawMoments,
     momentum: float | None,
 ) -> None:
     """See `reference.update_running`."""
@@ -163,27 +164,27 @@ def update_running(
 
 def normalize(
     input: Tensor,
-    moments: Tensor,
+    moments: RawMoments,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     eps: float,
     *,
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Statistics, Tensor | None]:
     """See `reference.normalize`."""
     x, shape = _dense(input)
     weight, bias, parameters = _parameters(weight, bias)
-    activation, residual, inplace = epilogue
-    signs = None
+    signs, inplace = None, epilogue.inplace
     if residual is not None:
         residual = in_dense_format(residual, like=x)
-        if epilogue.keeps_signs:
+        if epilogue.saves_signs:
             signs = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
     y = x if inplace else torch.empty_like(x)
-    statistics = torch.empty_like(moments)
+    statistics = Statistics(torch.empty_like(moments))
     pointers = (x.data_ptr(), y.data_ptr(), moments.data_ptr())
-    what_follows = (_ACTIVATIONS[activation], _pointer(residual), _pointer(signs), inplace)
+    what_follows = (_ACTIVATIONS[epilogue.activation], _pointer(residual), _pointer(signs), inplace)
     _normalize(*shape, *pointers, *parameters, eps, eps_outside, *what_follows, statistics.data_ptr())
     if inplace:
         y = input if x is input else input.copy_(x)
@@ -196,32 +197,28 @@ class Backward:
     def __init__(
         self,
         grad_output: Tensor,
-        input: Tensor,
-        statistics: Tensor,
+        saved: Saved,
+        statistics: Statistics,
         weight: Tensor | None,
         bias: Tensor | None,
         *,
         mask: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
     ):
-        x, shape = _dense(input)
+        x, shape = _dense(saved.input)
         dy = grad_output
         if dy.stride() != x.stride() or dy.dtype != x.dtype:
             dy = torch.empty_like(x).copy_(dy)
         weight, bias, parameters = _parameters(weight, bias)
-        activation, kept, inplace = epilogue
-        residual = signs = None
-        if kept is not None and epilogue.keeps_signs:
-            signs = kept
-        elif kept is not None:
-            residual = in_dense_format(kept, like=x)
+        residual = None if saved.residual is None else in_dense_format(saved.residual, like=x)
         weights = _weights(mask, x)
         self.arguments = (
             *(*shape, dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), *parameters),
-            *(_ACTIVATIONS[activation], _pointer(residual), _pointer(signs), inplace, _pointer(weights)),
+            *(_ACTIVATIONS[epilogue.activation], _pointer(residual), _pointer(saved.signs), epilogue.inplace),
+            _pointer(weights),
         )
-        self.x, self.channels, self.kept = x, shape[1], kept
-        self.alive = dy, statistics, weight, bias, residual, weights  # as long as the pointers
+        self.x, self.channels, self.has_residual = x, shape[1], saved.has_residual
+        self.alive = dy, statistics, weight, bias, residual, saved.signs, weights  # as long as the pointers
 
     def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
         """See `reference.Backward.reduce_grad`."""
@@ -237,7 +234,7 @@ class Backward:
     ) -> tuple[Tensor, Tensor | None]:
         """See `reference.Backward.grad_input`."""
         dx = torch.empty_like(self.x)
-        dz = None if self.kept is None else torch.empty_like(self.x)
+        dz = torch.empty_like(self.x) if self.has_residual else None
         _grad_input(*self.arguments, _pointer(sums), centered, eps_outside, dx.data_ptr(), _pointer(dz))
         return dx, dz
 

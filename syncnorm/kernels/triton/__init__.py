@@ -28,8 +28,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..epilogue import PLAIN, Epilogue, rounding
+from ..epilogue import PLAIN, Epilogue, Saved, rounding
 from ..layout import in_dense_format
+from ..vectors import Packed, RawMoments, Statistics
 from . import plan
 from .backward import grad_input_kernel, merge_sums_kernel, reduce_grad_kernel
 from .moments import merge_moments_kernel, moments_kernel, pack_kernel, unpack_kernel, update_running_kernel
@@ -38,34 +39,34 @@ from .normalize import normalize_kernel, to_bits_kernel
 __all__ = ["Backward", "moments", "normalize", "pack", "unpack", "update_running"]
 
 
-def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
+def moments(input: Tensor, mask: Tensor | None = None) -> RawMoments:
     """Return [mean, M2, count], (2C + 1,). One kernel, and one to merge its runs if there are several."""
     x = in_dense_format(input)
     division = plan.for_reduction(x)
     partial = _empty_float64(x, division.runs, 2 * x.shape[1] + 1)
     plan.launch(moments_kernel, division, x, _positions(mask, x), partial)
     if division.runs == 1:
-        return partial[0]
-    result = _empty_float64(x, partial.shape[1])
+        return RawMoments(partial[0])
+    result = RawMoments(_empty_float64(x, partial.shape[1]))
     plan.merge_runs(merge_moments_kernel, x, partial, result)
     return result
 
 
-def pack(moments: Tensor) -> Tensor:
+def pack(moments: RawMoments) -> Packed:
     """Replace moments by [n·mean, M2 + n·mean², n], (2C + 1,)."""
-    return plan.launch_per_channel(pack_kernel, moments)
+    return Packed(plan.launch_per_channel(pack_kernel, moments))
 
 
-def unpack(packed: Tensor) -> Tensor:
+def unpack(packed: Packed) -> RawMoments:
     """Replace `packed` by the moments, (2C + 1,), that it stands for."""
-    return plan.launch_per_channel(unpack_kernel, packed)
+    return RawMoments(plan.launch_per_channel(unpack_kernel, packed))
 
 
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor | None,
-    moments: Tensor,
+    moments: RawMoments,
     momentum: float | None,
 ) -> None:
     """Move the buffers in place towards mean and M2 / (n - 1), by momentum or 1 / num_batches_tracked, if n > 0."""
@@ -87,14 +88,15 @@ def update_running(
 
 def normalize(
     input: Tensor,
-    moments: Tensor,
+    moments: RawMoments,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     eps: float,
     *,
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Statistics, Tensor | None]:
     """Return y, [mean, invstd, count] and the signs of z if the epilogue keeps them. One kernel.
 
     Where the innermost size is no multiple of 8, the signs go through a byte each and a second kernel.
@@ -102,11 +104,11 @@ def normalize(
     x = in_dense_format(input)
     division = plan.for_map(x)
     y = x if epilogue.inplace else torch.empty_like(x)
-    statistics = torch.empty_like(moments)
+    statistics = Statistics(torch.empty_like(moments))
     whole_bytes = division.constants["ALIGN"] >= 8
     values = x.numel() // 8 if whole_bytes else x.numel()
-    signs = torch.empty(values, dtype=torch.uint8, device=x.device) if epilogue.keeps_signs else None
-    pointers = (x, moments, *_contiguous(weight, bias), _like(epilogue.residual, x), y, statistics, signs)
+    signs = torch.empty(values, dtype=torch.uint8, device=x.device) if epilogue.saves_signs else None
+    pointers = (x, moments, *_contiguous(weight, bias), _like(residual, x), y, statistics, signs)
     plan.launch(
         normalize_kernel,
         division,
@@ -129,23 +131,23 @@ class Backward:
     def __init__(
         self,
         grad_output: Tensor,
-        input: Tensor,
-        statistics: Tensor,
+        saved: Saved,
+        statistics: Statistics,
         weight: Tensor | None,
         bias: Tensor | None,
         *,
         mask: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
     ):
-        self.x = x = in_dense_format(input)
+        self.x = x = in_dense_format(saved.input)
         self.weight, bias = _contiguous(weight, bias)
-        self.dtype_of_dz = None if epilogue.residual is None else grad_output.dtype
-        kept = epilogue.residual if epilogue.keeps_signs else _like(epilogue.residual, x)
+        self.dtype_of_dz = grad_output.dtype if saved.has_residual else None
+        kept = saved.signs if saved.signs is not None else _like(saved.residual, x)
         self.read = (_like(grad_output, x), x, statistics, self.weight, bias, kept, _positions(mask, x))
         relative, least = rounding(x.dtype, epilogue.activation) if epilogue.inplace else (None, None)
         self.constants = {
             "ACTIVATION": epilogue.activation,
-            "KEPT_SIGNS": epilogue.keeps_signs,
+            "KEPT_SIGNS": saved.signs is not None,
             "ROUNDING": relative,
             "LEAST_ROUNDING": least,
         }

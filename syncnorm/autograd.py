@@ -1,0 +1,198 @@
+"""Normalization by moments as an autograd Function: the one hand-written backward.
+
+Shapes: input and residual (N, C, *); mask what expands to (N, 1, *); weight, bias (C,); statistics (2C + 1,) = [mean,
+invstd, count]; sums (2, C).
+
+With x̂ = (x - mean) * invstd, z = x̂ * weight + bias + residual and y = activation(z), the loss L depends on x directly
+and, through the sums over all ranks, by mean and invstd. The gradients with respect to these two are
+
+    ∂L/∂mean   = -invstd * Σ weight * dz            summed over all ranks
+    ∂L/∂invstd =  Σ weight * dz * x̂ / invstd        summed over all ranks
+
+because the adjoint of a sum over the ranks is the sum over the ranks (L is the sum of the ranks' losses). Then
+
+    dx = weight * invstd * dz + mask * (∂L/∂mean - invstd² * x̂ * ∂L/∂invstd) / count
+       = weight * invstd * dz - mask * invstd * (Σ weight * dz + x̂ * Σ weight * dz * x̂) / count
+
+Moments about zero (RMSNorm) have no ∂L/∂mean. With epsilon outside of the root, invstd = 1 / (sqrt(variance) + eps),
+the last sum is divided by 1 - eps * invstd.
+
+The function returns the statistics beside y and saves these outputs, so a backward with create_graph=True goes through
+them to the input again: double backward, and any order above it, is the same code on the differentiable kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import kernels, transforms
+from .all_reduce import sum_over_ranks
+from .arguments import memory_of
+from .communicators import Communicator
+from .kernels import PLAIN, Epilogue, Kernels, RawMoments, Saved, Statistics
+from .kernels.layout import channels_last
+from .moments import Moments
+
+__all__ = ["Normalize", "normalize"]
+
+
+def normalize(
+    input: Tensor,
+    moments: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    group: Communicator,
+    *,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps_outside: bool = False,
+    epilogue: Epilogue = PLAIN,
+) -> Tensor:
+    """Return activation((x - mean) / sqrt(variance + eps) * weight + bias + residual).
+
+    `moments` are those of the inputs of all ranks, or constants. With `eps_outside` it divides by sqrt(variance) + eps.
+
+    Collectives: in backward one all-reduce of 2C float64 (C for moments about zero), if the group has more than one
+    rank, the input needs a gradient and the moments are not constant.
+    """
+    if moments.followed:
+        return _composed(input, moments.values, weight, bias, residual, eps, eps_outside, epilogue)
+    config = Config(moments.kernels, eps, eps_outside, moments.centered, moments.constant, group, epilogue)
+    written = memory_of(input) if epilogue.inplace else input
+    output, _ = Normalize.apply(written, weight, bias, residual, moments.values, mask, config)  # type: ignore[no-untyped-call]
+    return output if written is input else input
+
+
+def _composed(
+    input: Tensor,
+    moments: RawMoments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    eps_outside: bool,
+    epilogue: Epilogue,
+) -> Tensor:
+    """Return y by torch's own operations, through which the derivatives go to the moments and so to the input."""
+    reference = kernels.reference
+    z, _ = reference.preactivation(input, moments, weight, bias, residual, eps, eps_outside=eps_outside)
+    y = reference.activate(z, epilogue.activation).to(input.dtype)
+    return input.copy_(y) if epilogue.inplace else y
+
+
+class Config(NamedTuple):
+    """What a normalization does, beside the tensors."""
+
+    kernels: Kernels  # of the forward
+    eps: float
+    eps_outside: bool
+    centered: bool
+    constant: bool  # whether the moments are
+    group: Communicator
+    epilogue: Epilogue
+
+
+class Normalize(Function):
+    """See `normalize`. Inputs that are not tensors with gradients: moments (2C + 1,), mask, config."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        moments: RawMoments,
+        mask: Tensor | None,
+        config: Config,
+    ) -> tuple[Tensor, Statistics]:
+        """Return y = activation(x̂ * weight + bias + residual), and [mean, invstd, count]."""
+        epilogue = config.epilogue
+        output, statistics, signs = config.kernels.normalize(
+            input, moments, weight, bias, residual, config.eps, eps_outside=config.eps_outside, epilogue=epilogue
+        )
+        if epilogue.inplace:
+            ctx.mark_dirty(input)
+        if config.constant:
+            ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        saved = Saved(output if epilogue.inplace else input, signs, residual if epilogue.saves_residual else None)
+        ctx.save_for_backward(*saved, statistics, weight, bias if epilogue.needs_bias else None, mask)
+        ctx.config, ctx.dtype = config, _common_dtype(weight, bias)
+        ctx.channels_last = signs is not None and bool(channels_last(input))
+        return output, statistics
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of input, weight, bias and residual: dx, Σ dz * x̂, Σ dz, dz."""
+        grad_output, grad_statistics = grads
+        tensors = ctx.saved_tensors  # once: activation checkpointing computes them again
+        *saved, statistics, weight, bias, mask = tensors
+        needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        config: Config = ctx.config
+        followed = torch.is_grad_enabled() or transforms.active(grad_output, grad_statistics)
+        chosen = kernels.reference if followed else kernels.select(*tensors, grad_output)
+        kept = _in_saved_order(Saved(*saved), ctx.channels_last)
+        if grad_output is None:
+            grad_output = torch.zeros_like(kept.input)
+        passes = chosen.Backward(grad_output, kept, statistics, weight, bias, mask=mask, epilogue=config.epilogue)
+        through_statistics = needs_input and not config.constant
+        grad_weight = grad_bias = summed = grad_input = None
+        if through_statistics or needs_weight or needs_bias:
+            grad_weight, grad_bias, sums = passes.reduce_grad(ctx.dtype)  # Σ dz * x̂, Σ dz, [Σ weight * dz, ... * x̂]
+            if through_statistics:
+                if grad_statistics is not None:  # of a backward pass through this backward pass
+                    sums = sums + _sums_of(grad_statistics, statistics)
+                summed = _sum_over_ranks(sums, config, followed)
+        grad_residual = grad_output
+        if needs_input or (needs_residual and kept.has_residual):
+            eps_outside = config.eps if config.eps_outside else 0.0
+            grad_input, dz = passes.grad_input(summed, centered=config.centered, eps_outside=eps_outside)
+            grad_residual = grad_output if dz is None else dz
+        return (
+            grad_input,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            grad_residual if needs_residual else None,
+            *[None] * 3,
+        )
+
+
+def _in_saved_order(saved: Saved, is_channels_last: bool) -> Saved:
+    """Return what was saved with the input in the order that its signs have in memory.
+
+    A hook of autograd such as `save_on_cpu` may have given it another memory format.
+    """
+    input = saved.input
+    if saved.signs is None or bool(channels_last(input)) == is_channels_last:
+        return saved
+    restored = input.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last else input.contiguous()
+    return saved._replace(input=restored)
+
+
+def _common_dtype(weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
+    """Return a dtype that holds the gradients of both; autograd gives each its own."""
+    if weight is None:
+        return torch.float64 if bias is None else bias.dtype
+    if bias is None or bias.dtype == weight.dtype:
+        return weight.dtype
+    return torch.promote_types(weight.dtype, bias.dtype)
+
+
+def _sums_of(grad_statistics: Tensor, statistics: Statistics) -> Tensor:
+    """Return what a gradient with respect to mean and invstd adds to the sums; the count is a constant."""
+    invstd = kernels.second(statistics)
+    return grad_statistics[:-1].view(2, -1) * torch.stack([-1 / invstd, invstd])
+
+
+def _sum_over_ranks(sums: Tensor, config: Config, followed: bool) -> Tensor:
+    """Return the sums of all ranks, (2, C). Of moments about zero only the second one is needed, and sent."""
+    if config.centered:
+        return sum_over_ranks(sums, config.group, followed=followed)
+    second = sum_over_ranks(sums[1].clone(), config.group, followed=followed)
+    return torch.stack([torch.zeros_like(second), second])

@@ -1,0 +1,65 @@
+"""bench/kernels.py: the passes of each implementation, really timed. Nothing asserts a speed."""
+
+import sys
+
+import pytest
+import torch
+from benchmarks import JOBS, bench, read
+
+import syncnorm
+from syncnorm.bench import cases, copy_baseline, kernels
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_kernels_are_found_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "syncnorm.kernels.cpu", syncnorm.kernels.reference)
+    assert list(kernels.available(CPU)) == ["reference", "cpu"]
+    monkeypatch.setitem(sys.modules, "syncnorm.kernels.cpu", None)
+    assert list(kernels.available(CPU)) == ["reference"]
+
+    def not_compiled(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels.importlib, "import_module", not_compiled)
+        assert list(kernels.available(CPU)) == list(kernels.available(CUDA)) == ["reference"]
+    monkeypatch.setitem(sys.modules, "syncnorm.kernels.triton", syncnorm.kernels.reference)
+    assert list(kernels.available(CUDA)) == ["reference", "triton"]
+
+
+def test_a_kernel_that_computes_something_else_is_not_timed():
+    one = torch.ones(3)
+    kernels.check("it", (one, None), (one + 5e-5, None))
+    with pytest.raises(RuntimeError, match=r"expected it to agree with the reference to 0\.0001, got 0\.01"):
+        kernels.check("it", (1.01 * one,), (one,))
+    with pytest.raises(RuntimeError, match="expected it to return None, got tensor"):
+        kernels.check("it", (one,), (None,))
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [JOBS[0], JOBS[2]])
+def test_kernels(tmp_path, launcher, ranks):
+    out = tmp_path / "kernels.json"
+    done = bench(
+        launcher, ranks, "kernels", "--quick", "--only", "28x28", "--json", out, "--markdown", tmp_path / "k.md"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    rows = read(out, done.stdout)["rows"]
+    device = CUDA if torch.cuda.is_available() else CPU
+    listed = [case.name for case in cases.cases(device, quick=True, only="28x28")]
+    made = ["copy baseline", *kernels.available(device)]
+    named = [(row["case"], row["kernel"], row["implementation"]) for row in rows]
+    assert named == [(case, kernel, name) for case in listed for kernel in copy_baseline.PASSES for name in made]
+    for row in rows:
+        low, high = row["quartiles_us"]
+        assert 0 < low <= row["median_us"] <= high
+        assert row["ratio"] == pytest.approx(row["median_us"] / row["copy_us"])
+        assert row["copy_us"] > 0
+        assert row["implementation"] != "copy baseline" or row["ratio"] == 1
+    quiet = [row for row in rows if row["kernel"] == "moments" and not row["noisy"]]
+    written = (tmp_path / "k.md").read_text()
+    for name in made:
+        assert written.count(f"| moments | {name} |") == sum(row["implementation"] == name for row in quiet)
+    disturbed = sum(row["noisy"] for row in rows)
+    assert (f"Left out as disturbed: {disturbed} of {len(rows)} (" in written) is (disturbed > 0)
