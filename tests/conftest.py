@@ -27,7 +27,7 @@ TIERS = {  # files other than unit tests
             "examples",
         ),
         *("forks", "help", "readme", "rejoin", "rendezvous", "store", "timed_communicator", "transformer"),
-        *("unfinished_collectives",),
+        *("examples", "unfinished_collectives"),
     ],
     "system": ["faults", "install", "launch", "mpich", "slurm", "virtual_cluster"],  # root, a network, other programs
     "gpu": ["triton_kernels"],  # in Triton's interpreter where there is no CUDA device
