@@ -9,7 +9,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 project = "syncnorm"
 author = "the authors of syncnorm"
-release = version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+release = version = re.search(r'^__version__ = "(.+)"', (ROOT / "syncnorm/__init__.py").read_text(), re.MULTILINE)[1]
 
 extensions = ["docstrings", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "figures", "plots"]
