@@ -11,7 +11,7 @@ from syncnorm import communicators, testing
 
 TIMEOUT = 60  # seconds for the ranks of one test
 TIERS = {  # files other than unit tests
-    "ranks": ["communicators", "masks", "mismatch", "mpi_backend", "testing", "torch_distributed"],
+    "ranks": ["communicators", "masks", "mismatch", "mpi_backend", "tensor_parallel", "testing", "torch_distributed"],
     "launchers": [
         *("agreement", "bench_comm", "bench_figure", "bench_kernels", "bench_layer", "bench_memory", "bench_report"),
         *(

@@ -113,3 +113,8 @@ def test_no_warning_from_a_group():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         syncnorm.SyncBatchNorm(3, process_group=syncnorm.communicators.LocalCommunicator())(torch.randn(4, 3))
+
+
+def test_no_test_imports_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not re.search(r"^(from|import) test_", path.read_text(), re.MULTILINE), path
