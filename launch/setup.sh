@@ -46,7 +46,7 @@ install() {
     fi
     .venv/bin/python -m pip install --quiet torch==2.13.0 # the tested version
     get_compiler
-    .venv/bin/python -m pip install --quiet --editable '.[mpi,examples,test,docs]'
+    .venv/bin/python -m pip install --quiet --editable '.[mpi,examples,test,docs,release]'
     echo "$wanted" >.venv/installed
 }
 

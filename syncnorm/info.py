@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import kernels
+from . import __version__, kernels
 from .communicators import communicator
 from .job.init import init
 from .job.launcher import detect_launcher
@@ -24,7 +24,7 @@ __all__ = ["job", "machine"]
 def machine() -> dict[str, str]:
     """Return the versions and devices of this machine, by name."""
     return {
-        "syncnorm": _version("syncnorm"),
+        "syncnorm": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads used by torch",

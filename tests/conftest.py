@@ -1,4 +1,7 @@
-"""The `run` fixture: a function on the ranks of a real group, on Gloo (spawned processes) or MPI (under mpirun)."""
+"""The tiers of the tests, and the `run` fixture: a function on the ranks of a real group.
+
+A file belongs to the tier that `TIERS` names, and else to `unit`. A test that uses `run` belongs to `ranks`.
+"""
 
 import pytest
 import torch
@@ -7,6 +10,28 @@ import syncnorm
 from syncnorm import communicators, testing
 
 TIMEOUT = 60  # seconds for the ranks of one test
+TIERS = {  # files other than unit tests
+    "ranks": ["communicators", "masks", "mismatch", "mpi_backend", "testing", "torch_distributed"],
+    "launchers": [
+        *("agreement", "bench_comm", "bench_figure", "bench_kernels", "bench_layer", "bench_memory", "bench_report"),
+        *(
+            "bench_train",
+            "bootstrap",
+            "checkpoints",
+            "cli",
+            "contrast",
+            "datasets",
+            "demo",
+            "desync",
+            "docs",
+            "examples",
+        ),
+        *("forks", "help", "readme", "rejoin", "rendezvous", "store", "timed_communicator", "transformer"),
+        *("examples", "unfinished_collectives"),
+    ],
+    "system": ["faults", "install", "launch", "mpich", "slurm", "virtual_cluster"],  # root, a network, other programs
+    "gpu": ["triton_kernels"],  # in Triton's interpreter where there is no CUDA device
+}
 
 
 def run_under_mpirun(fn, world_size, *args):
@@ -48,8 +73,27 @@ def _seed():
     torch.manual_seed(0)
 
 
+def pytest_report_header():
+    """Say what the tests change on this machine."""
+    return (
+        "the system tier installs Slurm, an ssh server and iproute2 with apt-get if it runs as root, "
+        "and makes the environment .venv-mpich"
+    )
+
+
+def tier(item):
+    """Return the tier that a test belongs to."""
+    if "run" in getattr(item, "fixturenames", ()) and item.path.stem != "test_mpich":
+        return "ranks"
+    names = {name: tier for tier, files in TIERS.items() for name in files}
+    return names.get(item.path.stem.removeprefix("test_"), "unit")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
-    """Under mpirun, leave to larger jobs what needs more ranks than this one has."""
+    """Mark each test with its tier. Under mpirun, leave to larger jobs what needs more ranks than this one has."""
+    for item in items:
+        item.add_marker(tier(item))
     if not config.getoption("--with-mpi"):
         return
     from mpi4py import MPI

@@ -4,23 +4,12 @@ import re
 
 import pytest
 import torch
+from fakes import Unreachable
 
 import syncnorm
 from syncnorm import SyncBatchNorm
 from syncnorm.functional import sync_batch_norm
 from syncnorm.testing import CountingCommunicator, run_ranks
-
-
-class Unreachable:
-    """A group of two whose collectives fail the test."""
-
-    rank, size = 0, 2
-
-    def all_reduce(self, tensor):
-        raise AssertionError("a collective was entered")
-
-    broadcast = all_gather = all_gather_object = barrier = all_reduce
-
 
 INPUTS = [
     (torch.zeros(4, 5), ValueError, "expected an input of 3 channels, (N, 3, *), to match running_mean, got (4, 5)"),

@@ -9,28 +9,10 @@ from datetime import timedelta
 import pytest
 import torch
 from launchers import COMMANDS, launch
+from programs import FAIL, JOIN, STAY_AWAY
 
 import syncnorm
 from syncnorm.job.store import free_port
-
-JOIN = """
-    import sys, torch, torch.distributed as dist, syncnorm
-    group = syncnorm.init()
-    assert syncnorm.init() is group
-    assert syncnorm.communicator() is group
-    layer = syncnorm.SyncBatchNorm(2)
-    layer(torch.full((3, 2), float(group.rank)))
-    words = [type(group).__name__, f"{group.rank}/{group.size}", f"{layer.running_mean[0]:.3f}"]
-    if dist.is_initialized():
-        words.append(dist.get_backend())
-    for other in ("mpi", "gloo"):
-        if other not in words and (other, words[0]) != ("mpi", "MpiCommunicator") and group.size > 1:
-            try:
-                syncnorm.init(other)
-            except RuntimeError as error:
-                words.append(str(error).replace(" ", "_"))
-    sys.stdout.write(" ".join(words) + "\\n")
-"""
 
 
 @pytest.fixture
@@ -72,16 +54,6 @@ def test_mpirun(script, ranks):
     ]
 
 
-FAIL = """
-    import torch, syncnorm
-    group = syncnorm.init()
-    group.barrier()
-    if group.rank == 1:
-        raise ValueError("rank one has had enough")
-    group.all_reduce(torch.zeros(1))
-"""
-
-
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
 def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(script, launcher):
     job = launch(launcher, 3, script(FAIL))
@@ -91,16 +63,6 @@ def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(script, launch
     assert f"rank 1 of 3 on {socket.gethostname()} ended with ValueError" in job.stderr
     if launcher == "mpirun":
         assert "aborting the MPI job" in job.stderr
-
-
-STAY_AWAY = """
-    import time, torch, syncnorm
-    group = syncnorm.init(timeout=2)
-    group.barrier()
-    if group.rank == 1:
-        time.sleep(30)
-    group.all_reduce(torch.zeros(1))
-"""
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_triton_kernels import chosen
+from implementation import chosen
 from torch.utils._device import _device_constructors
 
 import syncnorm

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 import whole_batch
-from test_arguments import Unreachable
-from test_normalize import SIZES, arguments, on_the_whole_batch
-from test_triton_kernels import chosen
+from fakes import Unreachable
+from implementation import chosen
+from shares import SIZES, arguments, on_the_whole_batch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from whole_batch import CHANNELS, assert_close

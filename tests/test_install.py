@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARY = "libsyncnorm_cpu.so"
 KERNELS = "syncnorm/kernels/cpu"
+pytestmark = pytest.mark.timeout(400)  # compiling takes its time where other processes share the cores
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="COMPILED KERNELS NOT TESTED: there is no g++; without it they are not built"
 )
@@ -70,7 +72,7 @@ def run(*command, cwd, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=80,
+        timeout=300,
     )
     assert completed.returncode == 0, completed.stdout
     return completed.stdout
@@ -80,6 +82,7 @@ def copy_source(directory):
     """Copy what the build reads. The library lies there, outdated, as it may where the installation is editable."""
     tree = directory / "source"
     shutil.copytree(ROOT / "syncnorm", tree / "syncnorm", ignore=shutil.ignore_patterns("__pycache__", LIBRARY))
+    shutil.copytree(ROOT / "launch", tree / "launch")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     (tree / KERNELS / LIBRARY).write_text("outdated")
@@ -87,9 +90,9 @@ def copy_source(directory):
 
 
 def install(source, *options, **environment):
-    """Install the source into a virtual environment of its own, beside this one's torch."""
+    """Install the source, or a wheel, into a virtual environment of its own, beside this one's torch."""
     directory = source.parent / "environment"
-    run(sys.executable, "-m", "venv", "--without-pip", directory, cwd=source)
+    run(sys.executable, "-m", "venv", "--without-pip", directory, cwd=source.parent)
     pip = [sys.executable, "-m", "pip", "--python", directory / "bin" / "python"]
     log = run(*pip, "install", "--verbose", "--no-deps", *options, source, cwd=source.parent, **environment)
     installed = Installed(directory, log)
@@ -138,6 +141,58 @@ def test_with_a_compiler(compiled):
     script = run(compiled.directory / "bin" / "syncnorm", "--version", cwd=compiled.directory)
     assert script == compiled.python("-m", "syncnorm", "--version")
     assert script.startswith("syncnorm ")
+
+
+TRAIN_WITH_CPU_KERNELS = (
+    STEP
+    + """
+from syncnorm import kernels
+print(kernels.select(x.detach()).__name__)
+print(len(set(re.findall(r"/lib[gi]?omp\\b.*|/libgomp-.*", open("/proc/self/maps").read()))))
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """Return the folder in which launch/wheel puts the source distribution and the wheel."""
+    directory = tmp_path_factory.mktemp("released")
+    source = copy_source(directory)
+    (source / KERNELS / LIBRARY).unlink()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    run(source / "launch" / "wheel", directory / "dist", cwd=directory, PATH=path)
+    assert not (source / ".venv").exists()
+    return directory / "dist"
+
+
+@needs_compiler
+def test_the_released_wheel_trains_with_torch_s_openmp(released, tmp_path):
+    """A second copy of libgomp in the process would be a second pool of threads, which torch does not know of."""
+    (wheel,) = released.glob("*.whl")
+    assert re.fullmatch(r"syncnorm-[\d.]+-py3-none-manylinux_.*\.whl", wheel.name)
+    installed = install(Path(shutil.copy(wheel, tmp_path)))
+    assert not list(installed.site_packages.rglob("*libgomp*"))
+    file, kernels, openmp_libraries = installed.python("-c", "import re" + TRAIN_WITH_CPU_KERNELS).splitlines()
+    assert str(installed.site_packages) in file
+    assert kernels == "syncnorm.kernels.cpu"
+    assert openmp_libraries == "1"
+
+
+@needs_compiler
+def test_the_source_distribution_has_all_that_the_build_reads(released):
+    (archive,) = released.glob("*.tar.gz")
+    with tarfile.open(archive) as names:
+        packed = {Path(*Path(name).parts[1:]) for name in names.getnames()}
+    folder = ROOT / KERNELS
+    sources = {path.relative_to(ROOT) for pattern in ("*.h", "*.cpp", "*.py") for path in folder.glob(pattern)}
+    assert len(sources) > 12
+    assert sources <= packed
+    assert not [path for path in packed if path.name == LIBRARY]
+
+
+def test_launch_wheel_answers_help_without_installing(source):
+    assert "./launch/wheel FOLDER" in run(source / "launch" / "wheel", "--help", cwd=source, PYTHON="/no/python")
+    assert not (source / ".venv").exists()
 
 
 @needs_compiler

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_package import run_python
+from interpreter import run_python
 from torch.testing._internal.two_tensor import TwoTensor
 
 import syncnorm
@@ -141,7 +141,7 @@ def test_instruction_sets(isa):
     code = f"""
     import os, sys
     os.environ["SYNCNORM_ISA"] = {isa!r}
-    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent / "helpers")]!r}
     import torch
     from test_kernels import EPSILON, SHAPES, check, check_in_place, cpu
     for name in ("planes", "small-planes", "odd-planes", "no-space"):

@@ -17,11 +17,11 @@ import textwrap
 
 import pytest
 import torch
+from examples_of_docs import EXAMPLES
+from forks import FORKED
+from forks import check as check_forks
 from launchers import ENVIRONMENTS, ROOT, launch
-from test_bootstrap import FAIL, JOIN, STAY_AWAY
-from test_forks import FORKED
-from test_forks import check as check_forks
-from test_readme import EXAMPLES
+from programs import FAIL, JOIN, STAY_AWAY
 
 LIBRARIES = os.environ.get("SYNCNORM_TEST_MPI", "mpich").split(",")  # the names of their packages
 CNN = ROOT / "examples" / "cnn.py"

@@ -2,25 +2,10 @@
 
 import pytest
 import torch
-from shares import Enter, Leave
+from shares import SIZES, arguments, on_the_whole_batch
 
 import syncnorm
 from syncnorm.functional import sync_batch_norm
-
-SIZES = {1: (4,), 2: (3, 1), 3: (2, 0, 1), 4: (1, 1, 1, 1)}
-
-
-def on_the_whole_batch(sizes, function):
-    """Return a function of the whole batch and the parameters, alike on all ranks, that works on shards."""
-    rank = syncnorm.communicator().rank
-    start, stop = sum(sizes[:rank]), sum(sizes[: rank + 1])
-
-    def sharded(x, weight, bias):
-        x, weight, bias = Enter.apply(x), Enter.apply(weight), Enter.apply(bias)
-        y = function(x[start:stop], weight, bias)
-        return Leave.apply(torch.cat([torch.zeros_like(x[:start]), y, torch.zeros_like(x[stop:])]))
-
-    return sharded
 
 
 def training(x, weight, bias):
@@ -42,13 +27,6 @@ def detached_statistics(x, weight, bias):
     sums = torch.cat([x.sum((0, 2)), x.square().sum((0, 2)), x.new_full((1,), x[:, 0].numel())]).detach()
     mean, square = group.all_reduce(sums)[:-1].div(sums[-1]).view(2, -1)
     return (x - mean.view(1, -1, 1)) / (square - mean**2 + 1e-2).sqrt().view(1, -1, 1) * weight.view(1, -1, 1)
-
-
-def arguments(sizes):
-    torch.manual_seed(0)
-    x = torch.randn(sum(sizes), 2, 3, dtype=torch.float64) + 2
-    weight, bias = torch.tensor([0.7, 1.5]).double(), torch.tensor([-0.3, 0.4]).double()
-    return [t.requires_grad_() for t in (x, weight, bias)]
 
 
 def check_gradient(sizes, function):

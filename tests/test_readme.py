@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from examples_of_docs import EXAMPLES
 from launchers import launch
 
 ROOT = Path(__file__).parent.parent
@@ -15,12 +16,6 @@ torch.manual_seed(group.rank)
 model(torch.randn(2, 3, 16, 16)).square().mean().backward()
 print(f"rank {group.rank} of {group.size}: {model.module[1].running_mean[:2]} {model.module[0].weight.grad.sum()}")
 """
-EXAMPLES = {  # those of several ranks, by their launcher
-    launcher: f"# {launcher} {code}"
-    for launcher, code in re.findall(
-        r"```python\n# (torchrun|mpirun) (.*?)```", (ROOT / "docs/start.md").read_text(), re.DOTALL
-    )
-}
 
 
 def assert_equal_ranks(job):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from fakes import Unreachable
 from shares import Enter, Leave
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -544,17 +545,6 @@ def comparisons():
 @pytest.mark.parametrize("world_size", [2])
 def test_the_ranks_compare_once_per_size(run, world_size):
     assert run(comparisons, world_size) == world_size * [3 * [[1, 1, 2, 2, 2, 2]]]
-
-
-class Unreachable:
-    """A group of two in which nothing may be sent."""
-
-    rank, size = 0, 2
-
-    def all_reduce(self, tensor):
-        raise AssertionError("a collective was entered")
-
-    broadcast = all_gather = all_gather_object = barrier = all_reduce
 
 
 SPLIT = [

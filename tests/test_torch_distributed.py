@@ -34,7 +34,7 @@ CANNOT_APPLY = {  # at 3 ranks, without GPUs
 @pytest.mark.timeout(330)
 def test_torch_s_own_tests_pass_on_mpi4py(tmp_path):
     results = tmp_path / "results"
-    script = ROOT / "tests" / "torch_distributed_suite.py"
+    script = ROOT / "tests" / "helpers" / "torch_distributed_suite.py"
     job = launch("mpirun", 3, script, results, timeout=300, CUDA_VISIBLE_DEVICES="")
     lines = results.read_text().splitlines() if results.exists() else []
     ended = {name: how for name, how, _ in map(json.loads, lines)}

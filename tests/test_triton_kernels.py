@@ -13,7 +13,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from test_package import run_python
+from implementation import chosen
+from interpreter import run_python
 
 import syncnorm
 from syncnorm.kernels import ACTIVATIONS, Epilogue, Saved, reference
@@ -344,15 +345,6 @@ def test_error_at_a_large_mean(on, ratio, bound, begins_with_zeros):
     assert ratio == 0 or of_torch > bound
 
 
-@contextmanager
-def chosen(implementation):
-    """Let `select` choose an implementation, as if SYNCNORM_KERNELS had asked for it from the beginning."""
-    with mock.patch.dict(os.environ, SYNCNORM_KERNELS=implementation):
-        syncnorm.kernels._implementation.cache_clear()
-        yield
-    syncnorm.kernels._implementation.cache_clear()
-
-
 def training_step(implementation):
     """Return y, gradients and buffers of two steps of a layer with all that it can do."""
     torch.manual_seed(0)
@@ -375,7 +367,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
     """What the interpreter runs need not compile. Every kernel does, for each way through it, down to machine code."""
     code = f"""
     import sys
-    sys.path.insert(0, {os.path.dirname(__file__)!r})
+    sys.path[:0] = {[os.path.dirname(__file__), os.path.join(os.path.dirname(__file__), "helpers")]!r}
     from test_triton_kernels import compile_all
     print(compile_all())
     """
@@ -461,85 +453,99 @@ def test_subclasses_and_compiled_code_get_the_reference():
             assert syncnorm.kernels.select(torch.zeros(2)) is reference
 
 
-if torch.cuda.is_available():
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED: there is no CUDA device")
 
-    def model_and_data(memory_format=torch.contiguous_format, dtype=torch.float32):
-        torch.manual_seed(0)
-        layer = syncnorm.SyncBatchNorm(24, activation="relu", device="cuda")
-        x, residual, dy = (
-            torch.randn(16, 24, 14, 14, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
-            for _ in range(3)
-        )
-        return layer, x.requires_grad_(), residual.requires_grad_(), dy
 
-    def step(layer, x, residual, dy):
-        y = layer(x, residual=residual)
-        return y, *torch.autograd.grad(y, (x, residual, *layer.parameters()), dy)
+def model_and_data(memory_format=torch.contiguous_format, dtype=torch.float32):
+    torch.manual_seed(0)
+    layer = syncnorm.SyncBatchNorm(24, activation="relu", device="cuda")
+    x, residual, dy = (
+        torch.randn(16, 24, 14, 14, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
+        for _ in range(3)
+    )
+    return layer, x.requires_grad_(), residual.requires_grad_(), dy
 
-    FORMATS = [torch.contiguous_format, torch.channels_last]
 
-    def test_cuda_tensors_get_triton():
-        assert syncnorm.kernels.select(torch.zeros(2, device="cuda")).__name__ == "syncnorm.kernels.triton"
+def step(layer, x, residual, dy):
+    y = layer(x, residual=residual)
+    return y, *torch.autograd.grad(y, (x, residual, *layer.parameters()), dy)
 
-    def test_a_training_step_does_not_wait_for_the_gpu():
-        arguments = model_and_data()
-        step(*arguments)  # compiles
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@needs_gpu
+def test_cuda_tensors_get_triton():
+    assert syncnorm.kernels.select(torch.zeros(2, device="cuda")).__name__ == "syncnorm.kernels.triton"
+
+
+@needs_gpu
+def test_a_training_step_does_not_wait_for_the_gpu():
+    arguments = model_and_data()
+    step(*arguments)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*arguments)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            arguments[1].sum().item()  # the negative control
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_a_graph_replays_a_training_step(memory_format):
+    arguments = model_and_data(memory_format)
+    _, x, residual, dy = arguments
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
             step(*arguments)
-            with pytest.raises(RuntimeError, match="synchroniz"):
-                arguments[1].sum().item()  # the negative control
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*arguments)
+    with torch.no_grad():
+        for t in (x, residual, dy):
+            t.copy_(torch.randn_like(t))
+    graph.replay()
+    for replayed, expected in zip(captured, step(*arguments), strict=True):
+        assert torch.equal(replayed, expected)
 
-    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-    def test_a_graph_replays_a_training_step(memory_format):
-        arguments = model_and_data(memory_format)
-        _, x, residual, dy = arguments
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step(*arguments)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step(*arguments)
-        with torch.no_grad():
-            for t in (x, residual, dy):
-                t.copy_(torch.randn_like(t))
-        graph.replay()
-        for replayed, expected in zip(captured, step(*arguments), strict=True):
-            assert torch.equal(replayed, expected)
 
-    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-    def test_results_are_the_same_bits_at_each_run(memory_format, dtype):
-        arguments = model_and_data(memory_format, dtype)
-        expected = step(*arguments)
-        for _ in range(5):
-            assert all(map(torch.equal, step(*arguments), expected))
+@needs_gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_results_are_the_same_bits_at_each_run(memory_format, dtype):
+    arguments = model_and_data(memory_format, dtype)
+    expected = step(*arguments)
+    for _ in range(5):
+        assert all(map(torch.equal, step(*arguments), expected))
 
-    if torch.cuda.get_device_properties(0).total_memory > 40 << 30:
 
-        @pytest.mark.parametrize("shape", [(3, 2, 2**29 + 1), (2**29 + 3, 5)], ids=str)
-        def test_more_values_than_31_bits_count(shape):
-            """Zeros but for the last of all values, in both orders of memory."""
-            from syncnorm.kernels import triton
+GIGABYTES = torch.cuda.get_device_properties(0).total_memory >> 30 if torch.cuda.is_available() else 0
 
-            x = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
-            last = (-1,) * len(shape)
-            x[last] = 1
-            channels = shape[1]
-            n = x.numel() // channels
-            moments = triton.moments(x)
-            expected = torch.zeros(2 * channels + 1, dtype=torch.float64)
-            expected[channels - 1], expected[2 * channels - 1], expected[2 * channels] = 1 / n, 1 - 1 / n, n
-            torch.testing.assert_close(moments.cpu(), expected, rtol=1e-6, atol=0)
-            y, statistics, _ = triton.normalize(x, moments, None, None, None, 1e-5)
-            assert y[last].item() == pytest.approx(statistics[-2].item(), rel=1e-2)
-            del y
-            sums = triton.Backward(x, Saved(x), statistics, None, None).reduce_grad()[2]
-            assert sums[0].tolist() == [0] * (channels - 1) + [1]
-            dx = triton.Backward(x, Saved(x), statistics, None, None).grad_input(None)[0]
-            assert dx[last].item() == pytest.approx(statistics[-2].item(), rel=1e-2)
+
+@pytest.mark.skipif(GIGABYTES < 40, reason="NOT TESTED: there is no CUDA device with 40 GB of memory")
+@pytest.mark.parametrize("shape", [(3, 2, 2**29 + 1), (2**29 + 3, 5)], ids=str)
+def test_more_values_than_31_bits_count(shape):
+    """Zeros but for the last of all values, in both orders of memory."""
+    from syncnorm.kernels import triton
+
+    x = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+    last = (-1,) * len(shape)
+    x[last] = 1
+    channels = shape[1]
+    n = x.numel() // channels
+    moments = triton.moments(x)
+    expected = torch.zeros(2 * channels + 1, dtype=torch.float64)
+    expected[channels - 1], expected[2 * channels - 1], expected[2 * channels] = 1 / n, 1 - 1 / n, n
+    torch.testing.assert_close(moments.cpu(), expected, rtol=1e-6, atol=0)
+    y, statistics, _ = triton.normalize(x, moments, None, None, None, 1e-5)
+    assert y[last].item() == pytest.approx(statistics[-2].item(), rel=1e-2)
+    del y
+    sums = triton.Backward(x, Saved(x), statistics, None, None).reduce_grad()[2]
+    assert sums[0].tolist() == [0] * (channels - 1) + [1]
+    dx = triton.Backward(x, Saved(x), statistics, None, None).grad_input(None)[0]
+    assert dx[last].item() == pytest.approx(statistics[-2].item(), rel=1e-2)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_readme import EXAMPLES
+from examples_of_docs import EXAMPLES
 from virtual_cluster import CLUSTER, cluster, namespaces, need_namespaces, on_hosts, processes_in
 
 CNN = Path(__file__).parent.parent / "examples" / "cnn.py"

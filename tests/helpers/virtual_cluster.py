@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-CLUSTER = Path(__file__).parent.parent / "launch" / "virtual-cluster"
+CLUSTER = Path(__file__).parents[2] / "launch" / "virtual-cluster"
 
 
 def need_namespaces():

@@ -17,7 +17,7 @@ import syncnorm
 from syncnorm.job import desync
 
 STEP = 5
-CNN = Path(__file__).parent.parent / "examples" / "cnn.py"
+CNN = Path(__file__).parents[2] / "examples" / "cnn.py"
 
 fault, rank, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 sys.argv = [str(CNN), *sys.argv[4:]]
