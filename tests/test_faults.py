@@ -57,24 +57,27 @@ def losses_alone(tmp_path_factory):
     return train_alone(tmp_path_factory.mktemp("alone") / "record", "--steps", 60)["loss"]
 
 
-@pytest.fixture(autouse=True)
-def _the_checkpoint_is_intact(fail, tmp_path, losses_alone):
-    """After each test, go on from the checkpoint of the failed training, to the losses of one that never failed."""
-    yield
-    checkpoint = tmp_path / "checkpoint"
-    done = len(torch.load(checkpoint, weights_only=True)["loss"])
-    assert done >= 4
-    options = ["--checkpoint", checkpoint, "--resume", "--steps", done + 3]
-    resumed = train_alone(tmp_path / "record", *options)
-    assert resumed["resumed_at_step"] == done
-    torch.testing.assert_close(resumed["loss"], losses_alone[: done + 3], rtol=0, atol=1e-5)
+@pytest.fixture
+def assert_resumes(tmp_path, losses_alone):
+    """Return what goes on from the checkpoint of the failed training, to the losses of one that never failed."""
+
+    def resume():
+        checkpoint = tmp_path / "checkpoint"
+        done = len(torch.load(checkpoint, weights_only=True)["loss"])
+        assert done >= 4
+        options = ["--checkpoint", checkpoint, "--resume", "--steps", done + 3]
+        resumed = train_alone(tmp_path / "record", *options)
+        assert resumed["resumed_at_step"] == done
+        torch.testing.assert_close(resumed["loss"], losses_alone[: done + 3], rtol=0, atol=1e-5)
+
+    return resume
 
 
 LAUNCHERS = ["torchrun", "mpirun"]
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
-def test_a_killed_rank_under_torchrun(fail, when):
+def test_a_killed_rank_under_torchrun(fail, assert_resumes, when):
     output, errors = fail("torchrun", f"killed in {when}", 3)
     assert re.search(r"rank +: 3 \(local_rank: 1\)\s+exitcode +: -9", output)  # torchrun's own report
     assert {0, 1} <= errors.keys() <= {0, 1, 2}  # torchrun may end rank 2 first, on the same host
@@ -82,28 +85,31 @@ def test_a_killed_rank_under_torchrun(fail, when):
         assert re.match(rf"DesyncError: all_reduce on rank {rank} of 4: .*\[10.77.0.\d\]", errors[rank])
         assert re.search(r"MISSING: no answer", errors[rank])
         assert re.search(r"ranks? (2, )?3 on node2: MISSING: no answer", errors[rank])
+    assert_resumes()
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
-def test_a_killed_rank_under_mpirun(fail, when):
+def test_a_killed_rank_under_mpirun(fail, assert_resumes, when):
     """It ends all other ranks itself, and tells what it saw first: the signal, or the connection that broke."""
     output, _ = fail("mpirun", f"killed in {when}", 3)
     signal, peer = r"process rank 3 with PID \d+ on node node2 exited on\s+signal 9", "Peer host: +node2"
     assert re.search(f"{signal}|{peer}|An error occurred in Socket closed", output)
+    assert_resumes()
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_rank_that_raises(fail, launcher):
+def test_a_rank_that_raises(fail, assert_resumes, launcher):
     output, errors = fail(launcher, "raises", 3)
     assert errors[3] == "ValueError: this rank has had enough"
     assert "rank 3 of 4 on node2 ended with ValueError" in output
     if launcher == "torchrun":
         for rank in (0, 1):
             assert "rank 3 on node2: ended with ValueError: this rank has had enough" in errors[rank]
+    assert_resumes()
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_rank_that_stalls(fail, launcher):
+def test_a_rank_that_stalls(fail, assert_resumes, launcher):
     _, errors = fail(launcher, "stalls", 3)
     assert errors.keys() == {0, 1, 2}
     for rank, error in errors.items():
@@ -112,10 +118,11 @@ def test_a_rank_that_stalls(fail, launcher):
         assert re.search(
             r"rank 3 on node2: in no collective, at .*faulty_cnn.py:\d+ in before_forward: time.sleep", error
         )
+    assert_resumes()
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_ranks_of_a_host_that_is_cut_off(fail, launcher):
+def test_the_ranks_of_a_host_that_is_cut_off(fail, assert_resumes, launcher):
     _, errors = fail(launcher, "slow", -1, cut_off if launcher == "torchrun" else cut_off_and_end)
     for rank in (0, 1):
         assert re.match(rf"DesyncError: (MPI_Allreduce|all_reduce) on rank {rank} of 4", errors[rank])
@@ -124,15 +131,17 @@ def test_the_ranks_of_a_host_that_is_cut_off(fail, launcher):
         assert re.match(rf"DesyncError: (MPI_Allreduce|all_reduce) on rank {rank} of 4", errors[rank])
         missing = "ranks 0, 1 on node1" if launcher == "torchrun" else "rank 0 on node1"
         assert f"MISSING: {missing}: no answer from the job's store at " in errors[rank]
+    assert_resumes()
 
 
-def test_mpirun_ends_a_job_with_a_host_that_is_cut_off(fail, monkeypatch):
+def test_mpirun_ends_a_job_with_a_host_that_is_cut_off(fail, assert_resumes, monkeypatch):
     """And does so before the ranks' own timeout."""
     for name, seconds in [("time", "1"), ("intvl", "1"), ("probes", "1")]:
         monkeypatch.setenv(f"PRTE_MCA_oob_tcp_keepalive_{name}", seconds)
     output, errors = fail("mpirun", "slow", -1, cut_off)
     assert re.search(rf"{LOST}.*on node node2", output, re.DOTALL)
     assert not errors
+    assert_resumes()
 
 
 def cut_off(process):

@@ -205,20 +205,38 @@ def test_five_steps_of_ddp_with_plain_batch_norm_do_not():
         assert_same_training(results)
 
 
-def two_forwards_before_backward(training):
-    model = DistributedDataParallel(network())
-    model(data(9)[0])
+def two_forwards_before_backward(model, shard, training):
+    model(data(9)[0][shard])
     model.train(training)
-    x = data(torch.distributed.get_rank())[0]
+    x = data(0)[0][shard]
     (model(x).square().sum() + model(2 * x + 1).sin().sum()).backward()
     return [p.grad for p in model.parameters()]
 
 
+def two_forwards_in_ddp(convert, training):
+    rank = torch.distributed.get_rank()
+    shard = slice(0, 5) if rank == 0 else slice(5, 8)
+    return two_forwards_before_backward(DistributedDataParallel(convert(network())), shard, training)
+
+
+def assert_same_gradients_of_two_forwards(results, training):
+    expected = two_forwards_before_backward(network(), slice(None), training)
+    for grads in results:
+        for grad, wanted in zip(grads, expected, strict=True):
+            torch.testing.assert_close(2 * grad, wanted, rtol=1e-11, atol=1e-11)  # DDP averages over the ranks
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_two_forwards_before_one_backward_under_ddp(training):
-    first, second = run_ranks(two_forwards_before_backward, 2, training)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert all(grad.isfinite().all() for grad in first)
+    assert_same_gradients_of_two_forwards(run_ranks(two_forwards_in_ddp, 2, keep, training), training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_two_forwards_before_one_backward_with_plain_batch_norm_differ(training):
+    """The negative control."""
+    results = run_ranks(two_forwards_in_ddp, 2, unsynchronize, training)
+    with pytest.raises(AssertionError):
+        assert_same_gradients_of_two_forwards(results, training)
 
 
 def checkpointed(use_reentrant):

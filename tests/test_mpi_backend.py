@@ -638,15 +638,20 @@ def test_ddp_verifies_that_the_models_are_one(differ, rank, size):
 
 
 def test_ddp_joins_uneven_inputs(rank, size):
+    """Rank r has r + 1 batches of the constant r + 1; a rank without a batch adds nothing to the mean gradient."""
     torch.manual_seed(0)
-    model = DistributedDataParallel(nn.Linear(3, 2))
+    model = DistributedDataParallel(nn.Linear(3, 2).double())
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with model.join():
         for _ in range(rank + 1):
-            model(torch.ones(4, 3)).sum().backward()
-    state = [p.detach().clone() for p in model.parameters()]
-    for t in state:
-        dist.broadcast(t, 0)
-    assert all(torch.equal(*pair) for pair in zip(state, model.parameters(), strict=True))
+            optimizer.zero_grad()
+            model(torch.full((4, 3), rank + 1.0).double()).sum().backward()
+            optimizer.step()
+    batches = [(step, r + 1.0) for step in range(size) for r in range(step, size)]
+    weight, bias = (before[i] - 0.1 * sum(4 * value ** (1 - i) for _, value in batches) / size for i in range(2))
+    for actual, expected in zip(model.parameters(), (weight, bias), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_fully_sharded_data_parallel(rank, size):

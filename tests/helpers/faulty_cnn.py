@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import nn
 
 import syncnorm
+from syncnorm.job import desync
 
 STEP = 5
 CNN = Path(__file__).parents[2] / "examples" / "cnn.py"
@@ -55,10 +56,33 @@ def after_forward(module, _, output):
         output.register_hook(die)
 
 
+def report(error):
+    """Leave the error in the directory. Unless this rank is at fault, wait for the others to leave theirs.
+
+    The launcher ends the others once this rank has exited, when they may still be collecting where each rank is.
+    """
+    (directory / f"rank{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}")
+    if int(os.environ["RANK"]) == rank:
+        return
+    desync.post_exit_reason(error)  # what this rank replies from now on
+    deadline = time.monotonic() + 20
+    while not all((directory / f"rank{other}").exists() for other in reporting()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def reporting():
+    """Return the ranks that no launcher ends: if one fails, torchrun ends those on its host."""
+    ranks = range(int(os.environ["WORLD_SIZE"]))
+    if fault in ("slow", "stalls"):
+        return [other for other in ranks if other != rank]
+    per_host = int(os.environ["LOCAL_WORLD_SIZE"])
+    return [other for other in ranks if other // per_host != rank // per_host]
+
+
 nn.modules.module.register_module_forward_pre_hook(before_forward)
 nn.modules.module.register_module_forward_hook(after_forward)
 try:
     runpy.run_path(str(CNN), run_name="__main__")
 except Exception as error:
-    (directory / f"rank{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}")
+    report(error)
     raise
