@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["demo", "mpirun", "slurm-mpi.sbatch", "slurm-torchrun.sbatch", "test", "torchrun", "virtual-cluster"]
+SCRIPTS = ["demo", "docs", "mpirun", "slurm-mpi.sbatch", "slurm-torchrun.sbatch", "test", "torchrun"]
+SCRIPTS += ["virtual-cluster", "wheel"]
 EXAMPLES = ["cnn.py", "contrast.py", "transformer.py"]
 UNUSED = ["matplotlib", "mpi4py", "rich.console", "scipy", "sklearn"]  # by a program that only prints its options
 
