@@ -1,4 +1,4 @@
-"""Where pickles of 0.1.0 look for a class."""
+"""Where pickles made before 0.1.0 look for a class."""
 
 from .convert.fusion import ReLUIfNeeded as SparingReLU
 

@@ -1,4 +1,4 @@
-"""Pickles name classes by module. Those of the public classes name the package, and pickles of 0.1.0 still load."""
+"""Pickles name classes by module. Those of the public classes name the package, and older pickles still load."""
 
 import pickle
 import pickletools
@@ -10,7 +10,7 @@ from torch import nn
 
 import syncnorm
 
-DATA = Path(__file__).parent / "data" / "modules.pt"  # saved by 0.1.0, when each public class named its file
+DATA = Path(__file__).parent / "data" / "modules.pt"  # saved before 0.1.0, when each public class named its file
 PUBLIC = [name for name in syncnorm.__all__ if isinstance(getattr(syncnorm, name), type)]
 
 
@@ -32,7 +32,7 @@ def test_pickles_name_no_file_that_may_move(protocol):
     assert named <= {"syncnorm", "syncnorm.modules"}  # the second holds the reference to a process group
 
 
-def test_pickles_of_0_1_0_load():
+def test_older_pickles_load():
     saved = torch.load(DATA, weights_only=False)
     model = saved["model"].eval()
     kinds = [syncnorm.SyncBatchNorm, syncnorm.LazySyncBatchNorm, syncnorm.LayerNorm, syncnorm.RMSNorm]
