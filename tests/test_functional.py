@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-import whole_batch
+from oracle import CHANNELS, Case, Plain, assert_matches, on_shard
 from torch import nn
-from whole_batch import Case
 
 import syncnorm
 from syncnorm.testing import CountingCommunicator
@@ -15,7 +14,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 def split(sizes, trailing):
-    return tuple((n, whole_batch.CHANNELS, *trailing) for n in sizes)
+    return tuple((n, CHANNELS, *trailing) for n in sizes)
 
 
 CASES = [
@@ -45,22 +44,15 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_shards_match_the_whole_batch(run, case):
-    whole_batch.assert_matches(run(whole_batch.on_shard, len(case.shapes), case, syncnorm.SyncBatchNorm), case)
+    assert_matches(run(on_shard, case.world_size, case), case)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if len(c.shapes) == 2 and not c.param_dtype], ids=str)
 def test_plain_batch_norm_on_shards_does_not(run, case):
     """The negative control: the same assertion fails without synchronization."""
-    results = run(whole_batch.on_shard, len(case.shapes), case, PlainBatchNorm)
+    results = run(on_shard, case.world_size, case, Plain)
     with pytest.raises(AssertionError):
-        whole_batch.assert_matches(results, case)
-
-
-class PlainBatchNorm(nn.BatchNorm2d):
-    """Unsynchronized, for any number of axes."""
-
-    def _check_input_dim(self, input):
-        pass
+        assert_matches(results, case)
 
 
 def tiny_variance():

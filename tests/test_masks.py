@@ -1,125 +1,25 @@
 """Masked statistics: the positions that count, on all ranks, against one process on just these positions."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch import nn
+from oracle import CHANNELS, Case, assert_matches, on_shard
 
 import syncnorm
 from syncnorm.functional import sync_batch_norm
-from syncnorm.testing import CountingCommunicator
-
-CHANNELS = 3
-
-
-@dataclass(frozen=True)
-class Case:
-    """Shards (N, C, *) of a batch, and the share of positions that count on each rank."""
-
-    shapes: tuple
-    valid: tuple
-    dtype: torch.dtype = torch.float32
-    mask_dtype: torch.dtype = torch.bool
-    keeps_channel_axis: bool = False  # (N, 1, *) instead of (N, *)
-
-    @property
-    def world_size(self):
-        """The number of ranks."""
-        return len(self.shapes)
-
-    def __str__(self):
-        shards = "+".join("x".join(map(str, shape)) for shape in self.shapes)
-        words = [shards, "+".join(f"{share:g}" for share in self.valid), str(self.dtype)[6:], str(self.mask_dtype)[6:]]
-        return "-".join(words + ["N1"] * self.keeps_channel_axis)
-
 
 SHAPES = ((4, CHANNELS, 6), (3, CHANNELS, 5))
 CASES = [
-    Case(SHAPES[:1], (0.6,)),
-    Case(SHAPES, (0.3, 0.8)),
-    Case(SHAPES, (0, 0.8)),  # nothing counts on one rank
-    Case(SHAPES, (1, 1)),
-    Case(((4, CHANNELS), (3, CHANNELS)), (0.5, 0.7)),
-    Case(((2, CHANNELS, 5, 4), (1, CHANNELS, 3, 7), (0, CHANNELS, 2, 2)), (0.5, 0.4, 1)),
-    Case(((9, CHANNELS, 2),) * 4, (0.5, 0, 0.2, 1)),
-    *[Case(SHAPES, (0.3, 0.8), dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16)],
-    *[Case(SHAPES, (0.3, 0.8), mask_dtype=dtype) for dtype in (torch.float32, torch.float64, torch.float16)],
-    Case(SHAPES, (0.3, 0.8), keeps_channel_axis=True),
+    Case(SHAPES[:1], valid=(0.6,)),
+    Case(SHAPES, valid=(0.3, 0.8)),
+    Case(SHAPES, valid=(0, 0.8)),  # nothing counts on one rank
+    Case(SHAPES, valid=(1, 1)),
+    Case(((4, CHANNELS), (3, CHANNELS)), valid=(0.5, 0.7)),
+    Case(((2, CHANNELS, 5, 4), (1, CHANNELS, 3, 7), (0, CHANNELS, 2, 2)), valid=(0.5, 0.4, 1)),
+    Case(((9, CHANNELS, 2),) * 4, valid=(0.5, 0, 0.2, 1)),
+    *[Case(SHAPES, dtype, valid=(0.3, 0.8)) for dtype in (torch.float64, torch.float16, torch.bfloat16)],
+    *[Case(SHAPES, valid=(0.3, 0.8), mask_dtype=dtype) for dtype in (torch.float32, torch.float64, torch.float16)],
+    Case(SHAPES, valid=(0.3, 0.8), mask_has_channel_axis=True),
 ]
-
-
-def shard(case, rank):
-    """Return input, mask and upstream gradient of a rank; what does not count is far off."""
-    generator = torch.Generator().manual_seed(rank)
-    shape = case.shapes[rank]
-    x = 2 + 0.5 * rank + torch.randn(shape, generator=generator, dtype=torch.float64)
-    mask = torch.rand(shape[0], *shape[2:], generator=generator) < case.valid[rank]
-    x = torch.where(mask.unsqueeze(1), x, 50 * x)
-    grad_output = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return x.to(case.dtype), mask, grad_output.to(case.dtype)
-
-
-def in_one_process(case):
-    """Return y and input gradient of each rank, parameter gradients and buffers: from the valid positions in float64.
-
-    y at the others is the same affine map; their gradient is that of a map by constants, while what they add to the
-    gradient of the statistics goes to the valid ones.
-    """
-    layer = nn.BatchNorm1d(CHANNELS, dtype=torch.float64)
-    nn.init.normal_(layer.weight, 1, generator=torch.Generator().manual_seed(0))
-    shards = [[t.double() for t in shard(case, rank)] for rank in range(len(case.shapes))]
-    x, mask, grad_output = (
-        torch.cat([t.movedim(1, -1).reshape(-1, CHANNELS) for t in (s[0] for s in shards)]),
-        torch.cat([s[1].flatten() for s in shards]).bool(),
-        torch.cat([s[2].movedim(1, -1).reshape(-1, CHANNELS) for s in shards]),
-    )
-    x.requires_grad_()
-    valid = x[mask]
-    layer(valid.detach())  # for the buffers
-    mean, var = valid.mean(0), valid.var(0, correction=0)
-    y = (x - mean) / (var + layer.eps).sqrt() * layer.weight + layer.bias
-    y.backward(grad_output)
-    sizes = [s[1].numel() for s in shards]
-
-    def cut(t):
-        shapes = [s[0].movedim(1, -1).shape for s in shards]
-        return [p.view(shape).movedim(-1, 1) for p, shape in zip(t.split(sizes), shapes, strict=True)]
-
-    grads = {"weight": layer.weight.grad, "bias": layer.bias.grad}
-    return cut(y.detach()), cut(x.grad), grads, dict(layer.named_buffers())
-
-
-def on_shard(case, masked=True):
-    group = CountingCommunicator(syncnorm.communicator())
-    x, mask, grad_output = shard(case, group.rank)
-    layer = syncnorm.SyncBatchNorm(CHANNELS, process_group=group, dtype=torch.float64)
-    nn.init.normal_(layer.weight, 1, generator=torch.Generator().manual_seed(0))
-    mask = (mask.unsqueeze(1) if case.keeps_channel_axis else mask).to(case.mask_dtype)
-    x.requires_grad_()
-    y = layer(x, mask=mask if masked else None)
-    y.backward(grad_output)
-    assert len(group.calls) == (2 if group.size > 1 else 0)
-    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    return y.detach(), x.grad, grads, {name: buffer.clone() for name, buffer in layer.named_buffers()}
-
-
-def assert_matches(results, case):
-    y, grad_input, grads, buffers = in_one_process(case)
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(case.dtype, torch.finfo(case.dtype).eps)
-
-    def check(actual, expected):
-        largest = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
-        torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * largest)
-
-    for rank, result in enumerate(results):
-        check(result[0], y[rank])
-        check(result[1], grad_input[rank])
-        for name, buffer in result[3].items():
-            assert torch.equal(buffer, results[0][3][name])
-            check(buffer, buffers[name])
-    for name, grad in grads.items():
-        check(sum(result[2][name] for result in results), grad)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -130,7 +30,7 @@ def test_only_valid_positions_count(run, case):
 @pytest.mark.parametrize("case", [case for case in CASES if min(case.valid) < 1], ids=str)
 def test_without_the_mask_all_do(run, case):
     """The negative control."""
-    results = run(on_shard, case.world_size, case, False)
+    results = run(on_shard, case.world_size, case, syncnorm.SyncBatchNorm, False)
     with pytest.raises(AssertionError):
         assert_matches(results, case)
 
