@@ -1,6 +1,6 @@
 """The tiers of the tests, and the `run` fixture: a function on the ranks of a real group.
 
-A file belongs to the tier that `TIERS` names, and else to `unit`. A test that uses `run` belongs to `ranks`.
+A file belongs to the tier that `TIERS` names. Tests of a unit file that start ranks belong to the tier `ranks`.
 """
 
 import pytest
@@ -10,27 +10,20 @@ import syncnorm
 from syncnorm import communicators, testing
 
 TIMEOUT = 60  # seconds for the ranks of one test
-TIERS = {  # files other than unit tests
-    "ranks": ["communicators", "masks", "mismatch", "mpi_backend", "tensor_parallel", "testing", "torch_distributed"],
-    "launchers": [
-        *("agreement", "bench_comm", "bench_figure", "bench_kernels", "bench_layer", "bench_memory", "bench_report"),
-        *(
-            "bench_train",
-            "bootstrap",
-            "checkpoints",
-            "cli",
-            "contrast",
-            "datasets",
-            "demo",
-            "desync",
-            "docs",
-            "examples",
-        ),
-        *("forks", "help", "readme", "rejoin", "rendezvous", "store", "timed_communicator", "transformer"),
-        *("examples", "unfinished_collectives"),
-    ],
-    "system": ["faults", "install", "launch", "mpich", "slurm", "virtual_cluster"],  # root, a network, other programs
-    "gpu": ["triton_kernels"],  # in Triton's interpreter where there is no CUDA device
+TIERS = {  # the files of each tier, without test_
+    "unit": """
+        architecture arguments bench_cases bench_copy_baseline bench_targets bench_timing convert convert_classes
+        convert_refused default_device folding functional fused kernels launchers masks modules moments normalize
+        package pickles running sharded_norms subgroups tensor_parallel tracing transforms without_values
+    """,
+    "ranks": "communicators mismatch mpi_backend testing torch_distributed",
+    "launchers": """
+        agreement bench_comm bench_figure bench_kernels bench_layer bench_memory bench_report bench_train bootstrap
+        checkpoints cli contrast datasets demo desync docs examples forks help readme rejoin rendezvous store
+        timed_communicator transformer unfinished_collectives
+    """,
+    "system": "faults install launch mpich slurm virtual_cluster",  # root, a network, other programs
+    "gpu": "triton_kernels",  # in Triton's interpreter where there is no CUDA device
 }
 
 
@@ -83,10 +76,12 @@ def pytest_report_header():
 
 def tier(item):
     """Return the tier that a test belongs to."""
-    if "run" in getattr(item, "fixturenames", ()) and item.path.stem != "test_mpich":
-        return "ranks"
-    names = {name: tier for tier, files in TIERS.items() for name in files}
-    return names.get(item.path.stem.removeprefix("test_"), "unit")
+    name = item.path.stem.removeprefix("test_")
+    tiers = [tier for tier, files in TIERS.items() if name in files.split()]
+    if len(tiers) != 1:
+        raise pytest.UsageError(f"expected {item.path.name} in one tier of TIERS in tests/conftest.py, got {tiers}")
+    on_ranks = "run" in item.fixturenames or "run_ranks" in item.function.__code__.co_names
+    return "ranks" if on_ranks and tiers == ["unit"] else tiers[0]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -1,15 +1,14 @@
 """launch/torchrun and launch/mpirun, on this machine and over a real ssh. On several hosts: test_virtual_cluster.py."""
 
-import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import textwrap
 import time
 from pathlib import Path
 
+import processes
 import pytest
 from slurm import no_services
 
@@ -33,29 +32,15 @@ def script(tmp_path):
     return path
 
 
-@contextlib.contextmanager
 def started(launcher, *arguments, **environment):
     """Start a job by the script of that name; end it, with all of its processes, after the block."""
-    process = subprocess.Popen(
-        [LAUNCH / launcher, *map(str, arguments)],
-        env=mpirun_environment() | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # all have ended
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    return processes.started(LAUNCH / launcher, *arguments, env=mpirun_environment() | environment)
 
 
 def run(launcher, *arguments, **environment):
-    with started(launcher, *arguments, **environment) as process:
-        output, _ = process.communicate(timeout=60)
-    return process.returncode, output
+    env = mpirun_environment() | environment
+    job = processes.run(LAUNCH / launcher, *arguments, timeout=60, env=env)
+    return job.returncode, job.stdout
 
 
 def joined(output):

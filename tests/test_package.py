@@ -1,5 +1,6 @@
 """The package as it is imported."""
 
+import ast
 import re
 import warnings
 from importlib.metadata import version
@@ -118,3 +119,18 @@ def test_no_warning_from_a_group():
 def test_no_test_imports_another():
     for path in (ROOT / "tests").rglob("*.py"):
         assert not re.search(r"^(from|import) test_", path.read_text(), re.MULTILINE), path
+
+
+def imported(path):
+    """Return the names of the modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.stem)
+def test_no_test_imports_a_test(path):
+    """What tests share is in tests/helpers/."""
+    assert [name for name in imported(path) if name.split(".")[-1].startswith("test_") or name == "conftest"] == []

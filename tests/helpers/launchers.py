@@ -1,12 +1,10 @@
 """Real launchers: run a script under torchrun, under mpirun or alone, with a hard timeout, and leave nothing behind."""
 
-import contextlib
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+
+import processes
 
 from syncnorm.testing import mpirun_environment
 
@@ -27,28 +25,13 @@ COMMANDS = {
 }
 
 
-class Completed(NamedTuple):
-    """How a job ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 def launch(launcher, ranks, script, *arguments, timeout=90, **environment):
     """Run the script on `ranks` ranks. A job that outlasts the timeout is killed, with all of its processes."""
-    process = subprocess.Popen(
-        [*COMMANDS[launcher](ranks), str(script), *map(str, arguments)],
+    return processes.run(
+        *COMMANDS[launcher](ranks),
+        script,
+        *arguments,
+        timeout=timeout,
         env=mpirun_environment() | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
     )
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # all have ended
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return Completed(process.returncode, stdout, stderr)

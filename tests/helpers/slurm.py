@@ -7,13 +7,14 @@ process was killed, all of them do.
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+import processes
 
 PROGRAMS = ["munged", "slurmctld", "slurmd", "srun", "sbatch", "salloc", "scancel", "scontrol", "sinfo"]
 PACKAGES = ["munge", "slurm-wlm"]
@@ -92,23 +93,8 @@ class Cluster:
 
     def run(self, *command, cwd=None, timeout=30, **environment):
         """Run a command of Slurm's and return the finished process. One that outlasts the timeout is killed."""
-        process = subprocess.Popen(
-            list(map(str, command)),
-            cwd=cwd,
-            env=os.environ | self.environment | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # all have ended
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        return subprocess.CompletedProcess(command, process.returncode, output)
+        env = os.environ | self.environment | environment
+        return processes.run(*command, timeout=timeout, cwd=cwd, env=env, stdin=subprocess.DEVNULL)
 
     def submit(self, *command, cwd, timeout=90, **environment):
         """Run a batch job to its end, or cancel it after the timeout. What it prints goes where sbatch puts it."""

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from processes import started
 
 CLUSTER = Path(__file__).parents[2] / "launch" / "virtual-cluster"
 
@@ -35,20 +36,13 @@ def cluster(hosts, ranks, launcher, *command):
     """Start a command on a cluster; after the block, end it and check that nothing is left of it."""
     before = namespaces()
     program = ["python"] if launcher == "mpirun" else []
-    process = subprocess.Popen(
-        [str(CLUSTER), str(hosts), str(ranks), launcher, *program, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(20)
-        process.stdout.close()
+    with started(CLUSTER, hosts, ranks, launcher, *program, *command) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)  # upon which it takes the hosts away
+                process.wait(20)
     assert namespaces() == before
 
 
