@@ -1,4 +1,4 @@
-"""Wait for non-blocking MPI calls with a timeout."""
+"""Wait for MPI calls that were started, and say which one timed out."""
 
 from __future__ import annotations
 
