@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 from typing import Any, NoReturn
@@ -18,16 +19,14 @@ FINALIZED = 7  # any of Open MPI's states after the start of MPI_Finalize
 
 
 def forbid(communicators: Any) -> None:
-    """Make the collectives of a communicator class raise in a forked child."""
-    _forbidden.append(communicators)
+    """In a forked child, make the collectives of this class raise, and keep mpi4py from finalizing MPI at its exit."""
+    os.register_at_fork(after_in_child=functools.partial(_in_child, communicators))
 
 
-def _in_child() -> None:
-    """Make collectives raise, and keep mpi4py from finalizing MPI when this process exits."""
+def _in_child(communicators: Any) -> None:
     if not MPI.Is_initialized():
         return
-    for communicators in _forbidden:
-        communicators.unusable = REFUSAL
+    communicators.unusable = REFUSAL
     try:
         state = ctypes.c_int32.in_dll(ctypes.CDLL(MPI.__file__), "ompi_mpi_state")
     except (OSError, ValueError):  # not Open MPI
@@ -58,7 +57,3 @@ def _exit_before_mpi4py() -> None:
 
     sys.exit = recording_exit
     atexit.register(end)
-
-
-_forbidden: list[Any] = []
-os.register_at_fork(after_in_child=_in_child)
