@@ -186,7 +186,7 @@ def _common_dtype(weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
 
 def _sums_of(grad_statistics: Tensor, statistics: Statistics) -> Tensor:
     """Return what a gradient with respect to mean and invstd adds to the sums; the count is a constant."""
-    invstd = kernels.second(statistics)
+    _, invstd = kernels.halves(statistics)
     return grad_statistics[:-1].view(2, -1) * torch.stack([-1 / invstd, invstd])
 
 

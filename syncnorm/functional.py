@@ -22,7 +22,7 @@ from .autograd import normalize
 from .communicators import ALONE, Communicator, LocalCommunicator, ProcessGroupLike, communicator
 from .job.launcher import warn_if_not_joined
 from .kernels import Packed
-from .moments import Moments, MomentsAboutZero, select_kernels
+from .moments import Moments, MomentsAboutZero
 
 __all__ = ["group_norm", "layer_norm", "rms_norm", "sync_batch_norm"]
 
@@ -73,15 +73,15 @@ def sync_batch_norm(
     epilogue = arguments.parse_epilogue(input, weight, bias, residual, activation, inplace)
     if input.dim() == 1:  # of shape (0,)
         return input if inplace else input.clone()
-    kernels = select_kernels(input, mask, residual, weight, bias, running_mean, running_var, num_batches_tracked)
     if not training:
         assert running_mean is not None  # checked above
         assert running_var is not None
-        moments = Moments.given(running_mean, running_var, kernels)
+        moments = Moments.given(running_mean, running_var, input, weight, bias, residual)
         return normalize(input, moments, weight, bias, eps, ALONE, residual=residual, epilogue=epilogue)
     group = _sharing_batch(input, process_group)
 
-    moments = _of_all_ranks(Moments.of(input, mask, kernels), group)
+    others = weight, bias, residual, running_mean, running_var, num_batches_tracked
+    moments = _of_all_ranks(Moments.of(input, mask, *others), group)
     if _one_value(input, mask, moments):
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"

@@ -15,15 +15,7 @@ from torch import Tensor
 from . import kernels, transforms
 from .kernels import Kernels, Packed, RawMoments
 
-__all__ = ["Moments", "MomentsAboutZero", "select_kernels"]
-
-
-def select_kernels(input: Tensor, *others: Tensor | None) -> Kernels:
-    """Return the implementation for one pass of a layer over these tensors, forward or backward.
-
-    Where a transform follows each operation (see `transforms`), it is the reference, which torch differentiates.
-    """
-    return kernels.reference if transforms.active() else kernels.select(input, *others)
+__all__ = ["Moments", "MomentsAboutZero"]
 
 
 @dataclass(slots=True)
@@ -32,7 +24,8 @@ class Moments:
 
     Attributes:
         values: [mean, M2, count], (2C + 1,) float64. Moments about zero have [0, Σ x², count].
-        kernels: the implementation that computes with them.
+        kernels: the implementation for the whole forward pass. Where a transform follows each operation, it is the
+            reference, which torch differentiates.
         followed: whether a transform follows how they come from the input, as `transforms` tells.
         constant: whether they were given, and do not depend on the input.
     """
@@ -45,22 +38,24 @@ class Moments:
     centered: ClassVar[bool] = True  # about the mean; else about zero
 
     @classmethod
-    def of(cls, input: Tensor, mask: Tensor | None = None, implementation: Kernels | None = None) -> Moments:
+    def of(cls, input: Tensor, mask: Tensor | None = None, *others: Tensor | None) -> Moments:
         """Return the moments of (N, C, *) over all axes but the channels', weighted by the mask.
 
-        They have no autograd graph, which `normalize` does without, unless a transform needs it.
+        They have no autograd graph, which `normalize` does without, unless a transform needs it. `others` are the
+        further tensors of the forward pass, which its kernels have to support.
         """
-        chosen = implementation or select_kernels(input, mask)
-        if followed := transforms.active():
-            return cls(kernels.reference.moments(input, mask), kernels.reference, followed)
+        if transforms.active():
+            return cls(kernels.reference.moments(input, mask), kernels.reference, followed=True)
+        chosen = kernels.select(input, mask, *others)
         return cls(chosen.moments(input.detach(), mask), chosen)
 
     @classmethod
-    def given(cls, mean: Tensor, variance: Tensor, implementation: Kernels | None = None) -> Moments:
-        """Return moments with this mean and variance, which do not depend on the input."""
+    def given(cls, mean: Tensor, variance: Tensor, input: Tensor, *others: Tensor | None) -> Moments:
+        """Return moments with this mean and variance, which do not depend on the input. `others`: as in `of`."""
         values = torch.cat([mean.double(), variance.double(), mean.new_ones(1, dtype=torch.float64)]).detach()
-        chosen = implementation or select_kernels(values)
-        return cls(RawMoments(values), chosen, followed=transforms.active(), constant=True)
+        followed = transforms.active()
+        chosen = kernels.reference if followed else kernels.select(input, mean, variance, *others)
+        return cls(RawMoments(values), chosen, followed, constant=True)
 
     def pack(self) -> Packed:
         """Return [n·mean, M2 + n·mean², n], (2C + 1,): summed over the ranks, it is that of the whole batch.
@@ -81,12 +76,12 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """The mean, (C,); 0 of no values."""
-        return kernels.first(self.values)
+        return kernels.halves(self.values)[0]
 
     @property
     def m2(self) -> Tensor:
         """Σ (x - mean)², (C,)."""
-        return kernels.second(self.values)
+        return kernels.halves(self.values)[1]
 
     @property
     def variance(self) -> Tensor:
@@ -105,12 +100,12 @@ class MomentsAboutZero(Moments):
     centered = False
 
     @classmethod
-    def of(cls, input: Tensor, mask: Tensor | None = None, implementation: Kernels | None = None) -> MomentsAboutZero:
+    def of(cls, input: Tensor, mask: Tensor | None = None, *others: Tensor | None) -> MomentsAboutZero:
         """Return the moments of (N, C, *) over all axes but the channels', weighted by the mask.
 
         Packed moments about the mean hold those about zero: Σ x² = M2 + n·mean². So any kernel computes them.
         """
-        about_mean = Moments.of(input, mask, implementation)
+        about_mean = Moments.of(input, mask, *others)
         packed = cast(Packed, about_mean.pack()[input.shape[1] :])
         return cls(_about_zero(packed), about_mean.kernels, about_mean.followed)
 

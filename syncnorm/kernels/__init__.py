@@ -33,7 +33,7 @@ from torch.nn import Parameter
 
 from . import reference
 from .epilogue import ACTIVATIONS, PLAIN, Epilogue, Saved
-from .vectors import Packed, RawMoments, Statistics, first, second
+from .vectors import Packed, RawMoments, Statistics, halves
 
 __all__ = [
     "ACTIVATIONS",
@@ -45,9 +45,8 @@ __all__ = [
     "RawMoments",
     "Saved",
     "Statistics",
-    "first",
+    "halves",
     "reference",
-    "second",
     "select",
 ]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .epilogue import LEAST_NOISE, NEGATIVE_SLOPE, PLAIN, Epilogue, Saved, rounding
 from .layout import channels_last
-from .vectors import Packed, RawMoments, Statistics
+from .vectors import Packed, RawMoments, Statistics, halves
 
 __all__ = [
     "Backward",
@@ -58,14 +58,14 @@ def moments(input: Tensor, mask: Tensor | None = None) -> RawMoments:
 
 def pack(moments: RawMoments) -> Packed:
     """Return [n·mean, M2 + n·mean², n], (2C + 1,), whose sum over shards packs the moments of them all."""
-    mean, m2 = moments[:-1].view(2, -1).unbind()
+    mean, m2 = halves(moments)
     total = moments[-1] * mean
     return Packed(torch.cat([total, torch.addcmul(m2, total, mean), moments[-1:]]))
 
 
 def unpack(packed: Packed) -> RawMoments:
     """Return the moments, (2C + 1,), that `packed` stands for."""
-    total, total_square = packed[:-1].view(2, -1).unbind()
+    total, total_square = halves(packed)
     mean = total / or_one(packed[-1])
     m2 = torch.addcmul(total_square, total, mean, value=-1).clamp_min(0)
     return RawMoments(torch.cat([mean, m2, packed[-1:]]))
@@ -80,7 +80,7 @@ def update_running(
     momentum: float | None,
 ) -> None:
     """Move the buffers in place towards mean and M2 / (n - 1), by momentum or 1 / num_batches_tracked, if n > 0."""
-    (mean, m2), count = moments[:-1].view(2, -1).unbind(), moments[-1]
+    (mean, m2), count = halves(moments), moments[-1]
     seen = count > 0  # () bool
     batches = None if num_batches_tracked is None else num_batches_tracked + seen
     if momentum is None:
@@ -131,7 +131,7 @@ def preactivation(
     eps_outside: bool = False,
 ) -> tuple[Tensor, Statistics]:
     """Return z = (x - mean) * invstd * weight + bias + residual, in the dtype of the arithmetic, and the statistics."""
-    mean, m2 = moments[:-1].view(2, -1).unbind()
+    mean, m2 = halves(moments)
     variance = m2 / or_one(moments[-1])
     invstd = 1 / (_sqrt(variance) + eps) if eps_outside else (variance + eps).rsqrt()
     statistics = Statistics(torch.cat([mean, invstd, moments[-1:]]))
@@ -171,7 +171,7 @@ class Backward:
         x̂ is (x - mean) * invstd. The gradients are (C,), in dtype. All are sums over all positions, masked ones too.
         """
         axes = _reduced_axes(self.input)
-        _, invstd = _mean_and_invstd(self.statistics)
+        _, invstd = halves(self.statistics)
         grad_bias = self.dz.sum(axes).double()
         grad_weight = (self.dz * self.centered).sum(axes).double() * invstd
         sums = torch.stack([grad_bias, grad_weight])
@@ -190,7 +190,7 @@ class Backward:
         root sums[1] is divided by 1 - eps * invstd.
         """
         mask = self.mask
-        _, invstd = _mean_and_invstd(self.statistics)
+        _, invstd = halves(self.statistics)
         if sums is None:
             dx = torch.zeros_like(self.centered)  # whose memory format the sum takes
         else:
@@ -296,19 +296,14 @@ def _weighted(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def _centered(input: Tensor, statistics: Statistics) -> Tensor:
     """Return x - mean with the mean as a high and a low part, which together keep its float64 digits."""
-    x, (mean, _) = input.to(_compute_dtype(input)), _mean_and_invstd(statistics)
+    x, (mean, _) = input.to(_compute_dtype(input)), halves(statistics)
     high = mean.to(x.dtype)
     low = mean - high  # zero where x is float64
     return (x - _per_channel(high, x)) - _per_channel(low, x)
 
 
-def _mean_and_invstd(statistics: Statistics) -> tuple[Tensor, Tensor]:
-    mean, invstd = statistics[:-1].view(2, -1).unbind()
-    return mean, invstd
-
-
 def _scale(statistics: Statistics, weight: Tensor | None) -> Tensor:
-    _, invstd = _mean_and_invstd(statistics)
+    _, invstd = halves(statistics)
     return invstd if weight is None else invstd * weight
 
 
@@ -322,7 +317,7 @@ def _inverse(
     least mean square error is x̂ = (z - bias) * weight / (weight² + σ²): its error is never larger than x̂ itself, and
     where the weight is 0 it is 0.
     """
-    _, invstd = _mean_and_invstd(statistics)
+    _, invstd = halves(statistics)
     scale, (relative, least) = _scale(statistics, weight), rounding(dtype, activation)
     noise = invstd * least if bias is None else invstd * (relative * bias.detach().abs() + least)
     return scale / (scale.square() + noise.clamp_min(LEAST_NOISE).square())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NewType
 
 from torch import Tensor
 
-__all__ = ["Packed", "RawMoments", "Statistics", "first", "second"]
+__all__ = ["Packed", "RawMoments", "Statistics", "halves"]
 
 if TYPE_CHECKING:
     RawMoments = NewType("RawMoments", Tensor)  # [mean, M2, count], with M2 = Σ (x - mean)²
@@ -20,11 +20,7 @@ else:  # torch.compile does not trace a NewType
     RawMoments = Packed = Statistics = _as_it_is
 
 
-def first(vector: RawMoments | Statistics) -> Tensor:
-    """Return the mean, (C,)."""
-    return vector[: len(vector) // 2]
-
-
-def second(vector: RawMoments | Statistics) -> Tensor:
-    """Return M2 or invstd, (C,)."""
-    return vector[len(vector) // 2 : -1]
+def halves(vector: RawMoments | Packed | Statistics) -> tuple[Tensor, Tensor]:
+    """Return the two vectors of C values, (C,) each, without the count."""
+    one, other = vector[:-1].view(2, -1).unbind()
+    return one, other
