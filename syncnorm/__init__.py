@@ -1,4 +1,4 @@
-"""Synchronized BatchNorm for PyTorch: the statistics of the whole batch, over NCCL, Gloo or MPI."""
+"""Synchronized BatchNorm for PyTorch: the statistics of the whole batch, over Gloo, MPI or NCCL (experimental)."""
 
 from . import functional, testing
 from .communicators import Communicator, communicator

@@ -20,7 +20,7 @@ from .datatypes import ARITHMETIC, arithmetic
 from .forks import forbid
 from .health import health
 from .library import MPI, raise_mpi_error, ranks_in_the_job
-from .progress import wait_until
+from .timeout import wait_until
 from .unfinished import hold
 
 __all__ = ["MpiCommunicator", "of_comm"]

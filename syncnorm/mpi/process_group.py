@@ -35,9 +35,9 @@ from .communicator import MpiCommunicator
 from .health import share
 from .library import MPI
 from .parts import Parts
-from .progress import overdue
 from .reductions import reduction
 from .signatures import torch_signatures
+from .timeout import overdue
 from .work import NO_TIME, MpiWork, Started
 
 __all__ = ["BACKEND", "DEVICES", "MpiProcessGroup"]

@@ -22,7 +22,7 @@ from ..job.desync import raise_desync
 from . import unfinished
 from .health import Health
 from .library import MPI, raise_mpi_error, ranks_in_the_job
-from .progress import overdue, wait_until
+from .timeout import overdue, wait_until
 
 __all__ = ["NO_TIME", "MpiFuture", "MpiWork", "Started"]
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 import syncnorm.mpi_backend
+from syncnorm.mpi.rendezvous import export_rendezvous
 
 LIMIT = 40  # seconds that a test may take
 
@@ -44,6 +45,7 @@ class Backend(str):
 
 def load(backend):
     """Return torch's module of tests, which selects them by the environment while it is imported."""
+    export_rendezvous(MPI.COMM_WORLD)  # torch's module reads WORLD_SIZE
     os.environ |= {"BACKEND": backend, "INIT_METHOD": "file:///dev/null"}
     origin = importlib.util.find_spec("torch.testing._internal.distributed.distributed_test").origin
     spec = importlib.util.spec_from_file_location(f"distributed_test_for_{backend}", origin)
