@@ -154,6 +154,13 @@ def test_instruction_sets(isa):
     assert run_python(code).strip() == isa
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NOT TESTED: memory is not poisoned where a CUDA device is")
+def test_what_a_kernel_does_not_write_is_seen():
+    """The fixture in conftest.py fills uninitialized memory."""
+    assert torch.empty(3).isnan().all()
+    assert torch.empty_like(torch.ones(2, dtype=torch.bfloat16)).isnan().all()
+
+
 def test_threads_share_the_work_and_sum_alike():
     """The number of threads changes no more than the rounding; the same number changes nothing."""
     before = torch.get_num_threads()
