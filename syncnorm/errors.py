@@ -8,7 +8,7 @@ class SyncNormError(RuntimeError):
 
 
 class DesyncError(SyncNormError):
-    """A collective did not complete. The message says where each rank is and which are missing."""
+    """A collective failed or timed out, or the ranks are in different layers. The message says where each rank is."""
 
 
 def printable(text: str) -> str:
