@@ -2,11 +2,11 @@
 
 import graphlib
 import shutil
-import subprocess
 from pathlib import Path
 
 import grimp
 import pytest
+from processes import run
 
 ROOT = Path(__file__).parent.parent
 CLASSMETHOD = ("syncnorm.modules.batch_norm", "syncnorm.convert")  # SyncBatchNorm.convert_sync_batchnorm, as in torch
@@ -21,9 +21,7 @@ def test_no_circles():
 
 
 def lint(folder):
-    return subprocess.run(
-        ["lint-imports", "--no-cache"], cwd=folder, capture_output=True, text=True, timeout=120, check=False
-    )
+    return run("lint-imports", "--no-cache", cwd=folder, timeout=120)
 
 
 @pytest.mark.parametrize(

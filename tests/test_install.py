@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from processes import output_of
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = "libsyncnorm_cpu.so"
@@ -65,17 +65,7 @@ class Installed(NamedTuple):
 def run(*command, cwd, **environment):
     """Run the command as in a new shell, with nothing of the source tree on Python's path; return what it printed."""
     own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CC", "CXX", "CXXFLAGS")}
-    completed = subprocess.run(
-        list(map(str, command)),
-        cwd=cwd,
-        env=own | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert completed.returncode == 0, completed.stdout
-    return completed.stdout
+    return output_of(*command, cwd=cwd, env=own | environment, timeout=300)
 
 
 def copy_source(directory):

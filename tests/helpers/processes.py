@@ -23,3 +23,10 @@ def run(*command, timeout, **options):
     with started(*command, **options) as process:
         stdout, stderr = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def output_of(*command, timeout, **options):
+    """Run a command that must succeed; return what it printed, errors included."""
+    completed = run(*command, timeout=timeout, **options)
+    assert completed.returncode == 0, completed.stdout
+    return completed.stdout
