@@ -33,9 +33,10 @@ from . import kernels, transforms
 from .all_reduce import sum_over_ranks
 from .arguments import memory_of
 from .communicators import Communicator
-from .kernels import PLAIN, Epilogue, Kernels, RawMoments, Saved, Statistics
+from .kernels import PLAIN, Epilogue, Kernels, Packed, RawMoments, Running, Saved, Statistics
 from .kernels.layout import channels_last
 from .moments import Moments
+from .running import move
 
 __all__ = ["Normalize", "normalize"]
 
@@ -50,21 +51,29 @@ def normalize(
     *,
     mask: Tensor | None = None,
     residual: Tensor | None = None,
+    running: Running | None = None,
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
 ) -> Tensor:
     """Return activation((x - mean) / sqrt(variance + eps) * weight + bias + residual).
 
     `moments` are those of the inputs of all ranks, or constants. With `eps_outside` it divides by sqrt(variance) + eps.
+    Updates the running statistics with the moments.
 
     Collectives: in backward one all-reduce of 2C float64 (C for moments about zero), if the group has more than one
     rank, the input needs a gradient and the moments are not constant.
     """
     if moments.followed:
-        return _composed(input, moments.values, weight, bias, residual, eps, eps_outside, epilogue)
-    config = Config(moments.kernels, eps, eps_outside, moments.centered, moments.constant, group, epilogue)
+        output = _composed(input, moments.raw, weight, bias, residual, eps, eps_outside, epilogue)
+        move(running, moments)
+        return output
+    traced = moments.kernels is kernels.reference  # perhaps: then buffers are updated outside of the Function
+    of_moments = moments.kernels, moments.packed, moments.centered, moments.constant
+    config = Config(*of_moments, eps, eps_outside, group, epilogue, None if traced else running)
     written = memory_of(input) if epilogue.inplace else input
     output, _ = Normalize.apply(written, weight, bias, residual, moments.values, mask, config)  # type: ignore[no-untyped-call]
+    if traced:
+        move(running, moments)
     return output if written is input else input
 
 
@@ -89,12 +98,14 @@ class Config(NamedTuple):
     """What a normalization does, beside the tensors."""
 
     kernels: Kernels  # of the forward
-    eps: float
-    eps_outside: bool
+    packed: bool  # the moments
     centered: bool
     constant: bool  # whether the moments are
+    eps: float
+    eps_outside: bool
     group: Communicator
     epilogue: Epilogue
+    running: Running | None
 
 
 class Normalize(Function):
@@ -107,14 +118,23 @@ class Normalize(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        moments: RawMoments,
+        moments: RawMoments | Packed,
         mask: Tensor | None,
         config: Config,
     ) -> tuple[Tensor, Statistics]:
         """Return y = activation(x̂ * weight + bias + residual), and [mean, invstd, count]."""
         epilogue = config.epilogue
         output, statistics, signs = config.kernels.normalize(
-            input, moments, weight, bias, residual, config.eps, eps_outside=config.eps_outside, epilogue=epilogue
+            input,
+            moments,
+            weight,
+            bias,
+            residual,
+            config.eps,
+            packed=config.packed,
+            eps_outside=config.eps_outside,
+            epilogue=epilogue,
+            running=config.running,
         )
         if epilogue.inplace:
             ctx.mark_dirty(input)
@@ -123,7 +143,7 @@ class Normalize(Function):
         ctx.set_materialize_grads(False)
         saved = Saved(output if epilogue.inplace else input, signs, residual if epilogue.saves_residual else None)
         ctx.save_for_backward(*saved, statistics, weight, bias if epilogue.needs_bias else None, mask)
-        ctx.config, ctx.dtype = config, _common_dtype(weight, bias)
+        ctx.config, ctx.dtype = config._replace(running=None), _common_dtype(weight, bias)
         ctx.channels_last = signs is not None and bool(channels_last(input))
         return output, statistics
 
@@ -192,7 +212,7 @@ def _sums_of(grad_statistics: Tensor, statistics: Statistics) -> Tensor:
 
 def _sum_over_ranks(sums: Tensor, config: Config, followed: bool) -> Tensor:
     """Return the sums of all ranks, (2, C). Of moments about zero only the second one is needed, and sent."""
-    if config.centered:
+    if config.centered or config.group.size == 1:
         return sum_over_ranks(sums, config.group, followed=followed)
     second = sum_over_ranks(sums[1].clone(), config.group, followed=followed)
     return torch.stack([torch.zeros_like(second), second])

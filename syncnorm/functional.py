@@ -21,8 +21,7 @@ from .all_reduce import sum_over_ranks
 from .autograd import normalize
 from .communicators import ALONE, Communicator, LocalCommunicator, ProcessGroupLike, communicator
 from .job.launcher import warn_if_not_joined
-from .kernels import Packed
-from .moments import Moments, MomentsAboutZero
+from .moments import Moments
 
 __all__ = ["group_norm", "layer_norm", "rms_norm", "sync_batch_norm"]
 
@@ -81,16 +80,17 @@ def sync_batch_norm(
     group = _sharing_batch(input, process_group)
 
     others = weight, bias, residual, running_mean, running_var, num_batches_tracked
-    moments = _of_all_ranks(Moments.of(input, mask, *others), group)
+    moments = _of_all_ranks(Moments.of(input, mask, *others, packed=group.size > 1), group)
     if _one_value(input, mask, moments):
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
             + (" and a mask" if mask is not None else "")
             + (f" on rank {group.rank} and 1 value on all {group.size} ranks" if group.size > 1 else "")
         )
-    output = normalize(input, moments, weight, bias, eps, group, mask=mask, residual=residual, epilogue=epilogue)
-    running.update(running_mean, running_var, num_batches_tracked, moments, momentum)
-    return output
+    moved = running.to_move(running_mean, running_var, num_batches_tracked, momentum)
+    return normalize(
+        input, moments, weight, bias, eps, group, mask=mask, residual=residual, running=moved, epilogue=epilogue
+    )
 
 
 def layer_norm(
@@ -123,7 +123,7 @@ def layer_norm(
     group = _sharing(input, process_group)
     if group.size == 1:
         return F.layer_norm(input, shape, weight, bias, eps)
-    y = _normalize_rows(_rows(input, len(shape)), Moments, eps, group).view_as(input)
+    y = _normalize_rows(_rows(input, len(shape)), eps, group).view_as(input)
     return _affine(y, weight, bias).to(input.dtype)
 
 
@@ -164,7 +164,8 @@ def rms_norm(
     if group.size == 1 and not eps_outside:
         x = input if weight is None else input.to(weight.dtype)  # unlike F.layer_norm, it requires equal dtypes
         return _affine(F.rms_norm(x, shape, weight, eps), None, bias).to(input.dtype)
-    y = _normalize_rows(_rows(input, len(shape)), MomentsAboutZero, eps, group, eps_outside=eps_outside).view_as(input)
+    rows = _rows(input, len(shape))
+    y = _normalize_rows(rows, eps, group, centered=False, eps_outside=eps_outside).view_as(input)
     return _affine(y, weight, bias).to(input.dtype)
 
 
@@ -199,7 +200,7 @@ def group_norm(
     if group.size == 1:
         return F.group_norm(input, num_groups, weight, bias, eps)
     rows = input.reshape(1, len(input) * num_groups, input.shape[1:].numel() // num_groups)
-    y = _normalize_rows(rows, Moments, eps, group).view_as(input)
+    y = _normalize_rows(rows, eps, group).view_as(input)
     per_channel = [None if t is None else t.view(-1, *[1] * (input.dim() - 2)) for t in (weight, bias)]
     return _affine(y, *per_channel).to(input.dtype)
 
@@ -240,20 +241,21 @@ def _rows(input: Tensor, axes: int) -> Tensor:
 
 
 def _normalize_rows(
-    rows: Tensor, kind: type[Moments], eps: float, group: Communicator, *, eps_outside: bool = False
+    rows: Tensor, eps: float, group: Communicator, *, centered: bool = True, eps_outside: bool = False
 ) -> Tensor:
     """Return rows, (1, R, values), each normalized by its moments over all ranks, in float32 or float64."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    moments = _of_all_ranks(kind.of(rows), group)
+    moments = Moments.of(rows, packed=group.size > 1 or not centered)
+    moments = _of_all_ranks(moments if centered else moments.about_zero(), group)
     return normalize(rows, moments, None, None, eps, group, eps_outside=eps_outside)
 
 
 def _of_all_ranks(moments: Moments, group: Communicator) -> Moments:
-    """Return the moments of all ranks. Issues one all-reduce."""
+    """Return the moments of all ranks from packed ones of this rank. Issues one all-reduce."""
     if group.size == 1:
         return moments
-    packed = moments.pack()  # [n·mean, M2 + n·mean², n], (2C + 1,) float64
-    return moments.unpack(Packed(sum_over_ranks(packed, group, followed=moments.followed)))
+    summands = moments.summands  # [n·mean, M2 + n·mean², n], (2C + 1,) float64; about zero (C + 1,)
+    return moments.with_sums(sum_over_ranks(summands, group, followed=moments.followed))
 
 
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The update of the running statistics.
+"""Which running statistics a forward pass updates.
 
 Shapes: running_mean and running_var (C,); num_batches_tracked () int64.
 """
@@ -8,20 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels import RawMoments
+from . import kernels
+from .kernels import RawMoments, Running
 from .moments import Moments
 
-__all__ = ["update"]
+__all__ = ["move", "to_move"]
 
 
-def update(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    moments: Moments,
-    momentum: float | None,
-) -> None:
-    """Update the buffers in place with the moments of the whole batch.
+def to_move(
+    running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None, momentum: float | None
+) -> Running | None:
+    """Return what a forward pass in training updates in place with the moments of the whole batch.
 
         running = (1 - momentum) * running + momentum * batch        (variance: unbiased, by the global count)
 
@@ -31,14 +28,19 @@ def update(
     (`torch.utils.checkpoint`) does not update them, since the first forward pass did.
     """
     if running_mean is None or running_var is None or _recomputing():
-        return
-    buffers = running_mean, running_var, num_batches_tracked
-    if not moments.followed:
-        moments.kernels.update_running(*buffers, moments.values, momentum)
+        return None
+    return Running(running_mean, running_var, num_batches_tracked, momentum)
+
+
+def move(running: Running | None, moments: Moments) -> None:
+    """Update the running statistics by torch's operations, which a transform or torch.compile can follow."""
+    if running is None:
         return
     try:
-        moments.kernels.update_running(*buffers, RawMoments(moments.values.detach()), momentum)
+        kernels.reference.update_running(running, RawMoments(moments.raw.detach()))
     except RuntimeError as error:  # from torch.func, which does not say which tensor it cannot update
+        if not moments.followed:
+            raise
         raise RuntimeError(
             "expected running statistics that the transform can update, got buffers that it does not map or receive: "
             "pass them as arguments of the transformed function, with torch.func.functional_call(model, (parameters, "

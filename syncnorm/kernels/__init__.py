@@ -33,7 +33,7 @@ from torch.nn import Parameter
 
 from . import reference
 from .epilogue import ACTIVATIONS, PLAIN, Epilogue, Saved
-from .vectors import Packed, RawMoments, Statistics, halves
+from .vectors import Packed, RawMoments, Running, Statistics, halves
 
 __all__ = [
     "ACTIVATIONS",
@@ -43,6 +43,7 @@ __all__ = [
     "Kernels",
     "Packed",
     "RawMoments",
+    "Running",
     "Saved",
     "Statistics",
     "halves",
@@ -54,42 +55,28 @@ __all__ = [
 class Kernels(Protocol):
     """What an implementation has. Inputs are (N, C, *) in any memory format; `reference` has the formulas."""
 
-    def moments(self, input: Tensor, mask: Tensor | None = None) -> RawMoments:
-        """Input -> [mean, M2, count]."""
-        ...
-
-    def pack(self, moments: RawMoments) -> Packed:
-        """[mean, M2, n] -> [n·mean, M2 + n·mean², n], which may take the memory of the argument."""
-        ...
-
-    def unpack(self, packed: Packed) -> RawMoments:
-        """[n·mean, M2 + n·mean², n] -> [mean, M2, n], which may take the memory of the argument."""
-        ...
-
-    def update_running(
-        self,
-        running_mean: Tensor,
-        running_var: Tensor,
-        num_batches_tracked: Tensor | None,
-        moments: RawMoments,
-        momentum: float | None,
-    ) -> None:
-        """Move the buffers in place."""
+    def moments(self, input: Tensor, mask: Tensor | None = None, *, packed: bool = False) -> RawMoments | Packed:
+        """Input -> [mean, M2, count], or packed for the all-reduce [n·mean, M2 + n·mean², n]."""
         ...
 
     def normalize(
         self,
         input: Tensor,
-        moments: RawMoments,
+        moments: RawMoments | Packed,
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
         eps: float,
         *,
+        packed: bool = False,
         eps_outside: bool = False,
         epilogue: Epilogue = PLAIN,
+        running: Running | None = None,
     ) -> tuple[Tensor, Statistics, Tensor | None]:
-        """Input and moments -> y, [mean, invstd, count], and the signs of z if the epilogue saves them."""
+        """Input and moments -> y, [mean, invstd, count], and the signs of z if the epilogue saves them.
+
+        Updates the running statistics. An error leaves them unchanged.
+        """
         ...
 
     def Backward(  # noqa: N802

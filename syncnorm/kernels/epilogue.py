@@ -1,6 +1,6 @@
 """What follows the affine map of a norm, in the same pass over the data.
 
-Shapes: residual (N, C, *), as the input; positive bits (⌈numel / 8⌉,) uint8.
+Shapes: residual (N, C, *), as the input; signs (R, B) uint8.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Saved(NamedTuple):
 
     Attributes:
         input: x; with an epilogue in place, y.
-        signs: one bit for each value, whether z > 0, if the epilogue saves signs.
+        signs: one bit for each value, whether z > 0, if the epilogue saves signs; see `signs`. The number of rows is up
+            to the implementation.
         residual: the residual, if the epilogue saves it.
     """
 

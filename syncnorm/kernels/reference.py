@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from .epilogue import LEAST_NOISE, NEGATIVE_SLOPE, PLAIN, Epilogue, Saved, rounding
-from .layout import channels_last
-from .vectors import Packed, RawMoments, Statistics, halves
+from .signs import from_bits, to_bits
+from .vectors import Packed, RawMoments, Running, Statistics, halves
 
 __all__ = [
     "Backward",
@@ -34,11 +35,11 @@ __all__ = [
 ]
 
 
-def moments(input: Tensor, mask: Tensor | None = None) -> RawMoments:
+def moments(input: Tensor, mask: Tensor | None = None, *, packed: bool = False) -> RawMoments | Packed:
     """Return mean Σ w x / Σ w, M2 = Σ w (x - mean)² and the count Σ w, (2C + 1,); zeros for an empty input.
 
-    The sums are of x - shift, where the shift is a first estimate of the mean, so they keep their digits however
-    large the mean is.
+    With `packed`, return them packed. The sums are of x - shift, where the shift is a first estimate of the mean, so
+    they keep their digits however large the mean is.
     """
     axes = _reduced_axes(input)
     x = input.to(_compute_dtype(input))
@@ -53,7 +54,8 @@ def moments(input: Tensor, mask: Tensor | None = None) -> RawMoments:
     centered = x - _per_channel(shift, x)
     correction = _weighted(centered, mask).sum(axes).double() / or_one(count)
     m2 = _weighted(centered.square(), mask).sum(axes).double() - count * correction.square()
-    return RawMoments(torch.cat([shift.double() + correction, m2.clamp_min(0), count.view(1)]))
+    result = RawMoments(torch.cat([shift.double() + correction, m2.clamp_min(0), count.view(1)]))
+    return pack(result) if packed else result
 
 
 def pack(moments: RawMoments) -> Packed:
@@ -72,51 +74,53 @@ def unpack(packed: Packed) -> RawMoments:
 
 
 @torch.no_grad()
-def update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    moments: RawMoments,
-    momentum: float | None,
-) -> None:
+def update_running(running: Running, moments: RawMoments) -> None:
     """Move the buffers in place towards mean and M2 / (n - 1), by momentum or 1 / num_batches_tracked, if n > 0."""
     (mean, m2), count = halves(moments), moments[-1]
     seen = count > 0  # () bool
-    batches = None if num_batches_tracked is None else num_batches_tracked + seen
-    if momentum is None:
+    batches = None if running.batches is None else running.batches + seen
+    if running.momentum is None:
         assert batches is not None
         factor = 1 / batches.double()
     else:
-        factor = torch.full_like(count, momentum)
-    for running, batch in ((running_mean, mean), (running_var, m2 / or_one(count - 1))):
-        moved = torch.lerp(running.double(), batch, factor)
-        running.copy_(torch.where(seen, moved, running))
-    if num_batches_tracked is not None and batches is not None:
-        num_batches_tracked.copy_(batches)  # last: a buffer that a transform cannot write has raised before it moves
+        factor = torch.full_like(count, running.momentum)
+    moved = [
+        torch.where(seen, torch.lerp(buffer.double(), batch, factor), buffer)
+        for buffer, batch in ((running.mean, mean), (running.var, m2 / or_one(count - 1)))
+    ]  # before any buffer moves: an allocation may fail
+    running.mean.copy_(moved[0])
+    running.var.copy_(moved[1])
+    if running.batches is not None and batches is not None:
+        running.batches.copy_(batches)  # last: a buffer that a transform cannot write has raised before it moves
 
 
 def normalize(
     input: Tensor,
-    moments: RawMoments,
+    moments: RawMoments | Packed,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     eps: float,
     *,
+    packed: bool = False,
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
+    running: Running | None = None,
 ) -> tuple[Tensor, Statistics, Tensor | None]:
     """Return y = activation((x - mean) * invstd * weight + bias + residual), the statistics, and the signs of z.
 
     invstd is 1 / sqrt(M2 / n + eps), or 1 / (sqrt(M2 / n) + eps) with eps_outside. y has the dtype and the memory
-    format of the input. Of the signs, (⌈numel / 8⌉,) uint8, bit i % 8 of byte i // 8 tells whether z > 0 for the value
-    at place i in the memory of y; they are None unless the epilogue saves signs.
+    format of the input. The signs tell whether z > 0, for all values in the order of y's memory. They are None unless
+    the epilogue saves signs. `Saved` has their format. The running statistics, if given, are updated.
     """
-    z, statistics = preactivation(input, moments, weight, bias, residual, eps, eps_outside=eps_outside)
-    signs = _to_bits(z > 0, input) if epilogue.saves_signs else None
+    raw = unpack(cast(Packed, moments)) if packed else cast(RawMoments, moments)
+    z, statistics = preactivation(input, raw, weight, bias, residual, eps, eps_outside=eps_outside)
+    signs = to_bits(z > 0, input) if epilogue.saves_signs else None
     y = activate(z, epilogue.activation).to(input.dtype)
     if epilogue.inplace:
         input.copy_(y)  # which may give another tensor back, where y is of a subclass
+    if running is not None:
+        update_running(running, raw)
     return (input if epilogue.inplace else y), statistics, signs
 
 
@@ -234,7 +238,7 @@ def _centered_and_grad(
     if activation is None:
         return centered, dy
     if saved.signs is not None:
-        positive = _from_bits(saved.signs, input)
+        positive = from_bits(saved.signs, input)
         return centered, torch.where(positive, dy, dy * NEGATIVE_SLOPE if activation == "leaky_relu" else 0)
     z = filled(_affine(centered, statistics, weight, bias, saved.residual))
     return centered, _BACKWARD[activation](dy, z)
@@ -274,20 +278,6 @@ _BACKWARD: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {  # dy and z 
     "silu": lambda dy, z: dy * _silu_derivative(z),
     "gelu_tanh": lambda dy, z: dy * _gelu_tanh_derivative(z),
 }
-
-
-def _to_bits(positive: Tensor, input: Tensor) -> Tensor:
-    """Return a bool tensor as bits in the order of the dense input's memory, (⌈numel / 8⌉,) uint8."""
-    flat = (positive.movedim(1, -1) if channels_last(input) else positive).reshape(-1)
-    flat = F.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    return (flat * (1 << torch.arange(8, device=flat.device))).sum(1).to(torch.uint8)
-
-
-def _from_bits(bits: Tensor, input: Tensor) -> Tensor:
-    """Return the bool tensor of the input's shape that `bits` stand for."""
-    flat = ((bits.view(-1, 1) >> torch.arange(8, device=bits.device, dtype=torch.uint8)) & 1).view(-1)
-    flat = flat[: input.numel()].bool()
-    return flat.view(input.movedim(1, -1).shape).movedim(-1, 1) if channels_last(input) else flat.view(input.shape)
 
 
 def _weighted(values: Tensor, mask: Tensor | None) -> Tensor:

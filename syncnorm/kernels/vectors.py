@@ -1,12 +1,15 @@
-"""Three vectors of (2C + 1,) float64 that mypy tells apart. Each has C values, C values, and the count."""
+"""Three vectors of (2C + 1,) float64 that mypy tells apart, and the running statistics that a kernel updates.
+
+Each vector has C values, C values, and the count.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NewType
+from typing import TYPE_CHECKING, NamedTuple, NewType
 
 from torch import Tensor
 
-__all__ = ["Packed", "RawMoments", "Statistics", "halves"]
+__all__ = ["Packed", "RawMoments", "Running", "Statistics", "halves"]
 
 if TYPE_CHECKING:
     RawMoments = NewType("RawMoments", Tensor)  # [mean, M2, count], with M2 = Σ (x - mean)²
@@ -18,6 +21,22 @@ else:  # torch.compile does not trace a NewType
         return tensor
 
     RawMoments = Packed = Statistics = _as_it_is
+
+
+class Running(NamedTuple):
+    """The buffers that a forward pass updates, and how.
+
+    Attributes:
+        mean: running_mean, (C,).
+        var: running_var, (C,).
+        batches: num_batches_tracked, () integer, or None.
+        momentum: None: 1 / num_batches_tracked, the cumulative average.
+    """
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor | None
+    momentum: float | None
 
 
 def halves(vector: RawMoments | Packed | Statistics) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,15 @@ struct MomentsArguments {
     const void *x;
     const void *mask;  // (N, S) in the type of the arithmetic, or null
     double *moments;   // (2C + 1,)
+    int64_t packed;    // moments are [n mean, M2 + n mean², n], else [mean, M2, n]
+};
+
+struct Running {  // statistics, (C,) each
+    void *mean, *var;
+    int64_t dtype;  // of these two; -1: there are none
+    int64_t *batches;  // or null
+    int64_t cumulative;
+    double momentum;
 };
 
 struct NormalizeArguments {
@@ -38,11 +47,13 @@ struct NormalizeArguments {
     const void *x;
     void *y;
     const double *moments;  // (2C + 1,)
+    int64_t packed;
     Parameters parameters;
     double eps;
     int64_t eps_outside;
     Epilogue epilogue;
     double *statistics;  // (2C + 1,)
+    Running running;
 };
 
 struct BackwardArguments {  // what both passes of the backward read
@@ -68,20 +79,6 @@ struct GradInputArguments {
     double eps_outside;
     void *dx;
     void *dz;  // like x, or null
-};
-
-struct UpdateArguments {
-    void *mean, *var;
-    int64_t dtype;  // of these two
-    int64_t *batches;  // or null
-    const double *moments;
-    int64_t c, cumulative;
-    double momentum;
-};
-
-struct PackArguments {
-    double *values;  // (2C + 1,)
-    int64_t c;
 };
 
 }  // namespace

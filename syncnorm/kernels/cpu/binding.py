@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..epilogue import ACTIVATIONS, PLAIN, Epilogue, Saved
 from ..layout import channels_last, in_dense_format
-from ..vectors import Packed, RawMoments, Statistics
+from ..vectors import Packed, RawMoments, Running, Statistics
 
-__all__ = ["ISA", "Backward", "moments", "normalize", "pack", "unpack", "update_running"]
+__all__ = ["ISA", "Backward", "moments", "normalize"]
 
 LIBRARY = Path(__file__).with_name("libsyncnorm_cpu.so")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -52,18 +52,18 @@ if ISA not in ("avx512", "avx2", "base"):
 
 # The structs of arguments.h. Arguments travel as one of them: a ctypes call of 16 arguments costs more than to pack it.
 _SHAPE, _PARAMETERS, _EPILOGUE = "6q", "PPq", "qPPq"
+_RUNNING = "PPqPqd"
 _BACKWARD = _SHAPE + "PPP" + _PARAMETERS + _EPILOGUE + "P"
 _LAYOUTS = {
     "Shape": _SHAPE,
     "Parameters": _PARAMETERS,
     "Epilogue": _EPILOGUE,
-    "MomentsArguments": _SHAPE + "PPP",
-    "NormalizeArguments": _SHAPE + "PPP" + _PARAMETERS + "dq" + _EPILOGUE + "P",
+    "Running": _RUNNING,
+    "MomentsArguments": _SHAPE + "PPPq",
+    "NormalizeArguments": _SHAPE + "PPPq" + _PARAMETERS + "dq" + _EPILOGUE + "P" + _RUNNING,
     "BackwardArguments": _BACKWARD,
     "ReduceGradArguments": _BACKWARD + "qPPP",
     "GradInputArguments": _BACKWARD + "PqdPP",
-    "UpdateArguments": "PPqPPqqd",
-    "PackArguments": "Pq",
 }
 
 
@@ -100,78 +100,29 @@ _moments = _function("moments", "MomentsArguments")
 _normalize = _function("normalize", "NormalizeArguments")
 _reduce_grad = _function("reduce_grad", "ReduceGradArguments")
 _grad_input = _function("grad_input", "GradInputArguments")
-_update_running = _function("update_running", "UpdateArguments")
-_pack = _function("pack", "PackArguments")
-_unpack = _function("unpack", "PackArguments")
 
 
-def moments(input: Tensor, mask: Tensor | None = None) -> RawMoments:
+def moments(input: Tensor, mask: Tensor | None = None, *, packed: bool = False) -> RawMoments | Packed:
     """See `reference.moments`."""
     x, shape = _dense(input)
     weights = _weights(mask, x)
     result = RawMoments(torch.empty(2 * shape[1] + 1, dtype=torch.float64, device="cpu"))
-    _moments(*shape, x.data_ptr(), _pointer(weights), result.data_ptr())
+    _moments(*shape, x.data_ptr(), _pointer(weights), result.data_ptr(), packed)
     return result
-
-
-def pack(moments: RawMoments) -> Packed:
-    """See `reference.pack`."""
-    _pack(moments.data_ptr(), len(moments) // 2)
-    return Packed(moments)
-
-
-def unpack(packed: Packed) -> RawMoments:
-    """See `reference.unpack`."""
-    _unpack(packed.data_ptr(), len(packed) // 2)
-    return RawMoments(packed)
-
-
-def update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    moments: RawMoments,
-    momentum: float | None,
-) -> None:
-    """See `reference.update_running`."""
-    dtype = running_mean.dtype
-    if not (
-        dtype in (torch.float32, torch.float64)
-        and dtype == running_var.dtype
-        and running_mean.is_contiguous()
-        and running_var.is_contiguous()
-        and (num_batches_tracked is None or num_batches_tracked.dtype == torch.int64)
-    ):
-        mean, var = running_mean.double().contiguous(), running_var.double().contiguous()
-        batches = None if num_batches_tracked is None else num_batches_tracked.long()
-        update_running(mean, var, batches, moments, momentum)
-        running_mean.copy_(mean)
-        running_var.copy_(var)
-        if num_batches_tracked is not None and batches is not None:
-            num_batches_tracked.copy_(batches)
-        return
-    _update_running(
-        running_mean.data_ptr(),
-        running_var.data_ptr(),
-        DTYPES[dtype],
-        _pointer(num_batches_tracked),
-        moments.data_ptr(),
-        len(running_mean),
-        momentum is None,
-        momentum or 0.0,
-    )
 
 
 def normalize(
     input: Tensor,
-    moments: RawMoments,
+    moments: RawMoments | Packed,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     eps: float,
     *,
+    packed: bool = False,
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
+    running: Running | None = None,
 ) -> tuple[Tensor, Statistics, Tensor | None]:
     """See `reference.normalize`."""
     x, shape = _dense(input)
@@ -180,12 +131,21 @@ def normalize(
     if residual is not None:
         residual = in_dense_format(residual, like=x)
         if epilogue.saves_signs:
-            signs = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
+            signs = torch.empty((1, (x.numel() + 7) // 8), dtype=torch.uint8, device="cpu")
     y = x if inplace else torch.empty_like(x)
     statistics = Statistics(torch.empty_like(moments))
-    pointers = (x.data_ptr(), y.data_ptr(), moments.data_ptr())
+    pointers = (x.data_ptr(), y.data_ptr(), moments.data_ptr(), packed)
     what_follows = (_ACTIVATIONS[epilogue.activation], _pointer(residual), _pointer(signs), inplace)
-    _normalize(*shape, *pointers, *parameters, eps, eps_outside, *what_follows, statistics.data_ptr())
+    moved = None if running is None else _that_kernels_can_move(running)
+    _normalize(
+        *(*shape, *pointers, *parameters, eps, eps_outside, *what_follows, statistics.data_ptr()),
+        *(_NOT_RUNNING if moved is None else _running(moved)),
+    )
+    if running is not None and moved is not None and moved is not running:
+        running.mean.copy_(moved.mean)
+        running.var.copy_(moved.var)
+        if running.batches is not None and moved.batches is not None:
+            running.batches.copy_(moved.batches)
     if inplace:
         y = input if x is input else input.copy_(x)
     return y, statistics, signs
@@ -267,6 +227,32 @@ def _parameters(
         return None, None, (0, 0, 0)
     bias = bias.contiguous()
     return None, bias, (0, bias.data_ptr(), DTYPES[bias.dtype])
+
+
+_NOT_RUNNING = (0, 0, -1, 0, False, 0.0)
+
+
+def _that_kernels_can_move(running: Running) -> Running:
+    """Return the buffers, or copies of them if they are not contiguous and of the usual dtypes."""
+    mean, var, batches, momentum = running
+    if (
+        mean.dtype in (torch.float32, torch.float64)
+        and mean.dtype == var.dtype
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and (batches is None or batches.dtype == torch.int64)
+    ):
+        return running
+    counted = None if batches is None else batches.to(torch.int64, copy=True)
+    return Running(mean.double().contiguous().clone(), var.double().contiguous().clone(), counted, momentum)
+
+
+def _running(running: Running) -> tuple[int, int, int, int, bool, float]:
+    mean, var, batches, momentum = running
+    return (
+        *(mean.data_ptr(), var.data_ptr(), DTYPES[mean.dtype], _pointer(batches)),
+        *(momentum is None, momentum or 0.0),
+    )
 
 
 def _weights(mask: Tensor | None, x: Tensor) -> Tensor | None:

@@ -21,7 +21,6 @@
 #include "backward.h"
 #include "moments.h"
 #include "normalize.h"
-#include "running.h"
 
 #define JOIN(a, b, c) a##b##c
 #define NAME(prefix, isa, function) JOIN(prefix, isa, _##function)
@@ -41,21 +40,6 @@ EXPORT(normalize)(const NormalizeArguments *arguments) { BY_DTYPE(normalize, arg
 EXPORT(reduce_grad)(const ReduceGradArguments *arguments) { BY_DTYPE(reduce_grad, arguments, arguments->of.shape) }
 EXPORT(grad_input)(const GradInputArguments *arguments) { BY_DTYPE(grad_input, arguments, arguments->of.shape) }
 
-EXPORT(update_running)(const UpdateArguments *arguments) {  // float32 or float64
-    arguments->dtype == FLOAT64 ? update_running<double>(*arguments) : update_running<float>(*arguments);
-    return 0;
-}
-
-EXPORT(pack)(const PackArguments *arguments) {
-    pack(*arguments);
-    return 0;
-}
-
-EXPORT(unpack)(const PackArguments *arguments) {
-    unpack(*arguments);
-    return 0;
-}
-
 #ifdef SYNCNORM_DISPATCH
 #define EXPORT_ONCE extern "C" __attribute__((visibility("default")))
 
@@ -67,13 +51,12 @@ EXPORT_ONCE uint32_t syncnorm_source() { return SYNCNORM_SOURCE; }
 EXPORT_SIZE(Shape)
 EXPORT_SIZE(Parameters)
 EXPORT_SIZE(Epilogue)
+EXPORT_SIZE(Running)
 EXPORT_SIZE(MomentsArguments)
 EXPORT_SIZE(NormalizeArguments)
 EXPORT_SIZE(BackwardArguments)
 EXPORT_SIZE(ReduceGradArguments)
 EXPORT_SIZE(GradInputArguments)
-EXPORT_SIZE(UpdateArguments)
-EXPORT_SIZE(PackArguments)
 
 EXPORT_ONCE const char *syncnorm_isa() {  // the best of this machine
 #if defined(__x86_64__)

@@ -6,6 +6,7 @@
 
 #include "arguments.h"
 #include "memory.h"
+#include "running.h"
 #include "sums.h"
 #include "walk.h"
 
@@ -111,6 +112,7 @@ template <class T> int moments(const MomentsArguments &a) {
         if (attempt == 0)
             for (int64_t c = 0; c < channels; ++c) mean[c] = in_memory<T>(mean[c]);
     }
+    if (a.packed) pack(a.moments, channels);
     return 0;
 }
 

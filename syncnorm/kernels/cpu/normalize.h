@@ -8,6 +8,7 @@
 #include "activations.h"
 #include "arguments.h"
 #include "memory.h"
+#include "running.h"
 #include "signs.h"
 #include "walk.h"
 
@@ -103,23 +104,36 @@ template <class M> AffineSegment<M> affine_segment(int64_t activation, bool by_p
     }
 }
 
+// Of moments: the statistics, and the running statistics if they are given. Nothing fails after this.
+inline void to_statistics(const NormalizeArguments &a) {
+    int64_t channels = a.shape.c;
+    double *invstd = a.statistics + channels;
+    if (a.packed) unpack(a.moments, channels, a.statistics);
+    else memcpy(a.statistics, a.moments, (2 * channels + 1) * sizeof(double));
+    if (a.running.dtype >= 0) {
+        a.running.dtype == FLOAT64 ? update_running<double>(a.running, a.statistics, channels)
+                                   : update_running<float>(a.running, a.statistics, channels);
+    }
+    double count = a.statistics[2 * channels] > 0 ? a.statistics[2 * channels] : 1;
+    SIMD for (int64_t c = 0; c < channels; ++c) {
+        double variance = invstd[c] / count;  // of M2, whose place it takes
+        invstd[c] = a.eps_outside ? 1 / (sqrt(variance) + a.eps) : 1 / sqrt(variance + a.eps);
+    }
+}
+
 template <class T, class M> int normalize(const NormalizeArguments &a) {
     using R = typename Arithmetic<T>::type;
     int64_t channels = a.shape.c;
-    double count = a.moments[2 * channels] > 0 ? a.moments[2 * channels] : 1;
-    SIMD for (int64_t c = 0; c < channels; ++c) {
-        double variance = a.moments[channels + c] / count;
-        a.statistics[c] = a.moments[c];
-        a.statistics[channels + c] = a.eps_outside ? 1 / (sqrt(variance) + a.eps) : 1 / sqrt(variance + a.eps);
+    if (a.shape.values() == 0) {
+        to_statistics(a);
+        return 0;
     }
-    a.statistics[2 * channels] = a.moments[2 * channels];
-    if (a.shape.values() == 0) return 0;
-
     const T *x = static_cast<const T *>(a.x), *residual = static_cast<const T *>(a.epilogue.residual);
     uint8_t *signs = a.epilogue.signs;
     Walk walk(a.shape, signs);
     Scratch scratch(Affine<R>::bytes(walk) + 4 * walk.threads * Scratch::bytes<M>(SEGMENT));
     if (!scratch) return 1;
+    to_statistics(a);
     Affine<R> map(scratch, walk);
     map.fill(scratch, walk, a.statistics, a.statistics + channels, a.parameters);
     M *buffers = scratch.array<M>(4 * walk.threads * SEGMENT);

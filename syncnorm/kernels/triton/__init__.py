@@ -7,119 +7,102 @@ arguments, each a pointer into contiguous memory:
     x, y, dx         (N, C, S) or (N * S, C), in the dtype of the input; y, dx written
     dy, dz           the same, in the dtype of the upstream gradient; dz written
     residual         the same
-    signs            (⌈numel / 8⌉,) uint8, one bit for each value, in the order of memory; or one byte for each
+    signs            (R, ⌈V / 8⌉) uint8, one bit for each value, for R runs of V contiguous values
     mask             (N * S,) uint8 or floating point, the weight of each position; None: ones
     weight, bias     (C,) of any floating dtype, or None
-    moments          (2C + 1,) = [mean, M2, count]; partial moments (W, 2C + 1)
-    packed           (2C + 1,) = [n·mean, M2 + n·mean², n]
+    moments          (2C + 1,) = [mean, M2, count], or packed [n·mean, M2 + n·mean², n]
     statistics       (2C + 1,) = [mean, invstd, count]
-    grad_weight      (C,) = Σ dz * x̂ in float64 or float32; grad_bias = Σ dz
-    sums             (2, C) = [Σ weight * dz, Σ weight * dz * x̂]; partial sums (W, 2, C) = [Σ dz, Σ dz * x̂]
+    grad_weight      (C,) = Σ dz * x̂ of any floating dtype; grad_bias = Σ dz
+    sums             (2, C) = [Σ weight * dz, Σ weight * dz * x̂]
+    partial          per block of channels (W, 2, BC): mean and M2, with counts (W,), or Σ dz and Σ dz * x̂
+    counters         one int32 per block of channels, 0
 
 A pass walks over tiles of BC channels by BP positions. A program has one block of channels and a run of `per` tiles
 along N and S, and there are W runs. Reductions are deterministic: each thread sums its own values in float32 (float64
-for float64 inputs), their sums are merged in float64, within the program and then over the W runs by a second kernel.
-Nothing asks the device: grids follow from shapes, so a CUDA graph can hold all of it.
+for float64 inputs), and their sums are merged in float64, within the program and then over the W runs, by the last
+program of the block to finish, in the order of the runs. So a step is two kernels forward and two backward.
+
+Nothing reads the device: grids follow from shapes, so a CUDA graph can hold all of it.
 """
+
+from __future__ import annotations
 
 import struct
 
 import torch
-import triton
 from torch import Tensor
 
 from ..epilogue import PLAIN, Epilogue, Saved, rounding
 from ..layout import in_dense_format
-from ..vectors import Packed, RawMoments, Statistics
+from ..signs import from_bits, to_bits
+from ..vectors import Packed, RawMoments, Running, Statistics
 from . import plan
-from .backward import grad_input_kernel, merge_sums_kernel, reduce_grad_kernel
-from .moments import merge_moments_kernel, moments_kernel, pack_kernel, unpack_kernel, update_running_kernel
-from .normalize import normalize_kernel, to_bits_kernel
+from .backward import grad_input_kernel, reduce_grad_kernel
+from .launch import launch
+from .moments import moments_kernel
+from .normalize import normalize_kernel
+from .workspace import counters
 
-__all__ = ["Backward", "moments", "normalize", "pack", "unpack", "update_running"]
+__all__ = ["Backward", "moments", "normalize"]
 
 
-def moments(input: Tensor, mask: Tensor | None = None) -> RawMoments:
-    """Return [mean, M2, count], (2C + 1,). One kernel, and one to merge its runs if there are several."""
+def moments(input: Tensor, mask: Tensor | None = None, *, packed: bool = False) -> RawMoments | Packed:
+    """Return [mean, M2, count], (2C + 1,), or packed. One kernel."""
     x = in_dense_format(input)
     division = plan.for_reduction(x)
-    partial = _empty_float64(x, division.runs, 2 * x.shape[1] + 1)
-    plan.launch(moments_kernel, division, x, _positions(mask, x), partial)
-    if division.runs == 1:
-        return RawMoments(partial[0])
-    result = RawMoments(_empty_float64(x, partial.shape[1]))
-    plan.merge_runs(merge_moments_kernel, x, partial, result)
+    result = RawMoments(_empty_float64(x, 2 * x.shape[1] + 1))
+    tensors = (x, _positions(mask, x), result, *_workspace(x, division, counts=1))
+    launch(moments_kernel, division.programs, tensors, division.sizes, (*division.constants, division.rows, packed))
     return result
-
-
-def pack(moments: RawMoments) -> Packed:
-    """Replace moments by [n·mean, M2 + n·mean², n], (2C + 1,)."""
-    return Packed(plan.launch_per_channel(pack_kernel, moments))
-
-
-def unpack(packed: Packed) -> RawMoments:
-    """Replace `packed` by the moments, (2C + 1,), that it stands for."""
-    return RawMoments(plan.launch_per_channel(unpack_kernel, packed))
-
-
-def update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    moments: RawMoments,
-    momentum: float | None,
-) -> None:
-    """Move the buffers in place towards mean and M2 / (n - 1), by momentum or 1 / num_batches_tracked, if n > 0."""
-    with torch.cuda.device_of(running_mean):
-        update_running_kernel[(1,)](
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            moments,
-            _bits(momentum or 0.0),
-            running_mean.shape[0],
-            running_mean.stride(0),
-            running_var.stride(0),
-            CUMULATIVE=momentum is None,
-            BLOCK=plan.RUNNING_BLOCK,
-            **plan.OPTIONS,
-        )
 
 
 def normalize(
     input: Tensor,
-    moments: RawMoments,
+    moments: RawMoments | Packed,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     eps: float,
     *,
+    packed: bool = False,
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
+    running: Running | None = None,
 ) -> tuple[Tensor, Statistics, Tensor | None]:
     """Return y, [mean, invstd, count] and the signs of z if the epilogue keeps them. One kernel.
 
-    Where the innermost size is no multiple of 8, the signs go through a byte each and a second kernel.
+    It updates the running statistics too. All memory is allocated before, so an error leaves them unchanged.
     """
     x = in_dense_format(input)
     division = plan.for_map(x)
     y = x if epilogue.inplace else torch.empty_like(x)
     statistics = Statistics(torch.empty_like(moments))
-    whole_bytes = division.constants["ALIGN"] >= 8
-    values = x.numel() // 8 if whole_bytes else x.numel()
-    signs = torch.empty(values, dtype=torch.uint8, device=x.device) if epilogue.saves_signs else None
-    pointers = (x, moments, *_contiguous(weight, bias), _like(residual, x), y, statistics, signs)
-    plan.launch(
+    signs = None
+    if epilogue.saves_signs:
+        signs = torch.empty(division.lines, division.bytes, dtype=torch.uint8, device=x.device)
+    moved: tuple[Tensor | None, ...] = (None, None, None)
+    momentum = None
+    if running is not None:
+        moved, momentum = _contiguous(running.mean, running.var, running.batches), running.momentum
+    launch(
         normalize_kernel,
-        division,
-        *pointers,
-        _bits(eps),
-        EPS_OUTSIDE=eps_outside,
-        ACTIVATION=epilogue.activation,
-        WHOLE_BYTES=whole_bytes,
+        division.programs + (running is not None),
+        (x, moments, *_contiguous(weight, bias), _like(residual, x), y, statistics, signs, *moved),
+        division.sizes,
+        (
+            *division.constants,
+            packed,
+            eps_outside,
+            epilogue.activation,
+            running is not None and momentum is None,
+            plan.RUNNING_CHANNELS,
+        ),
+        (_bits(eps), _bits(momentum or 0.0)),
     )
-    if signs is not None and not whole_bytes:
-        signs = _to_bits(signs)
+    if running is not None:
+        for buffer, result in zip(running[:3], moved, strict=True):
+            if buffer is not result and buffer is not None and result is not None:  # it was not contiguous
+                buffer.copy_(result)
     if epilogue.inplace:
         y = input if y is input else input.copy_(y)
     return y, statistics, signs
@@ -142,31 +125,22 @@ class Backward:
         self.x = x = in_dense_format(saved.input)
         self.weight, bias = _contiguous(weight, bias)
         self.dtype_of_dz = grad_output.dtype if saved.has_residual else None
-        kept = saved.signs if saved.signs is not None else _like(saved.residual, x)
+        kept = _like(saved.residual, x) if saved.signs is None else _rows_of_signs(saved.signs, x)
         self.read = (_like(grad_output, x), x, statistics, self.weight, bias, kept, _positions(mask, x))
         relative, least = rounding(x.dtype, epilogue.activation) if epilogue.inplace else (None, None)
-        self.constants = {
-            "ACTIVATION": epilogue.activation,
-            "KEPT_SIGNS": saved.signs is not None,
-            "ROUNDING": relative,
-            "LEAST_ROUNDING": least,
-        }
+        self.constants = (epilogue.activation, saved.signs is not None, relative, least)
 
     def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-        """See `reference.Backward.reduce_grad`. One kernel, or two as in `moments`, and casts to half precision."""
+        """See `reference.Backward.reduce_grad`. One kernel."""
         x = self.x
         division = plan.for_reduction(x)
         sums = _empty_float64(x, 2, x.shape[1])
-        wide = dtype if dtype == torch.float32 else torch.float64
-        grad_weight, grad_bias = torch.empty_like(sums[0], dtype=wide), torch.empty_like(sums[0], dtype=wide)
-        results = (grad_weight, grad_bias, sums)
-        if division.runs == 1:
-            plan.launch(reduce_grad_kernel, division, *self.read, None, *results, **self.constants)
-        else:
-            partial = _empty_float64(x, division.runs, 2, x.shape[1])
-            plan.launch(reduce_grad_kernel, division, *self.read, partial, None, None, None, **self.constants)
-            plan.merge_runs(merge_sums_kernel, x, partial, self.weight, *results)
-        return grad_weight.to(dtype), grad_bias.to(dtype), sums
+        grad_weight = torch.empty(x.shape[1], dtype=dtype, device=x.device)
+        grad_bias = torch.empty_like(grad_weight)
+        tensors = (*self.read, grad_weight, grad_bias, sums, *_workspace(x, division))
+        constants = (*division.constants, division.rows, *self.constants)
+        launch(reduce_grad_kernel, division.programs, tensors, division.sizes, constants)
+        return grad_weight, grad_bias, sums
 
     def grad_input(
         self, sums: Tensor | None, *, centered: bool = True, eps_outside: float = 0.0
@@ -174,19 +148,33 @@ class Backward:
         """See `reference.Backward.grad_input`. One kernel."""
         dx = torch.empty_like(self.x)
         dz = None if self.dtype_of_dz is None else torch.empty_like(self.x, dtype=self.dtype_of_dz)
-        pointers = (*self.read, *_contiguous(sums), dx, dz)
         division = plan.for_map(self.x)
-        plan.launch(grad_input_kernel, division, *pointers, _bits(eps_outside), CENTERED=centered, **self.constants)
+        launch(
+            grad_input_kernel,
+            division.programs,
+            (*self.read, *_contiguous(sums), dx, dz),
+            division.sizes,
+            (*division.constants, *self.constants, centered),
+            (_bits(eps_outside),),
+        )
         return dx, dz
 
 
-def _to_bits(positive: Tensor) -> Tensor:
-    bits = torch.empty(triton.cdiv(positive.numel(), 8), dtype=torch.uint8, device=positive.device)
-    if len(bits):
-        with torch.cuda.device_of(bits):
-            programs = triton.cdiv(len(bits), plan.BITS_BLOCK)
-            to_bits_kernel[(programs,)](positive, bits, len(positive), plan.BITS_BLOCK, **plan.OPTIONS)
-    return bits
+def _workspace(x: Tensor, division: plan.Division, counts: int = 0) -> tuple[Tensor | None, Tensor | None]:
+    """Return memory for the partial results of the runs, each a pair per channel and some counts, and counters."""
+    if division.runs == 1:
+        return None, None
+    _, _, channels, _, _ = division.constants
+    return (
+        _empty_float64(x, division.programs * (2 * channels + counts)),
+        counters(x.get_device(), division.blocks),
+    )
+
+
+def _rows_of_signs(signs: Tensor, x: Tensor) -> Tensor:
+    """Return the signs in the rows that `normalize` here writes, if another implementation wrote them."""
+    lines = plan.for_map(x).lines
+    return signs if len(signs) == lines else to_bits(from_bits(signs, x), x, lines)
 
 
 def _bits(value: float) -> int:

@@ -9,15 +9,16 @@ from .device import (
     affine,
     column,
     from_bits,
+    is_last,
     jit_pass,
     load_bits,
     load_channels,
+    load_rows,
     load_statistics,
     load_weights,
     or_one,
     place,
     place_from_the_end,
-    row_pointers,
     store_cast,
     store_pair,
     through_activation,
@@ -32,17 +33,19 @@ def reduce_grad_kernel(
     dy, x, statistics, weight, bias,
     kept,  # signs or residual, or None
     mask,
-    partial,  # None if there is one run, which has the rest
     grad_weight,
     grad_bias,
     sums,
+    partial,  # None if there is one run
+    counters,
     C, S, tiles, per, blocks,
     ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
     ROUNDING: tl.constexpr, LEAST_ROUNDING: tl.constexpr,  # of y; None: not in place
 ):  # fmt: skip
-    """Of dy and x: partial sums, or if there is one run grad_weight, grad_bias and sums."""
-    C, S, block, run = place(C, S, blocks, ALIGN, LAST)
+    """Of dy and x: grad_weight, grad_bias and sums."""
+    C, S, block, run, runs = place(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST)
     channels = block * BC + tl.arange(0, BC)
     mean, invstd = load_statistics(statistics, channels, C)
     high, low, scale, shift = affine(mean, invstd, weight, bias, channels, C, ACC)
@@ -55,7 +58,7 @@ def reduce_grad_kernel(
         offsets, inside, positions, exists = tile_offsets(tile, channels, C, S, BP, LAST)
         centered, dz = _centered_and_grad(
             dy, x, kept, tile, block, C, S, offsets, inside, high, low, scale, shift, inverse,
-            ACC, ACTIVATION, KEPT_SIGNS, ALIGN, LAST, BC, BP,
+            ACC, ACTIVATION, KEPT_SIGNS, LAST, BC, BP,
         )  # fmt: skip
         if mask is not None:
             w = load_weights(mask, positions, exists, ACC)
@@ -67,22 +70,23 @@ def reduce_grad_kernel(
     if partial is None:
         _store_sums(grad_weight, grad_bias, sums, first, second, weight, channels, C)
     else:
-        store_pair(partial + run.to(tl.int64) * (2 * C), first, second, channels, C)
+        of_block = partial + block.to(tl.int64) * runs * (2 * BC)  # (runs, 2, BC)
+        store_pair(of_block + run * (2 * BC), first, second, tl.arange(0, BC), BC)
+        if is_last(counters + block, runs):
+            first, second = _merge(of_block, runs, BC, ROWS)
+            _store_sums(grad_weight, grad_bias, sums, first, second, weight, channels, C)
 
 
-@jit_pass
-def merge_sums_kernel(
-    partial, weight, grad_weight, grad_bias, sums, C, runs, RUNS: tl.constexpr, CHANNELS: tl.constexpr
-):  # fmt: skip
-    """Of partial sums: grad_weight, grad_bias and sums."""
-    channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    first = tl.zeros((RUNS, CHANNELS), tl.float64)
-    second = tl.zeros((RUNS, CHANNELS), tl.float64)
-    for start in range(0, runs, RUNS):
-        rows, inside = row_pointers(partial, start, runs, 2 * C, channels, C, RUNS)
-        first += tl.load(rows[:, None] + channels[None, :], mask=inside, other=0)
-        second += tl.load(rows[:, None] + C + channels[None, :], mask=inside, other=0)
-    _store_sums(grad_weight, grad_bias, sums, tl.sum(first, 0), tl.sum(second, 0), weight, channels, C)
+@triton.jit
+def _merge(partial, runs, BC: tl.constexpr, ROWS: tl.constexpr):
+    """Return the sums of all runs, in the order of the runs, whichever program ends last."""
+    first = tl.zeros((ROWS, BC), tl.float64)
+    second = tl.zeros((ROWS, BC), tl.float64)
+    for row in range(0, runs, ROWS):
+        one, other = load_rows(partial, row, runs, BC, ROWS)
+        first += one
+        second += other
+    return tl.sum(first, 0), tl.sum(second, 0)
 
 
 @jit_pass
@@ -93,7 +97,7 @@ def grad_input_kernel(
     sums,  # of all shards; None: the statistics are constants
     dx,
     dz,  # or None
-    eps_bits,  # 0 with epsilon inside of the root
+    eps_bits: tl.int64,  # 0 with epsilon inside of the root
     C, S, tiles, per, blocks,
     ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
     ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
@@ -101,7 +105,7 @@ def grad_input_kernel(
     CENTERED: tl.constexpr,  # not about zero
 ):  # fmt: skip
     """Of dy and x: dx and dz. It walks backwards, as `normalize_kernel` does."""
-    C, S, block, run = place_from_the_end(C, S, blocks, ALIGN, LAST)
+    C, S, block, run = place_from_the_end(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST)
     channels = block * BC + tl.arange(0, BC)
     mean, invstd = load_statistics(statistics, channels, C)
     high, low, scale, shift = affine(mean, invstd, weight, bias, channels, C, ACC)
@@ -120,7 +124,7 @@ def grad_input_kernel(
         offsets, inside, positions, exists = tile_offsets(tile, channels, C, S, BP, LAST)
         centered, grad = _centered_and_grad(
             dy, x, kept, tile, block, C, S, offsets, inside, high, low, scale, shift, inverse,
-            ACC, ACTIVATION, KEPT_SIGNS, ALIGN, LAST, BC, BP,
+            ACC, ACTIVATION, KEPT_SIGNS, LAST, BC, BP,
         )  # fmt: skip
         result = grad * scale
         if sums is not None:
@@ -162,7 +166,7 @@ def _inverse_scale(
 def _centered_and_grad(
     dy, x, kept, tile, block, C, S, offsets, inside, high, low, scale, shift, inverse,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
-    ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Return x - mean, and dz from dy: what passes through the activation, (BC, BP). In place, x is y."""
     grad = tl.load(dy + offsets, mask=inside, other=0).to(ACC)
@@ -175,10 +179,7 @@ def _centered_and_grad(
     else:
         centered = (value - high) - low
         if KEPT_SIGNS:
-            if ALIGN >= 8:
-                bit = load_bits(kept, tile, block, C, S, BC, BP, LAST)
-            else:
-                bit = tl.load(kept + (offsets >> 3), mask=inside, other=0) >> (offsets & 7).to(tl.uint8)
+            bit = load_bits(kept, tile, block, C, S, BC, BP, LAST)
             grad = tl.where((bit & 1) > 0, grad, grad * (NEGATIVE_SLOPE if ACTIVATION == "leaky_relu" else 0.0))
         elif ACTIVATION is not None:
             z = centered * scale + shift

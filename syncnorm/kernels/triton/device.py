@@ -8,25 +8,38 @@ from ..epilogue import NEGATIVE_SLOPE as _NEGATIVE_SLOPE
 NEGATIVE_SLOPE = tl.constexpr(_NEGATIVE_SLOPE)
 
 # Sizes change with every batch of images of other sizes: they are no reason to compile again.
-jit_pass = triton.jit(do_not_specialize=["C", "S", "tiles", "per", "blocks", "runs", "eps_bits"])
+jit_pass = triton.jit(do_not_specialize=["C", "S", "tiles", "per", "blocks", "eps_bits", "momentum_bits"])
 
 
 @triton.jit
-def place(C, S, blocks, ALIGN: tl.constexpr, LAST: tl.constexpr):
-    """Return C, S and the block of channels and the run of tiles that this program has."""
-    program = tl.program_id(0)
+def place(program, programs, C, S, blocks, ALIGN: tl.constexpr, LAST: tl.constexpr):
+    """Return C, S, the block of channels and the run of tiles that a program has, and the number of runs."""
     if LAST:
         C = C * ALIGN
     else:
         S = S * ALIGN
-    return C, S, program % blocks, program // blocks
+    return C, S, program % blocks, program // blocks, programs // blocks
 
 
 @triton.jit
-def place_from_the_end(C, S, blocks, ALIGN: tl.constexpr, LAST: tl.constexpr):
-    """Return what `place` returns, with the last run for the first program."""
-    C, S, block, run = place(C, S, blocks, ALIGN, LAST)
-    return C, S, block, tl.num_programs(0) // blocks - 1 - run
+def place_from_the_end(program, programs, C, S, blocks, ALIGN: tl.constexpr, LAST: tl.constexpr):
+    """Return C, S, block and run as `place` does, but the last run for the first program."""
+    C, S, block, run, runs = place(program, programs, C, S, blocks, ALIGN, LAST)
+    return C, S, block, runs - 1 - run
+
+
+@triton.jit
+def is_last(counter, programs):
+    """Return whether this program is the last of `programs` that ask. It then sees all that the others have stored.
+
+    The counter is 0 before the first and after the last. What it sees has to be loaded past the L1 cache, with ".cg".
+    """
+    tl.debug_barrier()  # all threads of this program have stored
+    before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    last = before == programs - 1
+    if last:
+        tl.store(counter, 0)
+    return last
 
 
 @triton.jit
@@ -76,10 +89,16 @@ def load_statistics(statistics, channels, C):
 
 
 @triton.jit
-def load_moments(moments, channels, C):
-    """Return mean, M2 and the count, or what takes their places when packed."""
+def load_moments(moments, channels, C, PACKED: tl.constexpr):
+    """Return mean, M2 and the count, of moments or packed moments."""
     mean, m2 = load_statistics(moments, channels, C)
-    return mean, m2, tl.load(moments + 2 * C)
+    count = tl.load(moments + 2 * C)
+    if PACKED:
+        total, total_square = mean, m2
+        mean = total / or_one(count)
+        m2 = tl.fma(-total, mean, total_square)  # explicit: the same bits in each compiled kernel
+        m2 = tl.where(m2 < 0, 0.0, m2)
+    return mean, m2, count
 
 
 @triton.jit
@@ -98,10 +117,14 @@ def store_cast(pointers, values, inside):
 
 
 @triton.jit
-def row_pointers(partial, first, runs, size, channels, C, RUNS: tl.constexpr):
-    """Return pointers to rows of `size`, from the `first` on, (RUNS,), and which values exist, (RUNS, CHANNELS)."""
-    rows = first + tl.arange(0, RUNS)
-    return partial + rows.to(tl.int64) * size, (rows < runs)[:, None] & (channels < C)[None, :]
+def load_rows(partial, first, runs, BC: tl.constexpr, ROWS: tl.constexpr):
+    """Return both halves of partial results, (runs, 2, BC), from the first row on, (ROWS, BC); 0 after the last."""
+    rows = first + tl.arange(0, ROWS)[:, None]
+    pointers = partial + rows * (2 * BC) + tl.arange(0, BC)[None, :]
+    inside = (rows < runs) & (tl.arange(0, BC)[None, :] < BC)
+    one = tl.load(pointers, mask=inside, other=0, cache_modifier=".cg")
+    other = tl.load(pointers + BC, mask=inside, other=0, cache_modifier=".cg")
+    return one, other
 
 
 @triton.jit
@@ -121,13 +144,13 @@ def affine(mean, invstd, weight, bias, channels, C, ACC: tl.constexpr):
 
 @triton.jit
 def _byte_offsets(tile, block, C, S, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr):
-    """Return where the bytes of a tile's bits are, and which exist, if its size along memory is a multiple of 8."""
+    """Return where the bytes of a tile's bits are, and which exist. Each run along the memory has whole bytes."""
     if LAST:
         channels = block * (BC // 8) + tl.arange(0, BC // 8)
-        offsets, inside, _, _ = tile_offsets(tile, channels, C // 8, S, BP, LAST)
+        offsets, inside, _, _ = tile_offsets(tile, channels, tl.cdiv(C, 8), S, BP, LAST)
     else:
         channels = block * BC + tl.arange(0, BC)
-        offsets, inside, _, _ = tile_offsets(tile, channels, C, S // 8, BP // 8, LAST)
+        offsets, inside, _, _ = tile_offsets(tile, channels, C, tl.cdiv(S, 8), BP // 8, LAST)
     return offsets, inside
 
 

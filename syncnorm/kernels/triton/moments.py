@@ -1,18 +1,15 @@
-"""The kernels of `moments`, `pack`, `unpack` and `update_running`."""
+"""The kernel of `moments`."""
 
 import triton
 import triton.language as tl
 
 from .device import (
-    from_bits,
+    is_last,
     jit_pass,
-    load_channels,
-    load_moments,
+    load_rows,
     load_weights,
     or_one,
     place,
-    row_pointers,
-    store_cast,
     store_pair,
     tile_offsets,
 )
@@ -20,15 +17,20 @@ from .device import (
 
 @jit_pass
 def moments_kernel(
-    x, mask, partial, C, S, tiles, per, blocks,
+    x, mask, moments,
+    partial,  # None if there is one run
+    counters,
+    C, S, tiles, per, blocks,
     ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Of x and mask: partial moments.
+    """Of x and mask: moments, or packed.
 
     Each thread sums about the first value that it finds. However far that is from the others, it is one of them, so
     it can cost no more digits than the variance of the thread's few values makes up for.
     """
-    C, S, block, run = place(C, S, blocks, ALIGN, LAST)
+    C, S, block, run, runs = place(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST)
     channels = block * BC + tl.arange(0, BC)
     total_weight = tl.zeros((1, BP), ACC)
     shift = tl.zeros((BC, BP), ACC)
@@ -54,87 +56,45 @@ def moments_kernel(
     difference = mean - center.to(ACC)[:, None]
     m2 = tl.sum(total_square - correction * total + total_weight * difference * difference, 1)
     mean, m2 = middle.to(tl.float64) + center, m2.to(tl.float64)
-    _store_moments(partial + run.to(tl.int64) * (2 * C + 1), mean, m2, count, channels, C, block)
+    if partial is None:
+        _store_moments(moments, mean, m2, count, channels, C, block, PACKED)
+    else:
+        of_block = partial + block.to(tl.int64) * runs * (2 * BC + 1)  # (runs, 2, BC), then the counts (runs,)
+        counts = of_block + runs * (2 * BC)
+        store_pair(of_block + run * (2 * BC), mean, m2, tl.arange(0, BC), BC)
+        tl.store(counts + run, count)
+        if is_last(counters + block, runs):
+            mean, m2, count = _merge(of_block, counts, runs, BC, ROWS)
+            _store_moments(moments, mean, m2, count, channels, C, block, PACKED)
 
 
-@jit_pass
-def merge_moments_kernel(partial, moments, C, runs, RUNS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of partial moments: the moments of all runs."""
-    channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    shift = load_channels(partial, channels, C, 0.0)[None, :]
-    weight = tl.zeros((RUNS,), tl.float64)
-    total = tl.zeros((RUNS, CHANNELS), tl.float64)
-    total_square = tl.zeros((RUNS, CHANNELS), tl.float64)
-    for first in range(0, runs, RUNS):
-        rows, inside = row_pointers(partial, first, runs, 2 * C + 1, channels, C, RUNS)
-        w = tl.load(rows + 2 * C, mask=first + tl.arange(0, RUNS) < runs, other=0)
-        difference = tl.load(rows[:, None] + channels[None, :], mask=inside, other=0) - shift
-        m2 = tl.load(rows[:, None] + C + channels[None, :], mask=inside, other=0)
+@triton.jit
+def _merge(partial, counts, runs, BC: tl.constexpr, ROWS: tl.constexpr):
+    """Return the moments of all runs, in the order of the runs, whichever program ends last."""
+    shift, _ = load_rows(partial, 0, 1, BC, 1)
+    weight = tl.zeros((ROWS,), tl.float64)
+    total = tl.zeros((ROWS, BC), tl.float64)
+    total_square = tl.zeros((ROWS, BC), tl.float64)
+    for first in range(0, runs, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        w = tl.load(counts + rows, mask=rows < runs, other=0, cache_modifier=".cg")
+        mean, m2 = load_rows(partial, first, runs, BC, ROWS)
+        difference = mean - shift
         weight += w
         total += w[:, None] * difference
         total_square += m2 + w[:, None] * difference * difference
     count = tl.sum(weight)
     first_moment = tl.sum(total, 0)
     correction = first_moment / or_one(count)
-    m2 = tl.sum(total_square, 0) - correction * first_moment
-    _store_moments(moments, tl.sum(shift, 0) + correction, m2, count, channels, C, tl.program_id(0))
-
-
-@jit_pass
-def pack_kernel(values, C, BLOCK: tl.constexpr):
-    """Of moments: packed, in place."""
-    channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mean, m2, count = load_moments(values, channels, C)
-    store_pair(values, count * mean, m2 + count * mean * mean, channels, C)
-
-
-@jit_pass
-def unpack_kernel(values, C, BLOCK: tl.constexpr):
-    """Of packed moments: the moments, in place."""
-    channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total, total_square, count = load_moments(values, channels, C)
-    mean = total / or_one(count)
-    m2 = total_square - total * mean
-    store_pair(values, mean, tl.where(m2 < 0, 0.0, m2), channels, C)
-
-
-@triton.jit(do_not_specialize=["C", "mean_stride", "var_stride", "momentum_bits"])
-def update_running_kernel(
-    running_mean,  # (C,) moved, as running_var
-    running_var,
-    num_batches_tracked,  # () integer, moved; or None
-    moments,
-    momentum_bits,
-    C, mean_stride, var_stride, CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Move the buffers. One program, since all channels need the counter before it moves."""
-    count = tl.load(moments + 2 * C)
-    factor = from_bits(momentum_bits)
-    if num_batches_tracked is not None:
-        batches = tl.load(num_batches_tracked) + (count > 0).to(tl.int64)
-        if CUMULATIVE:
-            factor = 1 / or_one(batches.to(tl.float64))
-        tl.debug_barrier()  # every warp has read it
-        tl.store(num_batches_tracked, batches)
-    moved = tl.where(count > 0, C, 0)
-    for first in range(0, C, BLOCK):
-        channels = first + tl.arange(0, BLOCK)
-        inside = channels < moved
-        mean, m2, _ = load_moments(moments, channels, C)
-        _move(running_mean + channels * mean_stride, mean, factor, inside)
-        _move(running_var + channels * var_stride, m2 / or_one(count - 1), factor, inside)
+    return tl.sum(shift, 0) + correction, tl.sum(total_square, 0) - correction * first_moment, count
 
 
 @triton.jit
-def _store_moments(moments, mean, m2, count, channels, C, block):
-    """Store moments, M2 not below 0; the count with the first block of channels."""
-    store_pair(moments, mean, tl.where(m2 < 0, 0.0, m2), channels, C)
+def _store_moments(moments, mean, m2, count, channels, C, block, PACKED: tl.constexpr):
+    """Store moments, M2 not below 0, or packed; the count with the first block of channels."""
+    m2 = tl.where(m2 < 0, 0.0, m2)
+    if PACKED:
+        store_pair(moments, count * mean, m2 + count * mean * mean, channels, C)
+    else:
+        store_pair(moments, mean, m2, channels, C)
     tl.store(moments + 2 * C, count, mask=block == 0)
-
-
-@triton.jit
-def _move(running, batch, factor, inside):
-    """Store running + factor * (batch - running), in the way of torch.lerp."""
-    old = tl.load(running, mask=inside, other=0).to(tl.float64)
-    new = tl.where(factor < 0.5, old + factor * (batch - old), batch - (batch - old) * (1 - factor))
-    store_cast(running, new, inside)

@@ -1,0 +1,88 @@
+"""A step of a layer is two kernels forward and two backward beside its all-reduces, on the CPU and in Triton."""
+
+import os
+
+import pytest
+import torch
+from interpreter import run_python
+from launches import of_cpu
+
+import syncnorm
+from syncnorm import testing
+
+pytest.importorskip("syncnorm.kernels.cpu", reason="COMPILED KERNELS NOT TESTED: no compiler at installation")
+
+HERE = os.path.dirname(__file__)
+STEP = ["moments", "normalize", "reduce_grad", "grad_input"]
+LAYERS = {  # arguments of the layer, of its forward, and the shape of x
+    "plain": ({}, False, (6, 5, 4, 7)),
+    "without-parameters": ({"affine": False, "track_running_stats": False}, False, (6, 5, 4, 7)),
+    "cumulative": ({"momentum": None}, False, (6, 5)),
+    "fused": ({"activation": "relu"}, True, (3, 5, 7, 7)),
+    "fused-smooth": ({"activation": "silu"}, True, (3, 8, 2, 3)),
+}
+
+
+def layer_and_step(name, dtype=torch.float32, parameters=torch.float32, last=False, **options):
+    """Return a step of a layer, and what it returned at its last call: y and the gradients."""
+    settings, adds, shape = LAYERS[name]
+    layer = syncnorm.SyncBatchNorm(shape[1], dtype=parameters, **settings, **options)
+    x, residual, dy = (torch.randn(shape, dtype=dtype) for _ in range(3))
+    if last:
+        x, residual, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, residual, dy))
+    x.requires_grad_()
+    residual.requires_grad_()
+    inputs = [x, *layer.parameters(), *([residual] if adds else [])]
+
+    def step():
+        y = layer(x, residual=residual if adds else None)
+        return torch.autograd.grad(y, inputs, dy)
+
+    return step
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_rank_calls_the_library_twice_each_way(name, dtype, last):
+    assert of_cpu(layer_and_step(name, dtype, last=last)) == STEP
+
+
+def of_two_ranks():
+    steps = {name: layer_and_step(name) for name in LAYERS}
+    for step in [*steps.values()] * 2:  # the first two steps compare the layers of the ranks
+        step()
+    return {name: of_cpu(step) for name, step in steps.items()}
+
+
+def test_two_ranks_call_the_library_twice_each_way():
+    """The all-reduces of the process group are operations of torch's too."""
+    moments, normalize, reduce_grad, grad_input = STEP
+    expected = [moments, "allreduce_", normalize, reduce_grad, "allreduce_", grad_input]
+    assert testing.run_ranks(of_two_ranks, 2) == [dict.fromkeys(LAYERS, expected)] * 2
+
+
+def test_more_calls_are_counted():
+    """The negative control: a mask has to be converted for the library, and a layer of torch's calls none of it."""
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    layer = syncnorm.SyncBatchNorm(3)
+    assert of_cpu(lambda: layer(x, mask=torch.ones(4, 1, 5, dtype=torch.bool))) != STEP[:2]
+    assert not set(of_cpu(lambda: torch.nn.BatchNorm1d(3)(x))) & set(STEP)
+
+
+def test_triton_launches_two_kernels_each_way():
+    """In the interpreter; on a GPU, tests/test_gpu_launches.py counts what the device runs."""
+    code = f"""
+    import itertools, sys
+    sys.path[:0] = {HERE!r}, {HERE + "/helpers"!r}
+    import torch
+    from launches import of_interpreter
+    from test_launches import LAYERS, STEP, layer_and_step
+    for name, last, dtype in itertools.product(LAYERS, (False, True), (torch.float32, torch.bfloat16)):
+        step = layer_and_step(name, dtype, parameters=dtype, last=last)
+        step()  # allocates the counters
+        found = of_interpreter(step)
+        assert found == STEP, (name, last, dtype, found)
+    print("counted")
+    """
+    assert run_python(code, TRITON_INTERPRET="1", SYNCNORM_KERNELS="triton").strip() == "counted"
