@@ -24,11 +24,14 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DEVICE = "cpu"  # of the process that checks
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 SMALL = {  # divides small tensors among several programs and tiles
-    "TILE_BYTES": 1024,
+    "MAP_TILE_BYTES": 1024,
+    "SUM_TILE_BYTES": 512,
+    "UNROLL": 2,
     "REDUCING_PROGRAMS": 6,
     "MAPPING_PROGRAMS": 6,
     "TILES_IN_ONE_RUN": 1,
-    "CHANNELS_LAST_BYTES": (64, 64),
+    "MAP_CHANNELS_BYTES": 64,
+    "SUM_CHANNELS_BYTES": 32,
     "CONTIGUOUS_BYTES": 64,
     "MERGED_VALUES": 32,
     "RUNNING_CHANNELS": 8,

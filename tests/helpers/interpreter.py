@@ -7,6 +7,6 @@ import textwrap
 from processes import output_of
 
 
-def run_python(code, **environment):
+def run_python(code, timeout=60, **environment):
     """Run `code` in a fresh interpreter; return what it printed, errors included."""
-    return output_of(sys.executable, "-c", textwrap.dedent(code), env=os.environ | environment, timeout=60)
+    return output_of(sys.executable, "-c", textwrap.dedent(code), env=os.environ | environment, timeout=timeout)

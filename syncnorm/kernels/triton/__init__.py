@@ -52,7 +52,13 @@ def moments(input: Tensor, mask: Tensor | None = None, *, packed: bool = False) 
     division = plan.for_reduction(x)
     result = RawMoments(_empty_float64(x, 2 * x.shape[1] + 1))
     tensors = (x, _positions(mask, x), result, *_workspace(x, division, counts=1))
-    launch(moments_kernel, division.programs, tensors, division.sizes, (*division.constants, division.rows, packed))
+    launch(
+        moments_kernel,
+        division.programs,
+        tensors,
+        division.sizes,
+        (*division.constants, plan.UNROLL, division.rows, packed),
+    )
     return result
 
 
@@ -138,7 +144,7 @@ class Backward:
         grad_weight = torch.empty(x.shape[1], dtype=dtype, device=x.device)
         grad_bias = torch.empty_like(grad_weight)
         tensors = (*self.read, grad_weight, grad_bias, sums, *_workspace(x, division))
-        constants = (*division.constants, division.rows, *self.constants)
+        constants = (*division.constants, plan.UNROLL, division.rows, *self.constants)
         launch(reduce_grad_kernel, division.programs, tensors, division.sizes, constants)
         return grad_weight, grad_bias, sums
 

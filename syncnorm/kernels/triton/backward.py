@@ -40,7 +40,7 @@ def reduce_grad_kernel(
     counters,
     C, S, tiles, per, blocks,
     ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
-    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr, ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
     ROUNDING: tl.constexpr, LEAST_ROUNDING: tl.constexpr,  # of y; None: not in place
 ):  # fmt: skip
@@ -48,25 +48,30 @@ def reduce_grad_kernel(
     C, S, block, run, runs = place(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST)
     channels = block * BC + tl.arange(0, BC)
     mean, invstd = load_statistics(statistics, channels, C)
-    high, low, scale, shift = affine(mean, invstd, weight, bias, channels, C, ACC)
+    if ROUNDING is not None:
+        mean = tl.zeros_like(mean)  # what takes the place of x has none
+    high, scale, shift = affine(mean, invstd, weight, bias, channels, C, ACC)
     inverse = None
     if ROUNDING is not None:
         inverse = _inverse_scale(invstd, weight, bias, channels, C, ACC, ROUNDING, LEAST_ROUNDING)
     sum_dz = tl.zeros((BC, BP), ACC)
     sum_dz_x = tl.zeros((BC, BP), ACC)
-    for tile in range(run * per, tl.minimum((run + 1) * per, tiles)):
-        offsets, inside, positions, exists = tile_offsets(tile, channels, C, S, BP, LAST)
-        centered, dz = _centered_and_grad(
-            dy, x, kept, tile, block, C, S, offsets, inside, high, low, scale, shift, inverse,
-            ACC, ACTIVATION, KEPT_SIGNS, LAST, BC, BP,
-        )  # fmt: skip
-        if mask is not None:
-            w = load_weights(mask, positions, exists, ACC)
-            centered = tl.where((w == 0) & (dz == 0), 0.0, centered)  # it may be no number
-        sum_dz += dz
-        sum_dz_x += dz * centered
+    end = tl.minimum((run + 1) * per, tiles)
+    for start in range(run * per, end, UNROLL):
+        for i in tl.static_range(UNROLL):
+            offsets, inside, positions, exists = tile_offsets(start + i, end, channels, C, S, BP, LAST)
+            centered, dz = _centered_and_grad(
+                dy, x, kept, start + i, end, block, C, S, offsets, inside, high, scale, shift, inverse,
+                ACC, ACTIVATION, KEPT_SIGNS, LAST, BC, BP,
+            )  # fmt: skip
+            if mask is not None:
+                w = load_weights(mask, positions, exists, ACC)
+                centered = tl.where((w == 0) & (dz == 0), 0.0, centered)  # it may be no number
+            sum_dz += dz
+            sum_dz_x += dz * centered
     first = tl.sum(sum_dz.to(tl.float64), 1)
-    second = tl.sum(sum_dz_x.to(tl.float64), 1) * invstd
+    low = mean - mean.to(ACC).to(tl.float64)
+    second = (tl.sum(sum_dz_x.to(tl.float64), 1) - low * first) * invstd
     if partial is None:
         _store_sums(grad_weight, grad_bias, sums, first, second, weight, channels, C)
     else:
@@ -108,7 +113,9 @@ def grad_input_kernel(
     C, S, block, run = place_from_the_end(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST)
     channels = block * BC + tl.arange(0, BC)
     mean, invstd = load_statistics(statistics, channels, C)
-    high, low, scale, shift = affine(mean, invstd, weight, bias, channels, C, ACC)
+    if ROUNDING is not None:
+        mean = tl.zeros_like(mean)  # what takes the place of x has none
+    high, scale, shift = affine(mean, invstd, weight, bias, channels, C, ACC)
     inverse = None
     if ROUNDING is not None:
         inverse = _inverse_scale(invstd, weight, bias, channels, C, ACC, ROUNDING, LEAST_ROUNDING)
@@ -116,26 +123,25 @@ def grad_input_kernel(
         n = or_one(tl.load(statistics + 2 * C))
         inside_root = 1 - from_bits(eps_bits) * invstd  # 0 where all values are, at which x is too
         first, second = load_statistics(sums, channels, C)
-        slope = column(-invstd * invstd * second / (n * tl.where(inside_root > 0, inside_root, 1.0)), ACC)
-        offset = column(invstd * first / n, ACC)
-    last = tl.minimum((run + 1) * per, tiles) - 1
-    for i in range(run * per, last + 1):
-        tile = run * per + last - i
-        offsets, inside, positions, exists = tile_offsets(tile, channels, C, S, BP, LAST)
+        slope = -invstd * invstd * second / (n * tl.where(inside_root > 0, inside_root, 1.0))
+        offset = -slope * (mean - mean.to(ACC).to(tl.float64))
+        if CENTERED:
+            offset -= invstd * first / n
+        slope, offset = column(slope, ACC), column(offset, ACC)
+    end = tl.minimum((run + 1) * per, tiles)
+    for i in range(run * per, end):
+        tile = run * per + end - 1 - i
+        offsets, inside, positions, exists = tile_offsets(tile, end, channels, C, S, BP, LAST)
         centered, grad = _centered_and_grad(
-            dy, x, kept, tile, block, C, S, offsets, inside, high, low, scale, shift, inverse,
+            dy, x, kept, tile, end, block, C, S, offsets, inside, high, scale, shift, inverse,
             ACC, ACTIVATION, KEPT_SIGNS, LAST, BC, BP,
         )  # fmt: skip
         result = grad * scale
         if sums is not None:
-            w = load_weights(mask, positions, exists, ACC)
+            through = centered * slope + offset
             if mask is not None:
-                centered = tl.where(w == 0, 0.0, centered)
-            through = centered * slope
-            if CENTERED:
-                through -= offset
-            if mask is not None:
-                through *= w
+                w = load_weights(mask, positions, exists, ACC)
+                through = tl.where(w == 0, 0.0, through * w)  # where it is 0, x may be no number
             result += through
         tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=inside)
         if dz is not None:
@@ -164,11 +170,14 @@ def _inverse_scale(
 
 @triton.jit
 def _centered_and_grad(
-    dy, x, kept, tile, block, C, S, offsets, inside, high, low, scale, shift, inverse,
+    dy, x, kept, tile, end, block, C, S, offsets, inside, high, scale, shift, inverse,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
     LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Return x - mean, and dz from dy: what passes through the activation, (BC, BP). In place, x is y."""
+    """Return x - high, and dz from dy: what passes through the activation, (BC, BP).
+
+    In place x is y, from which x - mean is computed, and high is 0.
+    """
     grad = tl.load(dy + offsets, mask=inside, other=0).to(ACC)
     value = tl.load(x + offsets, mask=inside, other=0).to(ACC)
     if inverse is not None:
@@ -177,9 +186,9 @@ def _centered_and_grad(
             value = tl.where(value > 0, value, value / NEGATIVE_SLOPE)
         centered = (value - shift) * inverse
     else:
-        centered = (value - high) - low
+        centered = value - high
         if KEPT_SIGNS:
-            bit = load_bits(kept, tile, block, C, S, BC, BP, LAST)
+            bit = load_bits(kept, tile, end, block, C, S, BC, BP, LAST)
             grad = tl.where((bit & 1) > 0, grad, grad * (NEGATIVE_SLOPE if ACTIVATION == "leaky_relu" else 0.0))
         elif ACTIVATION is not None:
             z = centered * scale + shift

@@ -43,14 +43,17 @@ def is_last(counter, programs):
 
 
 @triton.jit
-def tile_offsets(tile, channels, C, S, BP: tl.constexpr, LAST: tl.constexpr):
-    """Return where the values of a tile are, which exist, (BC, BP); their positions and which exist, (1, BP)."""
+def tile_offsets(tile, end, channels, C, S, BP: tl.constexpr, LAST: tl.constexpr):
+    """Return where the values of a tile are, which exist, (BC, BP); their positions and which exist, (1, BP).
+
+    None exists of a tile that is not before the end of a run of tiles.
+    """
     blocks = tl.cdiv(S, BP)
     n = (tile // blocks).to(tl.int64)
     s = (tile % blocks).to(tl.int64) * BP + tl.arange(0, BP)
     # With channels innermost n is 0.
     offsets = s[None, :] * C + channels[:, None] if LAST else (n * C + channels)[:, None] * S + s[None, :]
-    exists = (s < S)[None, :]
+    exists = (s < tl.where(tile < end, S, 0))[None, :]
     return offsets, (channels < C)[:, None] & exists, (n * S + s)[None, :], exists
 
 
@@ -135,41 +138,44 @@ def column(vector, ACC: tl.constexpr):
 
 @triton.jit
 def affine(mean, invstd, weight, bias, channels, C, ACC: tl.constexpr):
-    """Return the mean's high and low part, scale and bias of z = ((x - high) - low) * scale + bias, (BC, 1)."""
+    """Return high, scale and shift of z = (x - high) * scale + shift, (BC, 1).
+
+    `high` is the mean, rounded to the dtype of the arithmetic. What that leaves of it is in the shift.
+    """
     high = mean.to(ACC)
     scale = invstd * load_channels(weight, channels, C, 1.0)
-    shift = load_channels(bias, channels, C, 0.0)
-    return high[:, None], column(mean - high.to(tl.float64), ACC), column(scale, ACC), column(shift, ACC)
+    shift = load_channels(bias, channels, C, 0.0) - (mean - high.to(tl.float64)) * scale
+    return high[:, None], column(scale, ACC), column(shift, ACC)
 
 
 @triton.jit
-def _byte_offsets(tile, block, C, S, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr):
+def _byte_offsets(tile, end, block, C, S, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr):
     """Return where the bytes of a tile's bits are, and which exist. Each run along the memory has whole bytes."""
     if LAST:
         channels = block * (BC // 8) + tl.arange(0, BC // 8)
-        offsets, inside, _, _ = tile_offsets(tile, channels, tl.cdiv(C, 8), S, BP, LAST)
+        offsets, inside, _, _ = tile_offsets(tile, end, channels, tl.cdiv(C, 8), S, BP, LAST)
     else:
         channels = block * BC + tl.arange(0, BC)
-        offsets, inside, _, _ = tile_offsets(tile, channels, C, tl.cdiv(S, 8), BP // 8, LAST)
+        offsets, inside, _, _ = tile_offsets(tile, end, channels, C, tl.cdiv(S, 8), BP // 8, LAST)
     return offsets, inside
 
 
 @triton.jit
-def store_bits(signs, positive, tile, block, C, S, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr):
+def store_bits(signs, positive, tile, end, block, C, S, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr):
     """Store the bits of a tile, (BC, BP)."""
     bit = positive.to(tl.int32)
     if LAST:
         bits = tl.sum(tl.reshape(bit, (BC // 8, 8, BP)) << tl.arange(0, 8)[None, :, None], 1)
     else:
         bits = tl.sum(tl.reshape(bit, (BC, BP // 8, 8)) << tl.arange(0, 8)[None, None, :], 2)
-    offsets, inside = _byte_offsets(tile, block, C, S, BC, BP, LAST)
+    offsets, inside = _byte_offsets(tile, end, block, C, S, BC, BP, LAST)
     tl.store(signs + offsets, bits.to(tl.uint8), mask=inside)
 
 
 @triton.jit
-def load_bits(signs, tile, block, C, S, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr):
+def load_bits(signs, tile, end, block, C, S, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr):
     """Return the bytes of a tile, (BC, BP), shifted so that bit 0 is each value's own."""
-    offsets, inside = _byte_offsets(tile, block, C, S, BC, BP, LAST)
+    offsets, inside = _byte_offsets(tile, end, block, C, S, BC, BP, LAST)
     bits = tl.load(signs + offsets, mask=inside, other=0)
     places = tl.arange(0, 8).to(tl.uint8)
     if LAST:

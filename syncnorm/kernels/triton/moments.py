@@ -22,7 +22,7 @@ def moments_kernel(
     counters,
     C, S, tiles, per, blocks,
     ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
-    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr, ROWS: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """Of x and mask: moments, or packed.
@@ -36,17 +36,19 @@ def moments_kernel(
     shift = tl.zeros((BC, BP), ACC)
     total = tl.zeros((BC, BP), ACC)
     total_square = tl.zeros((BC, BP), ACC)
-    for tile in range(run * per, tl.minimum((run + 1) * per, tiles)):
-        offsets, inside, positions, exists = tile_offsets(tile, channels, C, S, BP, LAST)
-        value = tl.load(x + offsets, mask=inside, other=0).to(ACC)
-        w = load_weights(mask, positions, exists, ACC)
-        if mask is not None:
-            value = tl.where(w > 0, value, 0.0)
-        shift = tl.where(total_weight > 0, shift, value)
-        value -= shift
-        total_weight += w
-        total += w * value
-        total_square += w * value * value
+    end = tl.minimum((run + 1) * per, tiles)
+    for start in range(run * per, end, UNROLL):
+        for i in tl.static_range(UNROLL):
+            offsets, inside, positions, exists = tile_offsets(start + i, end, channels, C, S, BP, LAST)
+            value = tl.load(x + offsets, mask=inside, other=0).to(ACC)
+            w = load_weights(mask, positions, exists, ACC)
+            if mask is not None:
+                value = tl.where(w > 0, value, 0.0)
+            shift = tl.where(total_weight > 0, shift, value)
+            value -= shift
+            total_weight += w
+            total += w * value
+            total_square += w * value * value
     found = (total_weight > 0).to(ACC)
     middle = tl.sum(shift * found, 1) / or_one(tl.sum(found))  # about which the threads' means keep their digits
     correction = total / or_one(total_weight)

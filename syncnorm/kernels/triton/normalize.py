@@ -52,15 +52,15 @@ def normalize_kernel(
         if run == 0:
             store_pair(statistics, mean, invstd, channels, C)
             tl.store(statistics + 2 * C, count, mask=block == 0)
-        high, low, scale, shift = affine(mean, invstd, weight, bias, channels, C, ACC)
-        last = tl.minimum((run + 1) * per, tiles) - 1
-        for i in range(run * per, last + 1):
-            tile = run * per + last - i
-            offsets, inside, _, _ = tile_offsets(tile, channels, C, S, BP, LAST)
+        high, scale, shift = affine(mean, invstd, weight, bias, channels, C, ACC)
+        end = tl.minimum((run + 1) * per, tiles)
+        for i in range(run * per, end):
+            tile = run * per + end - 1 - i
+            offsets, inside, _, _ = tile_offsets(tile, end, channels, C, S, BP, LAST)
             value = tl.load(x + offsets, mask=inside, other=0).to(ACC)
-            z = ((value - high) - low) * scale + shift
+            z = (value - high) * scale + shift
             if residual is not None:
                 z += tl.load(residual + offsets, mask=inside, other=0).to(ACC)
             if signs is not None:
-                store_bits(signs, z > 0, tile, block, C, S, BC, BP, LAST)
+                store_bits(signs, z > 0, tile, end, block, C, S, BC, BP, LAST)
             tl.store(y + offsets, activate(z, ACTIVATION).to(y.dtype.element_ty), mask=inside)

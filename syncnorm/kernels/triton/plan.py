@@ -11,16 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# For an H100: 132 multiprocessors with 65536 registers each. Four programs of 256 threads with up to 64 registers are
-# there at once, each thread with two loads of 16 bytes in flight: 32 KB, where 3.35 TB/s and 0.8 µs of latency ask for
-# 20 KB.
+# For an H100: 132 multiprocessors with 65536 registers each. Each has to have 20 KB of loads in flight: its share of
+# 3.35 TB/s times 0.8 µs of latency. At least two programs of 256 threads fit there at once, of up to 128 registers a
+# thread. With four loads of 16 bytes for each thread they have 32 KB in flight.
 WARPS = 8
 REGISTERS = 128  # a thread, at most: left free, the compiler takes up to 188 for halves, and one program would be there
-TILE_BYTES = 8192  # of x that a program takes at a time: 32 for each thread
-REDUCING_PROGRAMS = 132 * 4  # of a pass that leaves partial sums: all at once
-MAPPING_PROGRAMS = 132 * 8  # of a pass that does not
-TILES_IN_ONE_RUN = 4  # at most, of a reduction that does without partial sums
-CHANNELS_LAST_BYTES = (64, 128)  # of the channels in a tile where they are innermost: few channels, few partial sums
+MAP_TILE_BYTES = 8192  # of x that a program takes at a time: two loads of 16 bytes for each thread
+SUM_TILE_BYTES = 4096  # the same of a pass that sums: one load, since each value of a tile has its own sums
+UNROLL = 4  # tiles whose loads such a pass has in flight
+REDUCING_PROGRAMS = 132 * 2  # of a pass that sums: all at once
+MAPPING_PROGRAMS = 132 * 8  # of a pass that maps each value
+TILES_IN_ONE_RUN = 8  # at most, of a reduction that does without partial sums
+MAP_CHANNELS_BYTES = 128  # of the channels in a tile where they are innermost, at most
+SUM_CHANNELS_BYTES = 64  # the same of a pass that sums: the fewer they are, the less has the last program to merge
 CONTIGUOUS_BYTES = 512  # at least, of the positions in a tile where they are innermost
 PADDING = 1 / 8  # of a size that is tolerated for larger blocks
 MERGED_VALUES = 2048  # partial sums that the last program merges at a time: 8 for each thread
@@ -74,9 +77,12 @@ def _divide(shape: torch.Size, last: bool, dtype: torch.dtype, reduces: bool) ->
     programs, in_one_run = (REDUCING_PROGRAMS, TILES_IN_ONE_RUN) if reduces else (MAPPING_PROGRAMS, 0)
     N, C, S, last = _sizes(shape, last)
     size, align = dtype.itemsize, math.gcd(C if last else S, 16)
-    tile = TILE_BYTES // (size if align >= 4 else 2 * size)  # loads of single values take more registers
+    tile = (SUM_TILE_BYTES if reduces else MAP_TILE_BYTES) // size
+    if align < 4:  # loads of single values take more registers
+        tile //= 2
     if last:
-        BC = _block(C, *(most // size for most in CHANNELS_LAST_BYTES))
+        most = SUM_CHANNELS_BYTES if reduces else MAP_CHANNELS_BYTES
+        BC = _block(C, SUM_CHANNELS_BYTES // size, most // size)
         BP = min(tile // BC, triton.next_power_of_2(max(S, 1)))
     else:
         BP = _block(S, CONTIGUOUS_BYTES // size, tile)
