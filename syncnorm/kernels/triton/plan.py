@@ -79,7 +79,7 @@ def _divide(shape: torch.Size, last: bool, dtype: torch.dtype, reduces: bool) ->
     size, align = dtype.itemsize, math.gcd(C if last else S, 16)
     tile = (SUM_TILE_BYTES if reduces else MAP_TILE_BYTES) // size
     if align < 4:  # loads of single values take more registers
-        tile //= 2
+        tile = min(tile // 2, 1024)
     if last:
         most = SUM_CHANNELS_BYTES if reduces else MAP_CHANNELS_BYTES
         BC = _block(C, SUM_CHANNELS_BYTES // size, most // size)
