@@ -115,6 +115,7 @@ _BENCHMARKS = {
                 {"type": _positive, "metavar": "N", "help": "height and width of an image (default: 64, on a GPU 224)"},
             ),
             _seconds(100),
+            _Option("--figure", {"type": Path, "metavar": "FILE", "help": "draw time and memory over --batch there"}),
         ),
     ),
 }

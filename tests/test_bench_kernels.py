@@ -7,7 +7,8 @@ import torch
 from benchmarks import JOBS, bench, read
 
 import syncnorm
-from syncnorm.bench import cases, copy_baseline, kernels
+from syncnorm.bench import cases, copy_baseline, job, kernels, timing
+from syncnorm.communicators import LocalCommunicator
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -26,6 +27,18 @@ def test_kernels_are_found_by_name(monkeypatch):
         assert list(kernels.available(CPU)) == list(kernels.available(CUDA)) == ["reference"]
     monkeypatch.setitem(sys.modules, "syncnorm.kernels.triton", syncnorm.kernels.reference)
     assert list(kernels.available(CUDA)) == ["reference", "triton"]
+    monkeypatch.setenv("SYNCNORM_KERNELS", "triton")  # in its interpreter
+    assert list(kernels.available(CPU)) == ["reference", "triton"]
+
+
+def test_cases_that_there_is_no_time_for_are_left():
+    alone = job.Job(LocalCommunicator(), CPU)
+    listed = cases.cases(CPU, quick=True)[:3]
+    budget = timing.Budget(60.0, alone.group)
+    left = iter([2.0, 1.0, 0.0])
+    budget.left = lambda: next(left)
+    sections = list(kernels.measure(alone, listed, True, budget))
+    assert [section[0].case for section in sections] == listed[:2]
 
 
 def test_a_kernel_that_computes_something_else_is_not_timed():

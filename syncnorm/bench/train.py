@@ -182,7 +182,12 @@ def main(
         how = ", bfloat16 (autocast) and channels last" * on_gpu
         title = f"training step of {what}, images of {size} x {size}{how}, on {report.ranks(job.group.size)}"
         table = report.Table(title + report.WARNING * quick, _columns(on_gpu), [])
-        report.publish_rows(facts, table, sections, _numbers(sections, failures), files)
+        numbers = _numbers(sections, failures)
+        report.publish_rows(facts, table, sections, numbers, files)
+        if files.figure is not None:
+            from . import train_figure  # needs matplotlib
+
+            train_figure.draw(files.figure, numbers["rows"], table.title)
     if failures:
         raise RuntimeError(f"expected all candidates to train, got {failures}")
 
