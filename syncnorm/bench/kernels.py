@@ -34,6 +34,15 @@ COPY = "copy baseline"
 COLUMNS = ("case", "pass", "implementation", "median µs", "quartiles", "x copy")
 
 
+class Failure(NamedTuple):
+    """Why a pass of an implementation was not timed."""
+
+    case: str
+    kernel: str
+    implementation: str
+    error: str
+
+
 class Row(NamedTuple):
     """The time of one pass of one implementation, or of the copy baseline, beside that of the copy baseline."""
 
@@ -77,6 +86,9 @@ def main(files: report.Files, quick: bool = False, only: str = "", seconds: int 
         quick: few rounds on tiny tensors.
         only: words that the names of the cases have to hold.
         seconds: to measure for, about. Cases that are left are named. None: SECONDS_ON_GPU, without a limit on a CPU.
+
+    Raises:
+        RuntimeError: there is no such case; after all was written, if a pass failed or computes something else.
     """
     job = join()
     memory.keep()
@@ -88,22 +100,34 @@ def main(files: report.Files, quick: bool = False, only: str = "", seconds: int 
         facts[f"implementation {name}"] = found if isinstance(found, str) else "timed"
     budget = Budget(seconds or (SECONDS_ON_GPU if job.device.type == "cuda" else math.inf), job.group)
     sections: list[list[Row]] = []
-    for rows in measure(job, listed, quick, budget):
+    failures: list[Failure] = []
+    for rows in measure(job, listed, quick, budget, failures):
         sections.append(rows)
         if job.group.rank == 0:
-            report.write_json(facts, _numbers(sections), files)
+            report.write_json(facts, _numbers(sections, failures), files)
     if job.group.rank == 0:
         facts |= report.left_undone(case.name for case in listed[len(sections) :])
         title = f"passes over the data on {report.ranks(job.group.size)}" + report.WARNING * quick
-        report.publish_rows(facts, report.Table(title, COLUMNS, [], names=3), sections, _numbers(sections), files)
+        numbers = _numbers(sections, failures)
+        report.publish_rows(facts, report.Table(title, COLUMNS, [], names=3), sections, numbers, files)
+    if failures:
+        raise RuntimeError(f"expected all passes to run and to be right, got {failures}")
 
 
-def _numbers(sections: Sequence[Sequence[Row]]) -> dict[str, list[dict[str, Any]]]:
-    return {"rows": [row.numbers() for rows in sections for row in rows]}
+def _numbers(sections: Sequence[Sequence[Row]], failures: Sequence[Failure]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        "rows": [row.numbers() for rows in sections for row in rows],
+        "failures": [failure._asdict() for failure in failures],
+    }
 
 
-def measure(job: Job, listed: Sequence[Case], quick: bool, budget: Budget) -> Iterator[list[Row]]:
-    """Time every pass of every implementation; yield the rows of each case, until the time is up. Collective."""
+def measure(
+    job: Job, listed: Sequence[Case], quick: bool, budget: Budget, failures: list[Failure]
+) -> Iterator[list[Row]]:
+    """Time every pass of every implementation; yield the rows of each case, until the time is up. Collective.
+
+    A pass that fails in a job of one rank is left out and appended to `failures`. In other jobs it raises.
+    """
     found = available(job.device)
     on_gpu = job.device.type == "cuda"
     for number, case in enumerate(listed):
@@ -119,7 +143,13 @@ def measure(job: Job, listed: Sequence[Case], quick: bool, budget: Budget) -> It
         for kernel, traffic in copy_baseline.PASSES.items():
             runs: dict[str, Callable[[], object]] = {COPY: partial(traffic, x, dy)}
             for name, made in by_name.items():
-                check(f"{kernel} of {name} on {case.name}", made[kernel](), by_name["reference"][kernel]())
+                try:
+                    check(f"{kernel} of {name} on {case.name}", made[kernel](), by_name["reference"][kernel]())
+                except Exception as error:
+                    if job.group.size > 1:
+                        raise  # the other ranks would wait
+                    failures.append(Failure(case.name, kernel, name, report.told(error)))
+                    continue
                 runs[name] = made[kernel]
             together = job.group.size > 1 or not on_gpu
             timings = interleave(runs, job.group, effort, sampler_of(job.device), together=together)

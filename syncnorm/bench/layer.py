@@ -266,7 +266,7 @@ def _steps(job: Job, case: Case, with_compiled: bool) -> tuple[dict[str, Callabl
         except Exception as error:
             if group.size > 1:
                 raise  # the other ranks would wait
-            failures[name] = f"{type(error).__name__}: {error}"
+            failures[name] = report.told(error)
             continue
         steps[name] = step
     if group.size > 1:
@@ -340,11 +340,11 @@ def tables(results: Sequence[Result], title: str) -> tuple[list[report.Table], l
     """Return the tables for the terminal, with all there is, and those for Markdown, with a line for each case."""
     timings = report.Table(title, COLUMNS, [list(_timing_rows(result)) for result in results])
     targets = report.Table(WORDS, TARGET_COLUMNS, [list(_target_rows(result)) for result in results])
-    failed = [[f["case"], f["candidate"], f["error"]] for result in results for f in result.failed()]
-    failures = [report.Table("could not be timed", ("case", "candidate", "error"), [failed], names=3)] * bool(failed)
+    failed = [list(failure.values()) for result in results for failure in result.failed()]
+    failures = report.Table("could not be timed", ("case", "memory", "candidate", "error"), [failed], names=4)
     quiet, note = report.undisturbed(results)
     in_markdown = [_ratios(quiet, title)._replace(note=note), _verdicts(quiet)._replace(note=note)]
-    return [timings, targets, *failures], [*in_markdown, *failures]
+    return [timings, targets], [*in_markdown, *[failures] * bool(failed)]
 
 
 def _timing_rows(result: Result) -> Iterator[list[str]]:

@@ -34,6 +34,7 @@ __all__ = [
     "publish",
     "publish_rows",
     "ranks",
+    "told",
     "undisturbed",
     "write_json",
 ]
@@ -135,6 +136,11 @@ def undisturbed(results: Sequence[_Result]) -> tuple[list[_Result], str]:
 def digits(micros: float) -> str:
     """Return a number of microseconds with about three digits."""
     return f"{micros:,.0f}" if abs(micros) >= 100 else f"{micros:.2f}"
+
+
+def told(error: Exception) -> str:
+    """Return what went wrong in one line: of a compiler's errors the first lines say the most."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def left_undone(parts: Iterable[str]) -> dict[str, str]:

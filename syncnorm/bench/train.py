@@ -238,7 +238,7 @@ def measure(
         except Exception as error:
             if job.group.size > 1 or name == BN:  # the other ranks would wait; nothing to compare with
                 raise
-            failures.append(Failure(name, shape[0], f"{type(error).__name__}: {error}"))
+            failures.append(Failure(name, shape[0], report.told(error)))
             continue
         trainings[name] = training
     clock = clock_of(job.device)
