@@ -62,6 +62,11 @@ def _positive(given: str) -> int:
     return int(given)
 
 
+def _seconds(on_gpu: int) -> _Option:
+    about = f"measure for about so long (default: {on_gpu} on a GPU, no limit on a CPU)"
+    return _Option("--seconds", {"type": _positive, "metavar": "S", "help": about})
+
+
 _ALL = (
     _Option("--json", {"type": Path, "metavar": "FILE", "help": "write all numbers there"}),
     _Option("--markdown", {"type": Path, "metavar": "FILE", "help": "write tables there, without disturbed rows"}),
@@ -71,18 +76,24 @@ _ONLY = _Option("--only", {"default": "", "metavar": "WORDS", "help": 'cases wit
 _BENCHMARKS = {
     "comm": _Benchmark("all-reduces of all communicators; under mpirun or torchrun"),
     "kernels": _Benchmark(
-        "each pass of each implementation over a copy of its memory traffic; on any number of ranks", (_ONLY,)
+        "each pass of each implementation over a copy of its memory traffic; on any number of ranks",
+        (_ONLY, _seconds(25)),
     ),
     "layer": _Benchmark(
         "forward and backward of one layer beside what others do, with targets; on any number of ranks",
         (
             _ONLY,
+            _seconds(90),
             _Option(
                 "--figure", {"type": Path, "metavar": "FILE", "help": "draw the times over the copy baseline there"}
             ),
             _Option(
                 "--compile",
-                {"action": "store_true", "dest": "with_compiled", "help": "torch.compile of the reference too"},
+                {
+                    "action": "store_true",
+                    "dest": "with_compiled",
+                    "help": "torch.compile of the module and of the reference too",
+                },
             ),
         ),
     ),
@@ -91,12 +102,20 @@ _BENCHMARKS = {
         (
             _Option("--depth", {"type": int, "default": 50, "choices": (50, 101, 152), "help": "(default: 50)"}),
             _Option(
-                "--batch", {"type": _positive, "metavar": "N", "help": "images per rank (default: 4, on a GPU 32)"}
+                "--batch",
+                {
+                    "type": _positive,
+                    "nargs": "+",
+                    "metavar": "N",
+                    "help": "images per rank, one number or several (default: 4, on a GPU 2 4 8 16)",
+                },
             ),
             _Option(
                 "--size",
                 {"type": _positive, "metavar": "N", "help": "height and width of an image (default: 64, on a GPU 224)"},
             ),
+            _seconds(100),
+            _Option("--figure", {"type": Path, "metavar": "FILE", "help": "draw time and memory over --batch there"}),
         ),
     ),
 }

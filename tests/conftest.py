@@ -12,10 +12,10 @@ from syncnorm import communicators, testing
 TIMEOUT = 60  # seconds for the ranks of one test
 TIERS = {  # the files of each tier, without test_
     "unit": """
-        architecture arguments autograd bench_cases bench_copy_baseline bench_targets bench_timing convert
-        convert_classes convert_refused default_device folding functional fused fusion kernels launcher launches masks
-        modules moments package pickles running sharded_norms subgroups tensor_parallel tracing transforms
-        without_values
+        architecture arguments autograd bench_baselines bench_cases bench_copy_baseline bench_graph bench_job
+        bench_targets bench_timing convert convert_classes convert_refused default_device folding functional fused
+        fusion kernels launcher launches masks modules moments package pickles running sharded_norms subgroups
+        tensor_parallel tracing transforms without_values
     """,
     "ranks": "communicators mismatch mpi_backend testing torch_distributed",
     "launchers": """

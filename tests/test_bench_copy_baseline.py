@@ -16,6 +16,7 @@ def test_the_copies_read_all_of_the_memory(case):
     assert torch.equal(copy_baseline.PASSES["normalize"](x, dy), x)
     assert torch.equal(copy_baseline.PASSES["reduce_grad"](x, dy), torch.dot(*memory))
     assert torch.equal(copy_baseline.PASSES["grad_input"](x, dy), memory[0] + memory[1])
+    assert copy_baseline.LAYER_PASSES == 2 * 4  # each of 4 copies reads and writes
     fresh = copy_baseline.layer(x)()
     assert all(torch.equal(copy, x) and copy.stride() == x.stride() for copy in fresh)
     parameters = [torch.ones(2, requires_grad=True) for _ in range(2)]

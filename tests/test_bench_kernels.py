@@ -7,7 +7,8 @@ import torch
 from benchmarks import JOBS, bench, read
 
 import syncnorm
-from syncnorm.bench import cases, copy_baseline, kernels
+from syncnorm.bench import cases, copy_baseline, job, kernels, timing
+from syncnorm.communicators import LocalCommunicator
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -26,6 +27,37 @@ def test_kernels_are_found_by_name(monkeypatch):
         assert list(kernels.available(CPU)) == list(kernels.available(CUDA)) == ["reference"]
     monkeypatch.setitem(sys.modules, "syncnorm.kernels.triton", syncnorm.kernels.reference)
     assert list(kernels.available(CUDA)) == ["reference", "triton"]
+    monkeypatch.setenv("SYNCNORM_KERNELS", "triton")  # in its interpreter
+    assert list(kernels.available(CPU)) == ["reference", "triton"]
+
+
+def test_cases_that_there_is_no_time_for_are_left():
+    alone = job.Job(LocalCommunicator(), CPU)
+    listed = cases.cases(CPU, quick=True)[:3]
+    budget = timing.Budget(60.0, alone.group)
+    left = iter([2.0, 1.0, 0.0])
+    budget.left = lambda: next(left)
+    sections = list(kernels.measure(alone, listed, True, budget, []))
+    assert [section[0].case for section in sections] == listed[:2]
+
+
+def test_a_pass_that_fails_is_told_and_the_others_are_timed(monkeypatch):
+    first, *others = copy_baseline.PASSES
+    passes = kernels.passes
+
+    def fail():
+        raise ValueError("no [/such] thing\nat all")
+
+    def with_failure(implementation, x, dy):
+        made = passes(syncnorm.kernels.reference, x, dy)
+        return made if implementation == "reference" else {**made, first: fail}
+
+    monkeypatch.setattr(kernels, "available", lambda _: {"reference": "reference", "broken": "broken"})
+    monkeypatch.setattr(kernels, "passes", with_failure)
+    alone, failures = job.Job(LocalCommunicator(), CPU), []
+    [rows] = kernels.measure(alone, cases.cases(CPU, True)[:1], True, timing.Budget(60.0, alone.group), failures)
+    assert [row.kernel for row in rows if row.implementation == "broken"] == others
+    assert failures == [kernels.Failure(rows[0].case.name, first, "broken", "ValueError: no [/such] thing at all")]
 
 
 def test_a_kernel_that_computes_something_else_is_not_timed():
@@ -45,7 +77,9 @@ def test_kernels(tmp_path, launcher, ranks):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    rows = read(out, done.stdout)["rows"]
+    record = read(out, done.stdout)
+    rows = record["rows"]
+    assert record["failures"] == []
     device = CUDA if torch.cuda.is_available() else CPU
     listed = [case.name for case in cases.cases(device, quick=True, only="28x28")]
     made = ["copy baseline", *kernels.available(device)]

@@ -14,12 +14,6 @@ def seconds(**medians):
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LARGE = cases.Case(cases.LARGE, (32, 64, 56, 56))
-ONE_RANK = {"copy": 1.0, "torch": 1.2, "alone": 1.1, "relu": 1.15, "add_relu": 1.15}
-TWO_RANKS = {**ONE_RANK, "all_reduces": 2.0, "all_reduces_between": 3.1, "all": 3.25}
-
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LARGE = cases.Case(cases.LARGE, (32, 64, 56, 56))
 TINY = LARGE._replace(kind=cases.TINY)
 ONE_RANK = {"copy": 1.0, "torch": 1.2, "alone": 1.1, "relu": 1.15, "add_relu": 1.15}
 TWO_RANKS = {**ONE_RANK, "all_reduces": 2.0, "all_reduces_between": 3.1, "all": 3.25}
@@ -78,6 +72,30 @@ def test_a_layer_on_a_gpu_is_compared_with_the_synchronized_one_of_torch():
         found = verdicts(LARGE, ONE_RANK | {"torch_sync": torch_sync}, CUDA)
         assert found["all / torch.nn.SyncBatchNorm"].met is met
         assert "one / F.batch_norm" not in found
+
+
+@pytest.mark.parametrize(("kind", "limit"), [(cases.LARGE, 1.25), (cases.SMALL, 1.25)])
+def test_a_layer_on_a_gpu_has_limits_over_the_copies_and_torch(kind, limit):
+    for alone, met in ((1.25, True), (1.26, False)):
+        found = verdicts(LARGE._replace(kind=kind), ONE_RANK | {"alone": alone, "torch_sync": 1.5 * 1.255}, CUDA)
+        assert (found["one / copy"].limit, found["one / copy"].met) == (limit, met)
+        assert found["all / torch.nn.SyncBatchNorm"].met is met
+
+
+def test_the_host_time_of_a_layer_is_at_most_half_of_torchs():
+    target = "host time, one / torch.nn.SyncBatchNorm"
+    for torch_sync, met in ((2.2, True), (2.1, False)):
+        [(name, verdict)] = verdicts(TINY, {"alone": 1.1, "module": 1.0, "torch_sync": torch_sync}, CUDA).items()
+        assert (name, verdict.limit, verdict.met) == (target, 0.5, met)
+    assert verdicts(TINY, {"alone": 1.1, "module": 1.0}, CUDA) == {}
+
+
+@pytest.mark.parametrize("missing", ["alone", "relu", "add_relu"])
+def test_a_candidate_that_failed_has_no_target(missing):
+    times = {name: seconds for name, seconds in ONE_RANK.items() if name != missing}
+    left = {"alone": set(), "relu": {"one, add, relu / one"}, "add_relu": {"one, relu / one"}}[missing]
+    with_others = {"one / copy", "one / F.batch_norm"} if missing != "alone" else set()
+    assert verdicts(LARGE, times).keys() == left | with_others
 
 
 def test_half_precision_on_a_cpu_has_no_target_over_the_copies():

@@ -81,9 +81,17 @@ def test_benchmarks_have_names(capsys):
     ("words", "module", "expected"),
     [
         (["comm", "--quick"], "comm", {"quick": True}),
-        (["kernels", "--only", "bf16 NHWC"], "kernels", {"quick": False, "only": "bf16 NHWC"}),
-        (["layer", "--compile"], "layer", {"quick": False, "only": "", "with_compiled": True}),
-        (["train", "--batch", "3"], "train", {"quick": False, "depth": 50, "batch": 3, "size": None}),
+        (["kernels", "--only", "bf16 NHWC"], "kernels", {"quick": False, "only": "bf16 NHWC", "seconds": None}),
+        (
+            ["layer", "--compile", "--seconds", "60"],
+            "layer",
+            {"quick": False, "only": "", "with_compiled": True, "seconds": 60},
+        ),
+        (
+            ["train", "--batch", "3", "5"],
+            "train",
+            {"quick": False, "depth": 50, "batch": [3, 5], "size": None, "seconds": None},
+        ),
     ],
 )
 def test_options_reach_the_benchmark(monkeypatch, tmp_path, words, module, expected):

@@ -18,7 +18,7 @@ from torch.nn.modules._functions import SyncBatchNorm as TorchFunction
 from ..communicators import Communicator
 from ..kernels import reference
 
-__all__ = ["compiled", "composition", "fairscale", "torch_sync_batch_norm"]
+__all__ = ["TorchSyncBatchNorm", "batch_norm_kernels", "compiled", "composition", "fairscale", "has_torch_group"]
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -71,15 +71,28 @@ def fairscale(norm: nn.BatchNorm2d) -> nn.Module | None:
     return made.to(norm.weight.device)
 
 
-def torch_sync_batch_norm(norm: nn.BatchNorm2d) -> Forward:
-    """Return what torch.nn.SyncBatchNorm runs in training on a GPU, for a group of one as well."""
+class TorchSyncBatchNorm(nn.BatchNorm2d):
+    """What torch.nn.SyncBatchNorm runs in training on a GPU, also for a group of one, for which torch's does not.
 
-    def forward(x: Tensor) -> Tensor:
-        group = dist.group.WORLD
-        arguments = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, 0.1)
-        return TorchFunction.apply(x, *arguments, group, dist.get_world_size())  # type: ignore[no-any-return, no-untyped-call]
+    It calls the autograd function of torch.nn.SyncBatchNorm with torch.distributed's default group. So it has the
+    function's kernels, its all-gather and all-reduce, and its synchronization with the host.
+    """
 
-    return forward
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, *) -> (N, C, *)."""
+        arguments = (self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum)
+        return TorchFunction.apply(input, *arguments, dist.group.WORLD, dist.get_world_size())  # type: ignore[no-any-return, no-untyped-call]
+
+
+def has_torch_group() -> bool:
+    """Return whether torch.distributed has a default group whose backend has collectives for CUDA tensors."""
+    return dist.is_initialized() and dist.get_backend() in ("nccl", "gloo")
+
+
+def batch_norm_kernels(norm: nn.BatchNorm2d, x: Tensor) -> str:
+    """Return whose kernels F.batch_norm runs on x in training: "cudnn", "native" or "miopen". torch chooses them."""
+    state = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return str(torch._C._select_batch_norm_backend(x, *state, True, norm.eps).name).lower()
 
 
 def compiled(norm: nn.BatchNorm2d) -> Forward:

@@ -12,14 +12,14 @@ __all__ = ["LARGE", "SMALL", "TINY", "Case", "cases"]
 
 LARGE, SMALL, TINY = "large", "small", "tiny"  # beyond the last private cache (12 MB); within it; all overhead
 ON_GPU = 8  # times the batch: large is what the cache of a GPU does not hold
-QUICK_BATCH = 2
+QUICK = {LARGE: (2, 8, 8, 8), SMALL: (3, 8, 4, 4)}  # so small that Triton can interpret its kernels
 
 
 class Case(NamedTuple):
     """A tensor.
 
     Args:
-        kind: LARGE, SMALL or TINY, of the shape as it is listed; --quick takes a smaller batch of it.
+        kind: LARGE, SMALL or TINY, of the shape as it is listed; --quick takes a smaller one.
         shape: (N, C, *).
         dtype: of the tensor.
         layout: "NCHW" (contiguous) or "NHWC" (channels last); "NC" for two axes.
@@ -43,7 +43,8 @@ class Case(NamedTuple):
 
     def random(self, device: torch.device, generator: torch.Generator, mean: float = 0.0) -> Tensor:
         """Return normally distributed values of this shape, dtype and layout."""
-        values = torch.randn(self.shape, generator=generator, device="cpu").add_(mean).to(device, self.dtype)
+        values = torch.randn(self.shape, generator=generator, device=generator.device).add_(mean)
+        values = values.to(device, self.dtype)
         return values.contiguous(memory_format=torch.channels_last) if self.layout == "NHWC" else values
 
     def numbers(self) -> dict[str, Any]:
@@ -70,19 +71,25 @@ CASES = [
 
 
 def cases(device: torch.device, quick: bool = False, only: str = "") -> list[Case]:
-    """Return the cases whose name holds all words of `only`; larger ones on a GPU, then with few samples if `quick`.
+    """Return the cases whose name holds all words of `only`; on a GPU larger ones, the tiny one first.
+
+    If `quick`, each is cut down to a shape of QUICK, and cases that are then the same are listed once.
 
     Raises:
         RuntimeError: there is none.
     """
     listed = CASES
     if device.type == "cuda":
-        listed = [_with_batch(case, ON_GPU * case.shape[0]) if case.kind == LARGE else case for case in listed]
+        listed = [_on_gpu(case) for case in sorted(listed, key=lambda case: case.kind != TINY)]
     named = [case for case in listed if all(word in case.name for word in only.split())]
     if not named:
         raise RuntimeError(f"expected --only to name some of {', '.join(c.name for c in listed)}, got {only!r}")
-    return [_with_batch(case, QUICK_BATCH) for case in named] if quick else named
+    return list(dict.fromkeys(map(_quick, named))) if quick else named
 
 
-def _with_batch(case: Case, size: int) -> Case:
-    return case._replace(shape=(size, *case.shape[1:]))
+def _on_gpu(case: Case) -> Case:
+    return case._replace(shape=(ON_GPU * case.shape[0], *case.shape[1:])) if case.kind == LARGE else case
+
+
+def _quick(case: Case) -> Case:
+    return case._replace(shape=QUICK.get(case.kind, case.shape)[: len(case.shape)])

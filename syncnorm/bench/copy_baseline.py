@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ..communicators import communicator
 
-__all__ = ["PASSES", "all_reduce", "layer", "layer_in_autograd"]
+__all__ = ["LAYER_PASSES", "PASSES", "all_reduce", "layer", "layer_in_autograd"]
+
+LAYER_PASSES = 8  # tensors that `layer` reads or writes
 
 
 def layer(input: Tensor, all_reduces: Sequence[Callable[[], object]] = ()) -> Callable[[], object]:

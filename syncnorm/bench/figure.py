@@ -8,8 +8,8 @@ from typing import Any
 
 from ..report import COLOURS
 from . import memory
-from .targets import ALL, ALONE, AUTOGRAD, OVER_COPY, TORCH, TORCH_SYNC
-from .timing import left_out
+from .targets import ALL, ALONE, AUTOGRAD, COMPILED, GRAPH, OVER_COPY, TORCH, TORCH_SYNC
+from .timing import HOST, left_out
 
 try:
     import matplotlib as mpl
@@ -18,7 +18,7 @@ try:
     from matplotlib.ticker import FixedLocator, NullLocator
 except ImportError as error:
     raise RuntimeError(
-        "python -m syncnorm bench layer --figure draws with matplotlib, which cannot be imported: "
+        "python -m syncnorm bench --figure draws with matplotlib, which cannot be imported: "
         "pip install 'syncnorm[bench]'"
     ) from error
 
@@ -26,6 +26,8 @@ __all__ = ["check", "draw"]
 
 STYLES = {  # colour and marker. Candidates that are not here are not drawn: activations, and all-reduces alone
     ALONE: (COLOURS["sky blue"], "o"),
+    GRAPH: (COLOURS["blue"], "P"),
+    COMPILED: (COLOURS["purple"], "v"),
     ALL: (COLOURS["blue"], "o"),
     TORCH: (COLOURS["orange"], "s"),
     TORCH_SYNC: (COLOURS["vermillion"], "s"),
@@ -46,7 +48,7 @@ def check(path: Path) -> None:
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draw the results of `bench layer` on memory as it is by default.
+    """Draw the results of `bench layer` on memory as it is by default, without those on the host's time alone.
 
     Args:
         path: the file to write.
@@ -54,7 +56,8 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], targets: Sequence[Mappin
         targets: the verdicts as they are written to JSON.
         title: what was measured.
     """
-    shown = [row for row in rows if row["memory"] != memory.KEPT and row["candidate"] in STYLES]
+    comparable = [row for row in rows if row["memory"] != memory.KEPT and row["clock"] != HOST]
+    shown = [row for row in comparable if row["candidate"] in STYLES]
     quiet = [row for row in shown if not row["noisy"]]
     cases = list(dict.fromkeys(row["case"] for row in shown))
     candidates = [name for name in STYLES if any(row["candidate"] == name for row in quiet)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ def join() -> Job:
     """Join the job that this process was launched in, or be alone. Collective on all ranks of the job.
 
     Ranks compute on CUDA devices where there are any. Each rank has as many threads as OMP_NUM_THREADS says, or one.
-    A process alone with a CUDA device has a NCCL group of its own, which torch.nn.SyncBatchNorm asks for.
+    A process alone with a CUDA device has a NCCL group of its own, which torch.nn.SyncBatchNorm asks for. If NCCL
+    cannot make one, a warning says so, and the process has none.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -34,5 +36,9 @@ def join() -> Job:
         return Job(init(), torch.device("cpu"))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    alone = detect_launcher().launcher == "none" and dist.is_nccl_available()
-    return Job(init("nccl" if alone else "auto"), device)
+    if detect_launcher().launcher == "none" and dist.is_nccl_available():
+        try:
+            return Job(init("nccl"), device)
+        except RuntimeError as error:
+            warnings.warn(f"torch.nn.SyncBatchNorm is not timed, since NCCL failed: {error}", stacklevel=2)
+    return Job(init(), device)

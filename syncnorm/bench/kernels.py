@@ -7,6 +7,8 @@ measured, not the allocator. No pass has a collective; several ranks show what s
 from __future__ import annotations
 
 import importlib
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,15 +21,26 @@ from ..kernels import Kernels, Saved
 from . import copy_baseline, memory, report
 from .cases import LARGE, TINY, Case, cases
 from .job import Job, join
-from .timing import FULL, QUICK, Effort, Timing, clock_of, interleave
+from .timing import FULL, QUICK, Budget, Effort, Timing, interleave, sampler_of
 
 __all__ = ["IMPLEMENTATIONS", "Row", "available", "check", "main", "measure", "passes"]
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
 LONG = Effort(rounds=21, block=FULL.block)  # of large tensors
+BY_EVENTS = Effort(rounds=51, block=1e-3)  # on a GPU
 BRIEF = QUICK._replace(rounds=2)
+SECONDS_ON_GPU = 25  # for all cases, unless told otherwise
 COPY = "copy baseline"
 COLUMNS = ("case", "pass", "implementation", "median µs", "quartiles", "x copy")
+
+
+class Failure(NamedTuple):
+    """Why a pass of an implementation was not timed."""
+
+    case: str
+    kernel: str
+    implementation: str
+    error: str
 
 
 class Row(NamedTuple):
@@ -65,38 +78,81 @@ class Row(NamedTuple):
         return [self.case.name, self.kernel, self.implementation, median, f"{low} to {high}", ratio]
 
 
-def main(files: report.Files, quick: bool = False, only: str = "") -> None:
-    """Join the job, measure, print and write on rank 0. Collective on all ranks of the job."""
+def main(files: report.Files, quick: bool = False, only: str = "", seconds: int | None = None) -> None:
+    """Join the job, measure, print and write on rank 0. Collective on all ranks of the job.
+
+    Args:
+        files: what to write.
+        quick: few rounds on tiny tensors.
+        only: words that the names of the cases have to hold.
+        seconds: to measure for, about. Cases that are left are named. None: SECONDS_ON_GPU, without a limit on a CPU.
+
+    Raises:
+        RuntimeError: there is no such case; after all was written, if a pass failed or computes something else.
+    """
     job = join()
     memory.keep()
-    sections = list(measure(job, [case for case in cases(job.device, quick, only) if case.kind != TINY], quick))
-    if not sections:
+    listed = [case for case in cases(job.device, quick, only) if case.kind != TINY]
+    if not listed:
         raise RuntimeError(f"expected --only to name a case with memory traffic, got {only!r}")
-    told = info.job()
+    facts = report.header(info.job())
+    for name, found in _search(job.device).items():
+        facts[f"implementation {name}"] = found if isinstance(found, str) else "timed"
+    budget = Budget(seconds or (SECONDS_ON_GPU if job.device.type == "cuda" else math.inf), job.group)
+    sections: list[list[Row]] = []
+    failures: list[Failure] = []
+    for rows in measure(job, listed, quick, budget, failures):
+        sections.append(rows)
+        if job.group.rank == 0:
+            report.write_json(facts, _numbers(sections, failures), files)
     if job.group.rank == 0:
+        facts |= report.left_undone(case.name for case in listed[len(sections) :])
         title = f"passes over the data on {report.ranks(job.group.size)}" + report.WARNING * quick
-        rows = [row.numbers() for rows in sections for row in rows]
-        facts = report.header(told)
-        for name, found in _search(job.device).items():
-            facts[f"implementation {name}"] = found if isinstance(found, str) else "timed"
-        report.publish_rows(facts, report.Table(title, COLUMNS, [], names=3), sections, {"rows": rows}, files)
+        numbers = _numbers(sections, failures)
+        report.publish_rows(facts, report.Table(title, COLUMNS, [], names=3), sections, numbers, files)
+    if failures:
+        raise RuntimeError(f"expected all passes to run and to be right, got {failures}")
 
 
-def measure(job: Job, listed: Sequence[Case], quick: bool) -> Iterator[list[Row]]:
-    """Time every pass of every implementation; yield the rows of each case. Collective on all ranks of the job."""
+def _numbers(sections: Sequence[Sequence[Row]], failures: Sequence[Failure]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        "rows": [row.numbers() for rows in sections for row in rows],
+        "failures": [failure._asdict() for failure in failures],
+    }
+
+
+def measure(
+    job: Job, listed: Sequence[Case], quick: bool, budget: Budget, failures: list[Failure]
+) -> Iterator[list[Row]]:
+    """Time every pass of every implementation; yield the rows of each case, until the time is up. Collective.
+
+    A pass that fails in a job of one rank is left out and appended to `failures`. In other jobs it raises.
+    """
     found = available(job.device)
-    for case in listed:
-        generator = torch.Generator().manual_seed(job.group.rank)
+    on_gpu = job.device.type == "cuda"
+    for number, case in enumerate(listed):
+        share = budget.share(len(listed) - number)
+        if share == 0:
+            return
+        generator = torch.Generator(job.device).manual_seed(job.group.rank)
         x, dy = case.random(job.device, generator), case.random(job.device, generator)
-        effort = BRIEF if quick else LONG if case.kind == LARGE else FULL
+        effort = BRIEF if quick else BY_EVENTS if on_gpu else LONG if case.kind == LARGE else FULL
+        effort = effort._replace(seconds=share / len(copy_baseline.PASSES))
         by_name = {name: passes(implementation, x, dy) for name, implementation in found.items()}
         rows = []
         for kernel, traffic in copy_baseline.PASSES.items():
             runs: dict[str, Callable[[], object]] = {COPY: partial(traffic, x, dy)}
             for name, made in by_name.items():
-                check(f"{kernel} of {name} on {case.name}", made[kernel](), by_name["reference"][kernel]())
+                try:
+                    check(f"{kernel} of {name} on {case.name}", made[kernel](), by_name["reference"][kernel]())
+                except Exception as error:
+                    if job.group.size > 1:
+                        raise  # the other ranks would wait
+                    failures.append(Failure(case.name, kernel, name, report.told(error)))
+                    continue
                 runs[name] = made[kernel]
-            timings = interleave(runs, job.group, effort, clock_of(job.device), together=True)
+            together = job.group.size > 1 or not on_gpu
+            timings = interleave(runs, job.group, effort, sampler_of(job.device), together=together)
             rows += [Row(case, kernel, name, timing, timings[COPY]) for name, timing in timings.items()]
         yield rows
 
@@ -109,8 +165,9 @@ def available(device: torch.device) -> dict[str, Kernels]:
 def _search(device: torch.device) -> dict[str, Kernels | str]:
     """Return the implementations for the device, by name, or why they are not there."""
     found: dict[str, Kernels | str] = {"reference": kernels.reference}
+    with_triton = device.type == "cuda" or os.environ.get("SYNCNORM_KERNELS") == "triton"  # in its interpreter
     for name in IMPLEMENTATIONS[1:]:
-        if (name == "triton") != (device.type == "cuda"):
+        if (name == "triton") != with_triton:
             continue
         try:
             implementation: Any = importlib.import_module(f"{kernels.__name__}.{name}")

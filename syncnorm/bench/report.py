@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -30,10 +30,13 @@ __all__ = [
     "Table",
     "digits",
     "header",
+    "left_undone",
     "publish",
     "publish_rows",
     "ranks",
+    "told",
     "undisturbed",
+    "write_json",
 ]
 
 WARNING = " (--quick: tells whether it runs, not how fast)"
@@ -61,10 +64,11 @@ def header(job: Mapping[str, str]) -> dict[str, str]:
     """Return where and when this runs, by name; `job` is what `syncnorm.info.job` told."""
     machine = info.machine()
     gpu = {name: machine[name] for name in ("cuda", "nccl", "triton", "kernels on cuda")}
+    triton = {"triton": machine["triton"]} if os.environ.get("SYNCNORM_KERNELS") == "triton" else {}
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{_cpu()}, {os.cpu_count()} cores, of which rank 0 may use {len(os.sched_getaffinity(0))}",
-        **(gpu if torch.cuda.is_available() else {}),
+        **({**gpu, "L2 cache": _l2_cache()} if torch.cuda.is_available() else triton),
         **{name: machine[name] for name in ("syncnorm", "python", "torch", "mpi4py", "mpi", "kernels on cpu")},
         **{name: job[name] for name in ("launcher", "communicator", "torch.distributed", "hosts")},
         "threads per rank": str(torch.get_num_threads()),
@@ -82,10 +86,15 @@ def publish(
     print(listing(facts))
     for table in printed:
         table.show()
-    if files.json is not None:
-        files.json.write_text(json.dumps({"header": facts, **numbers}, indent=2) + "\n")
+    write_json(facts, numbers, files)
     if files.markdown is not None:
         files.markdown.write_text("\n".join([_provenance(facts), *map(_section, in_markdown)]))
+
+
+def write_json(facts: Mapping[str, str], numbers: Mapping[str, Sequence[Mapping[str, Any]]], files: Files) -> None:
+    """Write the header and the numbers as JSON. A benchmark does so after each part, in case it is killed later."""
+    if files.json is not None:
+        files.json.write_text(json.dumps({"header": facts, **numbers}, indent=2) + "\n")
 
 
 class _Row(Protocol):
@@ -129,6 +138,17 @@ def digits(micros: float) -> str:
     return f"{micros:,.0f}" if abs(micros) >= 100 else f"{micros:.2f}"
 
 
+def told(error: Exception) -> str:
+    """Return what went wrong in one line: of a compiler's errors the first lines say the most."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+def left_undone(parts: Iterable[str]) -> dict[str, str]:
+    """Return a line for the header that names what there was no time for, if there is something."""
+    names = ", ".join(parts)
+    return {"no time for": names} if names else {}
+
+
 def ranks(size: int) -> str:
     """Return how many ranks were timed, for a title."""
     return "one rank" if size == 1 else f"{size} ranks, of whom the slowest counts"
@@ -145,6 +165,12 @@ def _provenance(facts: Mapping[str, str]) -> str:
 
 def _section(table: Table) -> str:
     return f"{table.title[0].upper()}{table.title[1:]}:\n\n{table.markdown()}"
+
+
+def _l2_cache() -> str:
+    """Return the size of the GPU's last cache and what the benchmarks do about it."""
+    size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return f"{size / 1e6:.0f} MB, not flushed between calls: smaller tensors stay in it"
 
 
 def _cpu() -> str:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-__all__ = ["BLOCKS", "NormFactory", "ResNet", "Separate"]
+__all__ = ["BLOCKS", "InPlace", "NormFactory", "ResNet", "Separate"]
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # by depth
 EXPANSION = 4
 
-NormFactory = Callable[[int, bool], nn.Module]  # channels, whether a ReLU follows -> norm(x, residual=None)
+NormFactory = Callable[[int, bool, bool], nn.Module]
+"""Channels, whether a ReLU follows, whether a residual is added before it -> norm(x), or norm(x, residual=r)."""
 
 
 class Separate(nn.Module):
@@ -33,17 +34,35 @@ class Separate(nn.Module):
         return F.relu(y, inplace=True) if self.relu else y
 
 
+class InPlace(nn.Module):
+    """A norm that writes over its input, and whose output must be kept: the residual's sum is another tensor.
+
+    Args:
+        norm: without an activation.
+        activation: applied to the sum, whose memory it may take.
+    """
+
+    def __init__(self, norm: nn.Module, activation: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x: Tensor, *, residual: Tensor) -> Tensor:
+        """Return activation(norm(x) + residual)."""
+        return self.activation(self.norm(x) + residual)
+
+
 class Bottleneck(nn.Module):
     """relu(x + f(x)), f being convolutions of 1x1, 3x3 and 1x1; x itself is convolved where its shape changes."""
 
     def __init__(self, channels: int, width: int, stride: int, norm: NormFactory):
         super().__init__()
         wide = EXPANSION * width
-        self.conv1, self.norm1 = _conv(channels, width, 1), norm(width, True)
-        self.conv2, self.norm2 = _conv(width, width, 3, stride), norm(width, True)
-        self.conv3, self.norm3 = _conv(width, wide, 1), norm(wide, True)
+        self.conv1, self.norm1 = _conv(channels, width, 1), norm(width, True, False)
+        self.conv2, self.norm2 = _conv(width, width, 3, stride), norm(width, True, False)
+        self.conv3, self.norm3 = _conv(width, wide, 1), norm(wide, True, True)
         changes = stride != 1 or channels != wide
-        self.shortcut = nn.Sequential(_conv(channels, wide, 1, stride), norm(wide, False)) if changes else nn.Identity()
+        convolved = (_conv(channels, wide, 1, stride), norm(wide, False, False)) if changes else ()
+        self.shortcut = nn.Sequential(*convolved)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, 4 width, H / stride, W / stride)."""
@@ -63,7 +82,7 @@ class ResNet(nn.Module):
 
     def __init__(self, blocks: Sequence[int], norm: NormFactory, width: int = 64, classes: int = 1000):
         super().__init__()
-        stem = [_conv(3, width, 7, 2), norm(width, True), nn.MaxPool2d(3, 2, padding=1)]
+        stem = [_conv(3, width, 7, 2), norm(width, True, False), nn.MaxPool2d(3, 2, padding=1)]
         channels, stages = width, []
         for stage, count in enumerate(blocks):
             for block in range(count):

@@ -1,21 +1,47 @@
-"""Timing candidates against each other: by turns, so that what disturbs the machine disturbs all of them."""
+"""Timing candidates against each other: by turns, so that what disturbs the machine disturbs all of them.
+
+A `Sampler` takes one sample. `wall` reads a clock around the calls, `on_device` measures what the calls take on a GPU,
+and `until_return` what they take on the host while the GPU is idle.
+"""
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
 import timeit
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from ..communicators import Communicator
 
-__all__ = ["FULL", "NOISY", "QUICK", "Candidates", "Effort", "Timing", "clock_of", "interleave", "left_out"]
+__all__ = [
+    "DEVICE",
+    "FULL",
+    "HOST",
+    "NOISY",
+    "QUICK",
+    "WALL",
+    "Budget",
+    "Candidates",
+    "Effort",
+    "Sampler",
+    "Timing",
+    "clock_of",
+    "interleave",
+    "left_out",
+    "on_device",
+    "sampler_of",
+    "until_return",
+    "wall",
+]
 
 Candidates = Mapping[str, Callable[[], object]]
+Sampler: TypeAlias = Callable[[Callable[[], object], int], float]  # (run, calls) -> seconds that the calls took
 
 
 class Effort(NamedTuple):
@@ -24,14 +50,18 @@ class Effort(NamedTuple):
     Args:
         rounds: number of samples of each candidate, two or more.
         block: seconds that the calls of one sample take together, at least; one call may take longer.
+        seconds: about what all rounds may take together. There are FEWEST rounds even if they take longer.
     """
 
     rounds: int
     block: float
+    seconds: float = math.inf
 
 
 FULL = Effort(rounds=101, block=5e-4)  # short: fewer blocks are hit by what else the machine does
 QUICK = Effort(rounds=5, block=1e-4)  # tells whether it runs, not how fast
+FEWEST = 5  # rounds that quartiles can be told from
+HOST, DEVICE, WALL = "host", "device", "wall"  # times of `until_return`, of `on_device`, and of `wall`
 NOISY = 1.5  # where the quartiles are this factor apart, the machine had other things to do
 
 
@@ -70,11 +100,59 @@ def clock_of(device: torch.device) -> Callable[[], float]:
     return clock
 
 
+def wall(clock: Callable[[], float] = time.perf_counter) -> Sampler:
+    """Return a sampler that reads a clock before and after the calls."""
+    return lambda run, calls: timeit.Timer(run, timer=clock).timeit(calls)
+
+
+def on_device(device: torch.device) -> Sampler:
+    """Return a sampler of the time between two CUDA events around the calls.
+
+    A call before the first event keeps the device busy while the host enqueues the others. If the host is slower than
+    the device, the device waits between kernels, and the time is that of the host.
+    """
+
+    def sample(run: Callable[[], object], calls: int) -> float:
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            run()
+            start.record()
+            timeit.Timer(run).timeit(calls)  # without garbage collection
+            end.record()
+            end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+    return sample
+
+
+def until_return(device: torch.device) -> Sampler:
+    """Return a sampler of the host's time: from a call until it returns, each begun when the device is idle."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else _do_nothing
+
+    def sample(run: Callable[[], object], calls: int) -> float:
+        timer, spent = timeit.Timer(run), 0.0
+        for _ in range(calls):
+            wait()
+            spent += timer.timeit(1)
+        return spent
+
+    return sample
+
+
+def sampler_of(device: torch.device) -> Sampler:
+    """Return the sampler for what a candidate takes: CUDA events on a GPU, else the clock."""
+    return on_device(device) if device.type == "cuda" else wall()
+
+
+def _do_nothing() -> None:
+    """Wait for a device that is never behind."""
+
+
 def interleave(
     candidates: Candidates,
     group: Communicator,
     effort: Effort,
-    clock: Callable[[], float] = time.perf_counter,
+    sample: Sampler | None = None,
     *,
     together: bool = False,
 ) -> dict[str, Timing]:
@@ -88,33 +166,61 @@ def interleave(
         candidates: what to time, by name; the same names on all ranks.
         group: the ranks that run the candidates in lockstep.
         effort: how many samples of each candidate, and how long ones.
-        clock: what tells the time, in seconds.
+        sample: takes a sample. None: `wall()`.
         together: a barrier before the timed block too, for candidates that work long between their collectives.
     """
-    timers = {name: timeit.Timer(run, timer=clock) for name, run in candidates.items()}
-    calls = {name: _calls_in(effort.block, timer, group) for name, timer in timers.items()}
+    sample = sample or wall()
+    blocks = {name: _block(effort.block, run, sample, group) for name, run in candidates.items()}
+    a_round = 2 * sum(seconds for _, seconds in blocks.values())
+    rounds = effort.rounds
+    if a_round * rounds > effort.seconds:
+        rounds = min(rounds, max(FEWEST, int(effort.seconds / a_round)))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     order, draw = list(candidates), random.Random(0)
-    for _ in range(effort.rounds):
+    for _ in range(rounds):
         draw.shuffle(order)
         for name in order:
+            run, calls = candidates[name], blocks[name][0]
             group.barrier()
-            timers[name].timeit(calls[name])
+            sample(run, calls)
             if together:
                 group.barrier()
-            samples[name].append(timers[name].timeit(calls[name]) / calls[name])
+            samples[name].append(sample(run, calls) / calls)
     by_rank = group.all_gather_object(samples)
     slowest = {name: [max(r) for r in zip(*(of[name] for of in by_rank), strict=True)] for name in candidates}
     return {name: Timing.of(of) for name, of in slowest.items()}
 
 
-def _calls_in(block: float, timer: timeit.Timer, group: Communicator) -> int:
-    """Return a number of calls that fill the block on some rank, by doubling it. Warms up what it calls."""
-    timer.timeit(1)
+def _block(block: float, run: Callable[[], object], sample: Sampler, group: Communicator) -> tuple[int, float]:
+    """Return a number of calls that fill the block on some rank, and their seconds. Warms up what it calls."""
+    sample(run, 1)
     calls = 1
-    while max(group.all_gather_object(timer.timeit(calls))) < block:
+    while (seconds := max(group.all_gather_object(sample(run, calls)))) < block:
         calls *= 2
-    return calls
+    return calls, seconds
+
+
+class Budget:
+    """The seconds that a benchmark has for its parts. All ranks of the group are told the same.
+
+    Args:
+        seconds: from now on. `math.inf` is no limit, and then there is no collective.
+        group: the ranks that measure together.
+    """
+
+    def __init__(self, seconds: float, group: Communicator):
+        self.end, self.group = time.monotonic() + seconds, group
+
+    def left(self) -> float:
+        """Return the seconds that rank 0 has left, at least 0. Collective on all ranks of the group."""
+        if math.isinf(self.end):
+            return math.inf
+        left: float = self.group.all_gather_object(self.end - time.monotonic())[0]
+        return max(0.0, left)
+
+    def share(self, parts: int) -> float:
+        """Return an equal share of the seconds left for each of so many parts. Collective as `left`."""
+        return self.left() / parts
 
 
 def left_out(all_rows: int, kept: int) -> str:
