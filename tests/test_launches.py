@@ -23,11 +23,11 @@ LAYERS = {  # arguments of the layer, of its forward, and the shape of x
 }
 
 
-def layer_and_step(name, dtype=torch.float32, parameters=torch.float32, last=False, **options):
-    """Return a step of a layer, and what it returned at its last call: y and the gradients."""
+def layer_and_step(name, dtype=torch.float32, parameters=torch.float32, last=False, device="cpu"):
+    """Return a step of a layer, forward and backward."""
     settings, adds, shape = LAYERS[name]
-    layer = syncnorm.SyncBatchNorm(shape[1], dtype=parameters, **settings, **options)
-    x, residual, dy = (torch.randn(shape, dtype=dtype) for _ in range(3))
+    layer = syncnorm.SyncBatchNorm(shape[1], dtype=parameters, device=device, **settings)
+    x, residual, dy = (torch.randn(shape, dtype=dtype, device=device) for _ in range(3))
     if last:
         x, residual, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, residual, dy))
     x.requires_grad_()
@@ -71,7 +71,7 @@ def test_more_calls_are_counted():
 
 
 def test_triton_launches_two_kernels_each_way():
-    """In the interpreter; on a GPU, tests/test_gpu_launches.py counts what the device runs."""
+    """In the interpreter; on a GPU, tests/test_gpu_kernels.py counts what the device runs."""
     code = f"""
     import itertools, sys
     sys.path[:0] = {HERE!r}, {HERE + "/helpers"!r}

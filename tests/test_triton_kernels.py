@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference: in Triton's interpreter on the CPU, and on a GPU where there is one.
+"""The Triton kernels against the reference: on a GPU where there is one, else in Triton's interpreter on the CPU.
 
 The interpreter has to be chosen before Triton is imported, so what is checked runs in a process of its own.
 """
@@ -20,7 +20,7 @@ import syncnorm
 from syncnorm.kernels import ACTIVATIONS, Epilogue, Running, Saved, reference
 from syncnorm.kernels.signs import from_bits
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cuda" if torch.cuda.is_available() else "cpu"]  # the CPU: in Triton's interpreter
 DEVICE = "cpu"  # of the process that checks
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 SMALL = {  # divides small tensors among several programs and tiles

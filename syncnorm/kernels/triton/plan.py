@@ -93,8 +93,8 @@ def _divide(shape: torch.Size, last: bool, dtype: torch.dtype, reduces: bool) ->
     sizes = (C // align if last else C, S if last else S // align, tiles, per, blocks)
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     lines, line = (S, C) if last else (N * C, S)
-    rows = triton.next_power_of_2(max(1, min(MERGED_VALUES // BC, runs)))
-    return Division(blocks, runs, sizes, (align, last, BC, BP, acc), rows, lines, triton.cdiv(line, 8))
+    constants = align, last, BC, BP, acc
+    return Division(blocks, runs, sizes, constants, max(1, MERGED_VALUES // BC), lines, triton.cdiv(line, 8))
 
 
 def _sizes(shape: torch.Size, last: bool) -> tuple[int, int, int, bool]:
