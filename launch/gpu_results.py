@@ -1,0 +1,110 @@
+"""What the steps of `launch/gpu` found: JUnit's XML of the tests, and the JSON of the benchmarks, brought together."""
+
+import contextlib
+import json
+import math
+import statistics
+from collections import Counter, defaultdict
+from xml.etree import ElementTree
+
+ERROR, BOUND = "error: ", "bound: "  # beginnings of the names of the properties that tests record
+
+
+def tests(path):
+    """Return what JUnit's XML tells about the tests of a step: counts, failures, skips by reason, errors by name."""
+    found = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": {}, "errors": {}}
+    for case in ElementTree.parse(path).iter("testcase"):
+        name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+        skip = case.find("skipped")
+        broken = [child for kind in ("failure", "error") for child in case.iter(kind)]
+        if broken:
+            found["failed"] += 1
+            message = broken[0].get("message") or broken[0].text or ""
+            found["failures"].append({"test": name, "message": message.strip().split("\n")[0][:300]})
+        elif skip is not None:
+            found["skipped"] += 1
+            reason = skip.get("message") or "no reason given"
+            found["skips"][reason] = found["skips"].get(reason, 0) + 1
+        else:
+            found["passed"] += 1
+        _worst(found["errors"], list(_errors(case, name)))
+    return found
+
+
+def sum_of_tests(parts):
+    """Return the tests of several steps as those of one."""
+    total = {kind: sum(part[kind] for part in parts) for kind in ("passed", "failed", "skipped")}
+    total["failures"] = [failure for part in parts for failure in part["failures"]]
+    total["skips"] = dict(sum((Counter(part["skips"]) for part in parts), Counter()))
+    total["errors"] = {}
+    for part in parts:
+        _worst(total["errors"], list(part["errors"].items()))
+    return total
+
+
+def _errors(case, test):
+    """Yield name and {error, bound, test} of each error that a test recorded."""
+    properties = {item.get("name"): item.get("value") for item in case.iter("property")}
+    for name, value in properties.items():
+        if name.startswith(ERROR):
+            what = name.removeprefix(ERROR)
+            bound = properties.get(BOUND + what)
+            yield what, {"error": float(value), "bound": None if bound is None else float(bound), "test": test}
+
+
+def _worst(errors, found):
+    """Keep of each name the error that is nearest to its bound, or the largest where there is no bound."""
+    for what, entry in found:
+        if what not in errors or _badness(entry) > _badness(errors[what]):
+            errors[what] = entry
+
+
+def _badness(entry):
+    """Return a number that is greater for a worse error."""
+    if math.isnan(entry["error"]):
+        return math.inf
+    return entry["error"] / entry["bound"] if entry["bound"] else entry["error"]
+
+
+def headlines(benchmark, numbers):
+    """Yield the ratios to look at first in the JSON of a benchmark: {benchmark, what, value, limit, cases, met}.
+
+    Of targets that is the value which is furthest from its limit, else the median over the cases.
+    """
+    by_target = defaultdict(list)
+    for target in numbers.get("targets", []):
+        by_target[target["target"]].append(target)
+    for what, cases in by_target.items():
+        worst = max(cases, key=lambda case: case["value"] / case["limit"])
+        met = sum(case["met"] for case in cases)
+        yield _headline(benchmark, what, worst["value"], worst["limit"], len(cases), met)
+    if by_target:
+        return
+    by_name = defaultdict(list)
+    for row in numbers.get("rows", []):
+        what = ", ".join(str(row[key]) for key in ("kernel", "implementation", "norm") if key in row)
+        if "images_per_step" in row:
+            what += f", {row['images_per_step']} images"
+        by_name[what].append(row["ratio"])
+    for what, ratios in by_name.items():
+        if set(ratios) != {1.0}:  # of the baseline itself
+            yield _headline(benchmark, what, statistics.median(ratios), None, len(ratios), None)
+
+
+def _headline(benchmark, what, value, limit, cases, met):
+    return {"benchmark": benchmark, "what": what, "value": value, "limit": limit, "cases": cases, "met": met}
+
+
+def of_step(results):
+    """Return what a step wrote to the files `results`.*: its tests, or its benchmark and that one's tables."""
+    readers = {
+        "tests": (".xml", tests),
+        "benchmark": (".json", lambda path: json.loads(path.read_text())),
+        "tables": (".md", lambda path: path.read_text()),
+    }
+    found = {}
+    for name, (suffix, read) in readers.items():
+        path = results.with_suffix(suffix)
+        with contextlib.suppress(FileNotFoundError, ElementTree.ParseError, json.JSONDecodeError):  # it was killed
+            found[name] = read(path)
+    return found
