@@ -17,11 +17,12 @@ import gpu_machine
 import gpu_markdown
 import gpu_process
 import gpu_results
-from gpu_steps import BENCH, INSTALL, RESULTS, ROOT, TESTS, steps
+from gpu_steps import BENCH, INSTALL, RESULTS, ROOT, SECONDS, TESTS, steps
 
-BEFORE = 70  # seconds, of the eight minutes, for the wheels and the first look at the machine
+BEFORE = 55  # seconds, of the eight minutes, for the wheels and the first look at the machine
 TAIL = 30  # lines of the output of a step that failed
-NO_GPU = "launch/gpu: expected a CUDA device, found none with torch {torch}; ./launch/gpu --rehearse needs none"
+NO_TORCH = "expected {} to have torch, found none; PYTHON chooses another"
+NO_GPU = "expected a CUDA device, found none with torch {}; ./launch/gpu --rehearse needs none"
 SETTINGS = {  # Open MPI as root, and with more ranks than cores
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -91,7 +92,8 @@ def carry_out(listed, folder, machine, modules, environment=None, rehearsal=Fals
 
 def run(step, limit, results, log, modules, environment):
     """Run a step, or say why not; return its entry of the record."""
-    command = [word.replace(RESULTS, str(results)) for word in step.command]
+    seconds = str(max(1, int(limit / 2)))
+    command = [word.replace(RESULTS, str(results)).replace(SECONDS, seconds) for word in step.command]
     entry = {"name": step.name, "verdict": "skipped", "seconds": 0.0, "limit": limit, "reason": step.skip, "tail": []}
     entry["command"] = [f"{name}={value}" for name, value in step.environment.items()] + [
         shlex.quote(Path(word).name if word == sys.executable else word) for word in step.command
@@ -138,21 +140,26 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as in the background of some shells
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            args.out.mkdir(parents=True, exist_ok=True)
             installed = gpu_machine.install(args.wheels, Path(temporary)) if args.wheels else {}
             environment = _environment(installed)
             found = gpu_machine.look(environment)
+            if "torch" not in found["modules"]:
+                raise gpu_machine.NotReadyError(NO_TORCH.format(sys.executable))
+            if not args.rehearse and not found.get("card"):
+                raise gpu_machine.NotReadyError(NO_GPU.format(found["torch"]))
+            args.out.mkdir(parents=True, exist_ok=True)
         except (OSError, gpu_machine.NotReadyError) as error:
             print(f"launch/gpu: {error}", file=sys.stderr)
             sys.exit(2)
-        if not args.rehearse and not found.get("card"):
-            print(NO_GPU.format_map({"torch": "missing"} | found), file=sys.stderr)
-            sys.exit(2)
-        listed = steps(args.rehearse, found["modules"], len(os.sched_getaffinity(0)))
-        wanted = [step for step in listed if args.only in (None, step.kind) or not step.kind]
+        modules = found["modules"]
+        listed = selected(steps(args.rehearse, modules, len(os.sched_getaffinity(0))), args.only)
         facts = gpu_machine.facts(found) | {"options": " ".join(sys.argv[1:]) or "none"}
-        modules, deadline = found["modules"], begin + BEFORE
-        sys.exit(carry_out(wanted, args.out, facts, modules, environment, args.rehearse, deadline))
+        sys.exit(carry_out(listed, args.out, facts, modules, environment, args.rehearse, begin + BEFORE))
+
+
+def selected(listed, only):
+    """Return the steps of one kind, and those of none; all of them if `only` is None."""
+    return [step for step in listed if only is None or step.kind in ("", only)]
 
 
 def _environment(installed):

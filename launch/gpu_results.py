@@ -12,23 +12,28 @@ ERROR, BOUND = "error: ", "bound: "  # beginnings of the names of the properties
 
 def tests(path):
     """Return what JUnit's XML tells about the tests of a step: counts, failures, skips by reason, errors by name."""
-    found = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": {}, "errors": {}}
-    for case in ElementTree.parse(path).iter("testcase"):
+    root = ElementTree.parse(path)
+    failures, skips, errors = [], Counter(), {}
+    for case in root.iter("testcase"):
         name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
-        skip = case.find("skipped")
-        broken = [child for kind in ("failure", "error") for child in case.iter(kind)]
+        broken = [child for child in case if child.tag in ("failure", "error")]
         if broken:
-            found["failed"] += 1
             message = broken[0].get("message") or broken[0].text or ""
-            found["failures"].append({"test": name, "message": message.strip().split("\n")[0][:300]})
-        elif skip is not None:
-            found["skipped"] += 1
-            reason = skip.get("message") or "no reason given"
-            found["skips"][reason] = found["skips"].get(reason, 0) + 1
-        else:
-            found["passed"] += 1
-        _worst(found["errors"], list(_errors(case, name)))
-    return found
+            failures.append({"test": name, "message": message.strip().split("\n")[0][:300]})
+        skips.update(skip.get("message") or "no reason given" for skip in case.iter("skipped"))
+        _worst(errors, list(_errors(case, name)))
+    counts = Counter()
+    for suite in root.iter("testsuite"):
+        counts.update({kind: int(suite.get(kind, 0)) for kind in ("tests", "failures", "errors", "skipped")})
+    failed = counts["failures"] + counts["errors"]
+    return {
+        "passed": counts["tests"] - failed - counts["skipped"],  # not the cases: one of them may have been interrupted
+        "failed": failed,
+        "skipped": counts["skipped"],
+        "failures": failures,
+        "skips": dict(skips),
+        "errors": errors,
+    }
 
 
 def sum_of_tests(parts):

@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS, BENCH = "tests", "bench"
-RESULTS = "{results}"  # in a command: the path, without suffix, of the files that it writes
+RESULTS = "{results}"  # in a command: the path, without suffix, of the files that it writes for the record
 FILES = ("tests/test_triton_kernels.py", *(f"tests/{path.name}" for path in sorted(ROOT.glob("tests/test_gpu_*.py"))))
 BUILD = "syncnorm/kernels/cpu/build.py"
 RANKS = "tests/test_gpu_ranks.py"
+SECONDS = "{seconds}"  # in a command: half of the seconds until its limit
 FIRST = "test_passes and (odd or whole)"  # every pass of the kernels, on shapes of each kind
+LARGE = "31_bits"  # those that take half of the memory of a device run after the others, one at a time
 INSTALL = {name: f"python3 -m pip install {name}, or --wheels" for name in ("pytest", "rich", "triton")}
 INTERPRETED = {"TRITON_INTERPRET": "1", "SYNCNORM_KERNELS": "triton"}
 
@@ -29,7 +31,7 @@ class Step(NamedTuple):
 
     Args:
         name: in the record.
-        command: its words, with `{results}` for the path, without suffix, of a file that the record reads.
+        command: its words, with RESULTS and SECONDS where what they stand for is to be put.
         limit: seconds after which it is killed.
         kind: TESTS or BENCH, for `--only`; empty for what runs in any case.
         needs: modules without which it is skipped.
@@ -65,21 +67,31 @@ def steps(rehearse, modules, cores):
         words = (*command, f"--junitxml={RESULTS}.xml", *words, *files)
         return Step(name, words, limit, TESTS, ("pytest", "triton"), environment)
 
-    def bench(name, limit, *tiny):
-        command = [sys.executable, "-m", "syncnorm", "bench", name, f"--json={RESULTS}.json"]
-        words = (*command, f"--markdown={RESULTS}.md", *(("--quick", *tiny) if rehearse else ()))
-        return Step(f"bench {name}", words, limit, BENCH, ("rich",))
+    def bench(name, limit, only, *words):
+        command = [
+            sys.executable,
+            "-m",
+            "syncnorm",
+            "bench",
+            name,
+            f"--json={RESULTS}.json",
+            f"--markdown={RESULTS}.md",
+        ]
+        tiny = ["--quick", *(["--only", only] if only else [])] if rehearse else []
+        environment = INTERPRETED if rehearse else {}
+        return Step(f"bench {name}", (*command, *tiny, *words), limit, BENCH, ("rich", "triton"), environment)
 
     on_gpu = "" if rehearse else " and not [cpu"  # what the interpreter can run needs no GPU
     return [
-        Step("kernels of the CPU", (sys.executable, BUILD), 30, skip=_reason_not_to_build()),
-        Step("info", (sys.executable, "-m", "syncnorm", "info"), 20),
-        tests("first tests", 40, FILES[:1], "-k", FIRST + on_gpu),
-        tests("tests", 130, alone, "-k", f"not ({FIRST}){on_gpu}"),
-        *([tests("tests on ranks", 60, [RANKS], workers=1, threads="1")] if RANKS in FILES else []),
-        bench("kernels", 40, "--only", "256x512"),
-        bench("layer", 60, "--only", "2x8x2x2"),
-        bench("train", 40),
+        Step("kernels of the CPU", (sys.executable, BUILD), 25, skip=_reason_not_to_build()),
+        Step("info", (sys.executable, "-m", "syncnorm", "info"), 15),
+        tests("first tests", 35, FILES[:1], "-k", FIRST + on_gpu),
+        tests("tests", 110, alone, "-k", f"not ({FIRST}) and not {LARGE}{on_gpu}"),
+        tests("large tests", 20, alone, "-k", LARGE, workers=1),
+        tests("tests on ranks", 50, [RANKS], workers=1, threads="1"),
+        bench("kernels", 35, "256x512", "--seconds", "20"),
+        bench("layer", 75, "2x8x2x2", "--seconds", SECONDS, "--compile"),
+        bench("train", 60, None, "--seconds", SECONDS),
     ]
 
 

@@ -121,6 +121,11 @@ def pytest_collection_modifyitems(config, items):
     """Mark each test with its tier. Under mpirun, leave to larger jobs what needs more ranks than this one has."""
     for item in items:
         item.add_marker(tier(item))
+    if not config.pluginmanager.has_plugin("pytest_mpi"):
+        skip = pytest.mark.skip(reason="needs pytest-mpi, and mpirun")
+        for item in items:
+            if item.get_closest_marker("mpi"):
+                item.add_marker(skip)
     if not config.getoption("--with-mpi", default=False):
         return
     from mpi4py import MPI
