@@ -20,7 +20,8 @@ import gpu_results
 from gpu_steps import BENCH, INSTALL, RESULTS, ROOT, SECONDS, TESTS, steps
 
 BEFORE = 55  # seconds, of the eight minutes, for the wheels and the first look at the machine
-TAIL = 30  # lines of the output of a step that failed
+MOST = 10  # failures and errors of the summary on the terminal
+TAIL = 25  # lines of the output of a step that failed
 NO_TORCH = "expected {} to have torch, found none; PYTHON chooses another"
 NO_GPU = "expected a CUDA device, found none with torch {}; ./launch/gpu --rehearse needs none"
 SETTINGS = {  # Open MPI as root, and with more ranks than cores
@@ -85,7 +86,7 @@ def carry_out(listed, folder, machine, modules, environment=None, rehearsal=Fals
             print(said.rstrip(), *found["tail"], sep="\n    ", flush=True)
         record.found["finished"] = True
         record.write()
-    print("\n" + gpu_markdown.summary(record.found))
+    print("\n" + gpu_markdown.summary(record.found, MOST))
     print(f"records: {folder / 'record.md'}, {folder / 'record.json'}; all output: {folder / 'log.txt'}")
     return record.found["status"]
 
@@ -112,7 +113,7 @@ def run(step, limit, results, log, modules, environment):
     if entry["verdict"] != "passed":
         with open(log.name, errors="replace") as output:
             output.seek(begin)
-            entry["tail"] = output.read().splitlines()[-TAIL:]
+            entry["tail"] = [line[:200] for line in output.read().splitlines()[-TAIL:]]
     return entry
 
 

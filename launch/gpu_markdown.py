@@ -1,15 +1,21 @@
 """The record of `launch/gpu` as Markdown."""
 
 KINDS = ("passed", "failed", "skipped")
+WIDTH = 60  # of the cells of a table that is cut short
 
 
-def summary(record):
-    """Return the outcome, the steps, the tests and the headlines of the benchmarks."""
+def summary(record, most=None):
+    """Return the outcome, the steps, the tests and the headlines of the benchmarks.
+
+    Args:
+        record: of the run.
+        most: how many failures, and how many of the worst errors, to list; all unless given.
+    """
     rehearsal = "# Rehearsal on the CPU, in Triton's interpreter"
     title = rehearsal if record["rehearsal"] else f"# Run on {record['machine'].get('card', 'a GPU')}"
     parts = [title, outcome(record), "## Steps", _steps(record["steps"])]
     if any("tests" in step for step in record["steps"]):
-        parts += ["## Tests", *_tests(record["tests"])]
+        parts += ["## Tests", *_tests(record["tests"], most)]
     if record["headlines"]:
         parts += ["## Benchmarks", _headlines(record["headlines"])]
     return "\n\n".join(parts) + "\n"
@@ -41,7 +47,8 @@ def result(step):
     if "tests" in step:
         counts = ", ".join(f"{step['tests'][kind]} {kind}" for kind in KINDS if step["tests"][kind])
         return "; ".join(filter(None, [counts, step["reason"]]))
-    return step["reason"]
+    left = step.get("benchmark", {}).get("header", {}).get("no time for", "")
+    return "; ".join(filter(None, [step["reason"], left and f"no time for {left}"]))
 
 
 def _steps(steps):
@@ -49,16 +56,26 @@ def _steps(steps):
     return _table(("step", "verdict", "seconds", "limit", "result"), rows)
 
 
-def _tests(tests):
-    """Yield the parts of the section on tests."""
+def _tests(tests, most):
+    """Yield the parts of the section on tests. The errors that are nearest to their bounds come first."""
     yield ", ".join(f"{tests[kind]} {kind}" for kind in KINDS) + "."
     if tests["failures"]:
-        yield _table(("failed", "message"), [(f["test"], f["message"]) for f in tests["failures"]])
+        rows = [(f["test"], f["message"]) for f in tests["failures"]]
+        yield _part(("failed", "message"), rows, most)
     if tests["skips"]:
         yield _table(("skipped", "reason"), [(str(count), reason) for reason, count in sorted(tests["skips"].items())])
     if tests["errors"]:
-        rows = [(what, f"{e['error']:.2g}", _number(e["bound"], "g"), e["test"]) for what, e in tests["errors"].items()]
-        yield _table(("worst error of", "error", "bound", "test"), sorted(rows))
+        errors = sorted(tests["errors"].items(), key=lambda item: -(item[1]["share"] or 0))
+        rows = [(what, f"{e['error']:.2g}", _number(e["bound"], ".2g"), e["test"]) for what, e in errors]
+        yield _part(("worst error of", "error", "bound", "test"), rows, most)
+
+
+def _part(columns, rows, most):
+    """Return a table of the first rows, with a line on those that are left out."""
+    if most is None or len(rows) <= most:
+        return _table(columns, rows)
+    short = [tuple(cell if len(cell) <= WIDTH else cell[: WIDTH - 3] + "..." for cell in row) for row in rows[:most]]
+    return f"{_table(columns, short)}\n\n{len(rows) - most} more are in the record."
 
 
 def _headlines(headlines):

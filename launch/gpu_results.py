@@ -48,13 +48,14 @@ def sum_of_tests(parts):
 
 
 def _errors(case, test):
-    """Yield name and {error, bound, test} of each error that a test recorded."""
+    """Yield name and {error, bound, share, test} of each error that a test recorded; `share` is that of the bound."""
     properties = {item.get("name"): item.get("value") for item in case.iter("property")}
     for name, value in properties.items():
         if name.startswith(ERROR):
             what = name.removeprefix(ERROR)
-            bound = properties.get(BOUND + what)
-            yield what, {"error": float(value), "bound": None if bound is None else float(bound), "test": test}
+            error, bound = float(value), properties.get(BOUND + what)
+            bound = None if bound is None else float(bound)
+            yield what, {"error": error, "bound": bound, "share": error / bound if bound else None, "test": test}
 
 
 def _worst(errors, found):
@@ -68,7 +69,7 @@ def _badness(entry):
     """Return a number that is greater for a worse error."""
     if math.isnan(entry["error"]):
         return math.inf
-    return entry["error"] / entry["bound"] if entry["bound"] else entry["error"]
+    return entry["error"] if entry["share"] is None else entry["share"]
 
 
 def headlines(benchmark, numbers):
@@ -86,14 +87,23 @@ def headlines(benchmark, numbers):
     if by_target:
         return
     by_name = defaultdict(list)
-    for row in numbers.get("rows", []):
-        what = ", ".join(str(row[key]) for key in ("kernel", "implementation", "norm") if key in row)
-        if "images_per_step" in row:
-            what += f", {row['images_per_step']} images"
-        by_name[what].append(row["ratio"])
+    for what, ratio in _ratios(numbers.get("rows", [])):
+        by_name[what].append(ratio)
     for what, ratios in by_name.items():
-        if set(ratios) != {1.0}:  # of the baseline itself
-            yield _headline(benchmark, what, statistics.median(ratios), None, len(ratios), None)
+        yield _headline(benchmark, what, statistics.median(ratios), None, len(ratios), None)
+
+
+def _ratios(rows):
+    """Yield what is compared with a baseline and the ratio to it, of rows of `bench kernels` and `bench train`."""
+    memory = {row["images_per_rank"]: row["peak_memory_mb"] for row in rows if row.get("norm") == "BN"}
+    for row in rows:
+        if row.get("implementation") not in (None, "copy baseline", "reference"):
+            yield f"{row['implementation']}, {row['kernel']} / copy", row["ratio"]
+        if row.get("norm") not in (None, "BN"):
+            what = f"{row['norm']} / BN, {row['images_per_rank']} images"
+            yield f"{what}: time", row["ratio"]
+            if row["peak_memory_mb"] and memory.get(row["images_per_rank"]):
+                yield f"{what}: memory", row["peak_memory_mb"] / memory[row["images_per_rank"]]
 
 
 def _headline(benchmark, what, value, limit, cases, met):

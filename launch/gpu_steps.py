@@ -61,25 +61,18 @@ def steps(rehearse, modules, cores):
     alone = [file for file in FILES if file != RANKS]
 
     def tests(name, limit, files, *words, workers=workers, threads=threads):
-        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--color=no", "-m", "gpu"]
+        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--color=no", "-p", "no:cacheprovider"]
+        command += ["-o", "junit_family=xunit1"]  # which takes the properties that tests record
         command += ["-n", str(workers), "--dist", "loadgroup"] if workers > 1 else []
         environment = {"OMP_NUM_THREADS": threads, **(INTERPRETED if rehearse else {})}
-        words = (*command, f"--junitxml={RESULTS}.xml", *words, *files)
+        words = (*command, f"--junitxml={RESULTS}.xml", "-m", "gpu", *words, *files)
         return Step(name, words, limit, TESTS, ("pytest", "triton"), environment)
 
-    def bench(name, limit, only, *words):
-        command = [
-            sys.executable,
-            "-m",
-            "syncnorm",
-            "bench",
-            name,
-            f"--json={RESULTS}.json",
-            f"--markdown={RESULTS}.md",
-        ]
-        tiny = ["--quick", *(["--only", only] if only else [])] if rehearse else []
-        environment = INTERPRETED if rehearse else {}
-        return Step(f"bench {name}", (*command, *tiny, *words), limit, BENCH, ("rich", "triton"), environment)
+    def bench(name, limit, *words, tiny=()):
+        command = (sys.executable, "-m", "syncnorm", "bench", name, *words, *(("--quick", *tiny) if rehearse else ()))
+        files = (f"--json={RESULTS}.json", f"--markdown={RESULTS}.md")
+        needs, environment = ("rich", "triton"), INTERPRETED if rehearse else {}
+        return Step(f"bench {name}", command + files, limit, BENCH, needs, environment)
 
     on_gpu = "" if rehearse else " and not [cpu"  # what the interpreter can run needs no GPU
     return [
@@ -89,9 +82,9 @@ def steps(rehearse, modules, cores):
         tests("tests", 110, alone, "-k", f"not ({FIRST}) and not {LARGE}{on_gpu}"),
         tests("large tests", 20, alone, "-k", LARGE, workers=1),
         tests("tests on ranks", 50, [RANKS], workers=1, threads="1"),
-        bench("kernels", 35, "256x512", "--seconds", "20"),
-        bench("layer", 75, "2x8x2x2", "--seconds", SECONDS, "--compile"),
-        bench("train", 60, None, "--seconds", SECONDS),
+        bench("kernels", 35, "--seconds", "20"),
+        bench("layer", 75, "--seconds", SECONDS, "--compile", tiny=("--only", "bf16 NHWC")),
+        bench("train", 60, "--seconds", SECONDS),
     ]
 
 

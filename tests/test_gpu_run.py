@@ -61,7 +61,7 @@ def program(folder, steps):
 
 def pytest_step(folder, limit):
     """Return a step that runs the tests of a folder."""
-    command = ["-m", "pytest", "-c", os.devnull, "--rootdir", str(folder), "-p", "no:cacheprovider", str(folder)]
+    command = ["-m", "pytest", "-c", os.devnull, "-o", "junit_family=xunit1", "-p", "no:cacheprovider", str(folder)]
     return f"Step('tests', (sys.executable, *{command}, '--junitxml={{results}}.xml'), {limit}, 'tests', ('pytest',))"
 
 
@@ -189,7 +189,8 @@ def test_both_records_tell_the_same_of_tests(tmp_path):
     (failure,) = tests["failures"]
     assert failure["test"] == "test_it::test_fails"
     assert rows(markdown, "failed")["test_it::test_fails"] == [failure["message"].replace("|", "\\|")]
-    assert tests["errors"]["y"] == {"error": 2e-7, "bound": 1e-6, "test": "test_it::test_passes[2e-07-1e-06]"}
+    assert tests["errors"]["y"]["share"] == pytest.approx(0.2)
+    assert tests["errors"]["y"]["test"] == "test_it::test_passes[2e-07-1e-06]"
     assert rows(markdown, "worst error of") == {
         name: [f"{e['error']:g}", f"{e['bound']:g}" if e["bound"] else "", e["test"]]
         for name, e in tests["errors"].items()
@@ -261,10 +262,19 @@ def test_headlines_are_the_targets_furthest_from_their_limits_else_medians():
     assert list(gpu_results.headlines("layer", numbers)) == [
         {"benchmark": "layer", "what": "t", "value": 1.1, "limit": 0.5, "cases": 3, "met": 1}
     ]
-    ratios = [("moments", "copy baseline", 1.0), *(("moments", "triton", ratio) for ratio in (1.0, 5.0, 2.0))]
-    numbers = {"rows": [{"kernel": k, "implementation": name, "ratio": ratio} for k, name, ratio in ratios]}
+    ratios = [("copy baseline", 1.0), ("reference", 9.0), *(("triton", ratio) for ratio in (1.0, 5.0, 2.0))]
+    numbers = {"rows": [{"kernel": "moments", "implementation": name, "ratio": ratio} for name, ratio in ratios]}
     (headline,) = gpu_results.headlines("kernels", numbers)
-    assert (headline["what"], headline["value"], headline["cases"]) == ("moments, triton", 2.0, 3)
+    assert (headline["what"], headline["value"], headline["cases"]) == ("triton, moments / copy", 2.0, 3)
+    rows = [("BN", 2, 1.0, 100), ("fused", 2, 1.1, 80), ("BN", 4, 1.0, 200), ("fused", 4, 1.2, 120)]
+    keys = ("norm", "images_per_rank", "ratio", "peak_memory_mb")
+    trained = gpu_results.headlines("train", {"rows": [dict(zip(keys, row, strict=True)) for row in rows]})
+    assert {headline["what"]: headline["value"] for headline in trained} == {
+        "fused / BN, 2 images: time": 1.1,
+        "fused / BN, 2 images: memory": 0.8,
+        "fused / BN, 4 images: time": 1.2,
+        "fused / BN, 4 images: memory": 0.6,
+    }
 
 
 def test_wheels_are_found_by_python_and_on_the_path(tmp_path):
