@@ -73,6 +73,10 @@ def carry_out(listed, folder, machine, modules, environment=None, rehearsal=Fals
         rehearsal: what the record calls it.
         deadline: of the first step without its limit, on the monotonic clock; now, unless given.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running step is killed too
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a shell's background jobs ignore, and their children
     gpu_process.adopt_orphans()
     record = Record(folder, machine, rehearsal)
     deadline = time.monotonic() if deadline is None else deadline
@@ -137,8 +141,6 @@ def main():
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, in Triton's interpreter, with tiny sizes")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="use the wheels in this folder too")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running step is killed too
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as in the background of some shells
     with tempfile.TemporaryDirectory() as temporary:
         try:
             installed = gpu_machine.install(args.wheels, Path(temporary)) if args.wheels else {}

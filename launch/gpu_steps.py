@@ -81,7 +81,7 @@ def steps(rehearse, modules, cores):
         tests("first tests", 35, FILES[:1], "-k", FIRST + on_gpu),
         tests("tests", 110, alone, "-k", f"not ({FIRST}) and not {LARGE}{on_gpu}"),
         tests("large tests", 20, alone, "-k", LARGE, workers=1),
-        tests("tests on ranks", 50, [RANKS], workers=1, threads="1"),
+        tests("tests on ranks", 50, [RANKS], threads="1"),
         bench("kernels", 35, "--seconds", "20"),
         bench("layer", 75, "--seconds", SECONDS, "--compile", tiny=("--only", "bf16 NHWC")),
         bench("train", 60, "--seconds", SECONDS),

@@ -214,7 +214,8 @@ def test_an_interrupted_pytest_still_tells_what_it_found(tmp_path):
     assert record["tests"]["passed"] == 1
 
 
-def test_an_ended_run_leaves_its_record_and_no_process(tmp_path):
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM], ids=lambda ending: ending.name)
+def test_an_ended_run_leaves_its_record_and_no_process(tmp_path, ending):
     pids = tmp_path / "pids"
     (tmp_path / "out").mkdir()
     endless = CHILDREN.format(path=str(pids), then="time.sleep(100)")
@@ -223,7 +224,7 @@ def test_an_ended_run_leaves_its_record_and_no_process(tmp_path):
         deadline = time.monotonic() + 30
         while not pids.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(ending)
         process.communicate(timeout=30)
     assert not any(map(is_running, pids.read_text().split()))
     assert "**Unfinished**" in (tmp_path / "out" / "record.md").read_text()
@@ -240,6 +241,15 @@ def test_a_run_takes_eight_minutes_at_most(rehearse, modules):
     steps = gpu_steps.steps(rehearse, modules, 16)
     assert gpu.BEFORE + sum(step.limit for step in steps) <= 8 * 60
     assert all(("-n" in step.command) == ("xdist" in modules) for step in steps if step.name == "tests")
+
+
+def test_the_page_lists_the_steps_with_their_limits():
+    import gpu_steps
+
+    page = rows((ROOT / "docs" / "gpu.md").read_text(), "step")
+    assert {name: cells[1] for name, cells in page.items()} == {
+        step.name: f"{step.limit} s" for step in gpu_steps.steps(False, ["xdist"], 16)
+    }
 
 
 def test_only_selects_the_steps_of_a_kind():
