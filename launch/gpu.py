@@ -47,8 +47,7 @@ class Record:
         found["steps"].append(step)
         found["status"] |= step["verdict"] in ("failed", "over its limit")
         found["tests"] = gpu_results.sum_of_tests([s["tests"] for s in found["steps"] if "tests" in s])
-        if "benchmark" in step:
-            found["headlines"] += gpu_results.headlines(step["name"], step["benchmark"])
+        found["headlines"] += step.get("headlines", [])
         self.write()
 
     def write(self):
@@ -74,9 +73,7 @@ def carry_out(listed, folder, machine, modules, environment=None, rehearsal=Fals
         deadline: of the first step without its limit, on the monotonic clock; now, unless given.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running step is killed too
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # which a shell's background jobs ignore, and their children
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
     gpu_process.adopt_orphans()
     record = Record(folder, machine, rehearsal)
     deadline = time.monotonic() if deadline is None else deadline
@@ -98,38 +95,48 @@ def carry_out(listed, folder, machine, modules, environment=None, rehearsal=Fals
 def run(step, limit, results, log, modules, environment):
     """Run a step, or say why not; return its entry of the record."""
     seconds = str(max(1, int(limit / 2)))
-    command = [word.replace(RESULTS, str(results)).replace(SECONDS, seconds) for word in step.command]
-    entry = {"name": step.name, "verdict": "skipped", "seconds": 0.0, "limit": limit, "reason": step.skip, "tail": []}
-    entry["command"] = [f"{name}={value}" for name, value in step.environment.items()] + [
-        shlex.quote(Path(word).name if word == sys.executable else word) for word in step.command
-    ]
-    missing = [name for name in step.needs if name not in modules]
-    if missing:
-        entry["reason"] = "; ".join(f"{name} is missing: {INSTALL.get(name, name)}" for name in missing)
+    missing = [f"{name} is missing: {INSTALL.get(name, name)}" for name in step.needs if name not in modules]
+    entry = {"name": step.name, "verdict": "skipped", "seconds": 0.0, "limit": limit, "tail": []}
+    entry |= {"reason": step.skip or "; ".join(missing), "command": _shown(step, seconds)}
     if entry["reason"]:
         return entry
-    print(f"\n===== {step.name}: {' '.join(entry['command'])}", file=log, flush=True)
+    print(f"\n===== {step.name}: {entry['command']}", file=log, flush=True)
     begin = log.tell()
+    command = [word.replace(RESULTS, str(results)).replace(SECONDS, seconds) for word in step.command]
     ended = gpu_process.run(command, limit, log, cwd=ROOT, env=environment | step.environment)
-    entry["seconds"] = ended.seconds
-    entry |= gpu_results.of_step(results)
-    entry["verdict"], entry["reason"] = verdict(ended, entry, limit)
+    entry |= {"seconds": ended.seconds, **judged(step, ended, limit, results)}
     if entry["verdict"] != "passed":
-        with open(log.name, errors="replace") as output:
-            output.seek(begin)
-            entry["tail"] = [line[:200] for line in output.read().splitlines()[-TAIL:]]
+        entry["tail"] = _tail(log.name, begin)
     return entry
 
 
-def verdict(ended, entry, limit):
-    """Return the verdict on a step that ran, and the reason for it."""
+def judged(step, ended, limit, results):
+    """Return the results of a step that ran, the verdict on it, and the reason for that."""
+    try:
+        found, unread = gpu_results.of_step(step.name, results), ""
+    except Exception as error:  # the other steps go on
+        found, unread = {}, f"its results cannot be read: {error!r}"
     if ended.late:
-        return "over its limit", f"killed after {limit:.0f} s"
+        return found | {"verdict": "over its limit", "reason": f"killed after {limit:.0f} s"}
     if ended.status:
-        return "failed", f"exit status {ended.status}"
-    if "tests" in entry and not entry["tests"]["passed"]:
-        return "failed", "no test passed"
-    return "passed", ""
+        return found | {"verdict": "failed", "reason": f"exit status {ended.status}"}
+    if not unread and step.kind == TESTS and not found.get("tests", {}).get("passed"):
+        unread = "no test passed"
+    return found | {"verdict": "failed" if unread else "passed", "reason": unread}
+
+
+def _shown(step, seconds):
+    """Return the command line as one would type it, with files in the working directory."""
+    words = [Path(word).name if word == sys.executable else word for word in step.command]
+    words = [word.replace(RESULTS, step.name.replace(" ", "-")).replace(SECONDS, seconds) for word in words]
+    return " ".join([*(f"{name}={value}" for name, value in step.environment.items()), shlex.join(words)])
+
+
+def _tail(path, begin):
+    """Return the last lines of a log, after so many bytes of it."""
+    with open(path, errors="replace") as output:
+        output.seek(begin)
+        return [line[:200] for line in output.read().splitlines()[-TAIL:]]
 
 
 def main():

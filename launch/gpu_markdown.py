@@ -27,7 +27,7 @@ def whole(record):
     for step in record["steps"]:
         if "tables" in step:
             parts += [f"\n## {step['name'].capitalize()}\n", step["tables"].strip()]
-    commands = [" ".join(step["command"]) for step in record["steps"]]
+    commands = [step["command"] for step in record["steps"]]
     return "\n".join([*parts, "\n## Commands\n", "```sh", *commands, "```"]) + "\n"
 
 

@@ -1,6 +1,5 @@
 """What the steps of `launch/gpu` found: JUnit's XML of the tests, and the JSON of the benchmarks, brought together."""
 
-import contextlib
 import json
 import math
 import statistics
@@ -110,16 +109,18 @@ def _headline(benchmark, what, value, limit, cases, met):
     return {"benchmark": benchmark, "what": what, "value": value, "limit": limit, "cases": cases, "met": met}
 
 
-def of_step(results):
-    """Return what a step wrote to the files `results`.*: its tests, or its benchmark and that one's tables."""
-    readers = {
-        "tests": (".xml", tests),
-        "benchmark": (".json", lambda path: json.loads(path.read_text())),
-        "tables": (".md", lambda path: path.read_text()),
-    }
+def of_step(name, results):
+    """Return what a step wrote to the files `results`.*: its tests, or its benchmark, headlines and tables.
+
+    Raises an error of any kind if a file is not what it should be. A step that was killed may leave such a file.
+    """
     found = {}
-    for name, (suffix, read) in readers.items():
-        path = results.with_suffix(suffix)
-        with contextlib.suppress(FileNotFoundError, ElementTree.ParseError, json.JSONDecodeError):  # it was killed
-            found[name] = read(path)
+    xml, numbers, tables = (results.with_suffix(suffix) for suffix in (".xml", ".json", ".md"))
+    if xml.exists():
+        found["tests"] = tests(xml)
+    if numbers.exists():
+        found["benchmark"] = json.loads(numbers.read_text())
+        found["headlines"] = list(headlines(name, found["benchmark"]))
+    if tables.exists():
+        found["tables"] = tables.read_text()
     return found

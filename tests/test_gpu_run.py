@@ -207,6 +207,14 @@ def test_tests_of_which_none_passes_have_failed(tmp_path):
     assert (status, record["steps"][0]["verdict"], record["steps"][0]["reason"]) == (1, "failed", "no test passed")
 
 
+def test_results_that_cannot_be_read_fail_their_step_and_no_other(tmp_path):
+    write = "import sys, pathlib; pathlib.Path(sys.argv[1] + '.json').write_text('{')"
+    steps = f"Step('bad', (sys.executable, '-c', {write!r}, '{{results}}'), 30), python('', name='good')"
+    status, _, record, _ = carry_out(tmp_path, steps)
+    assert (status, [step["verdict"] for step in record["steps"]]) == (1, ["failed", "passed"])
+    assert record["steps"][0]["reason"].startswith("its results cannot be read: JSONDecodeError(")
+
+
 def test_an_interrupted_pytest_still_tells_what_it_found(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "test_it.py").write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(100)")
