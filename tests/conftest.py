@@ -20,12 +20,32 @@ TIERS = {  # the files of each tier, without test_
     "ranks": "communicators mismatch mpi_backend testing torch_distributed",
     "launchers": """
         agreement bench_comm bench_figure bench_kernels bench_layer bench_memory bench_report bench_train bootstrap
-        checkpoints cli contrast datasets demo desync docs examples forks help readme rejoin rendezvous store
+        checkpoints cli contrast datasets demo desync docs examples forks gpu_run help readme rejoin rendezvous store
         timed_communicator transformer unfinished_collectives
     """,
     "system": "faults install launch mpich slurm virtual_cluster",  # root, a network, other programs
     "gpu": "gpu_kernels triton_code triton_kernels",  # in Triton's interpreter where there is no CUDA device
 }
+
+
+MARKERS = {  # by the plugin that registers it. A machine with a GPU may have pytest alone.
+    "pytest_mpi": "mpi: needs mpirun",
+    "timeout": "timeout(seconds): of one test",
+    "xdist": "xdist_group(name): tests of which one runs at a time",
+}
+
+
+def pytest_addoption(parser, pluginmanager):
+    """Accept the setting of pytest-timeout, which --strict-config refuses without it."""
+    if not pluginmanager.has_plugin("timeout"):
+        parser.addini("timeout", "seconds for a test: has no effect without pytest-timeout")
+
+
+def pytest_configure(config):
+    """Register the markers of plugins that are not there, which --strict-markers refuses without them."""
+    for plugin, marker in MARKERS.items():
+        if not config.pluginmanager.has_plugin(plugin):
+            config.addinivalue_line("markers", marker)
 
 
 def run_under_mpirun(fn, world_size, *args):
@@ -102,7 +122,12 @@ def pytest_collection_modifyitems(config, items):
     """Mark each test with its tier. Under mpirun, leave to larger jobs what needs more ranks than this one has."""
     for item in items:
         item.add_marker(tier(item))
-    if not config.getoption("--with-mpi"):
+    if not config.pluginmanager.has_plugin("pytest_mpi"):
+        skip = pytest.mark.skip(reason="needs pytest-mpi, and mpirun")
+        for item in items:
+            if item.get_closest_marker("mpi"):
+                item.add_marker(skip)
+    if not config.getoption("--with-mpi", default=False):
         return
     from mpi4py import MPI
 

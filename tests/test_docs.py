@@ -127,7 +127,7 @@ def sources():
     """Yield the paths of the program text: Python, and the scripts of `launch/`."""
     for folder in ("syncnorm", "tests", "launch"):
         yield from (path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh", ".sbatch"))
-    yield from (path for path in (ROOT / "launch").iterdir() if not path.suffix)
+    yield from (path for path in (ROOT / "launch").iterdir() if path.is_file() and not path.suffix)
 
 
 def test_every_environment_variable_is_in_the_table():

@@ -1,6 +1,7 @@
 """`--help`: every script answers at once, and installs nothing for it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["demo", "docs", "mpirun", "slurm-mpi.sbatch", "slurm-torchrun.sbatch", "test", "torchrun"]
+SCRIPTS = ["demo", "docs", "gpu", "mpirun", "slurm-mpi.sbatch", "slurm-torchrun.sbatch", "test", "torchrun"]
 SCRIPTS += ["virtual-cluster", "wheel"]
 EXAMPLES = ["cnn.py", "contrast.py", "transformer.py"]
 UNUSED = ["matplotlib", "mpi4py", "rich.console", "scipy", "sklearn"]  # by a program that only prints its options
@@ -26,7 +27,8 @@ def fresh(tmp_path):
 
 
 def test_all_scripts_are_tried():
-    executable = {path.name for path in (ROOT / "launch").iterdir() if path.read_bytes().startswith(b"#!")}
+    files = [path for path in (ROOT / "launch").iterdir() if path.is_file()]
+    executable = {path.name for path in files if path.read_bytes().startswith(b"#!")}
     assert executable == set(SCRIPTS)
 
 
@@ -52,12 +54,20 @@ def test_help_is_found_after_other_options(fresh):
     assert done.stdout.startswith("Show what synchronized BatchNorm does")
 
 
-def test_the_usage_of_the_demo_has_all_its_options():
-    options = python("launch/demo.py", "--help").stdout
-    usage = (ROOT / "launch" / "demo").read_text()
-    for option in ("--steps N", "--out DIR", "--redraw"):
-        assert option in options
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("demo", ("--steps N", "--out DIR", "--redraw")),
+        ("gpu", ("--out FOLDER", "--only", "--rehearse", "--wheels FOLDER")),
+    ],
+)
+def test_the_usage_has_all_options_of_the_program(script, options):
+    answer = python(f"launch/{script}.py", "--help").stdout
+    usage = (ROOT / "launch" / script).read_text()
+    for option in options:
+        assert option in answer
         assert f"#   {option} " in usage
+    assert set(re.findall(r"--[a-z]+", answer)) == {"--help", *(option.split()[0] for option in options)}
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
