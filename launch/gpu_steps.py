@@ -16,7 +16,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 TESTS, BENCH = "tests", "bench"
 RESULTS = "{results}"  # in a command: the path, without suffix, of the files that it writes for the record
-FILES = ("tests/test_triton_kernels.py", *(f"tests/{path.name}" for path in sorted(ROOT.glob("tests/test_gpu_*.py"))))
+KERNELS = "tests/test_triton_kernels.py"
+FILES = [f"tests/{path.name}" for name in ("triton", "gpu") for path in sorted(ROOT.glob(f"tests/test_{name}_*.py"))]
 BUILD = "syncnorm/kernels/cpu/build.py"
 RANKS = "tests/test_gpu_ranks.py"
 SECONDS = "{seconds}"  # in a command: half of the seconds until its limit
@@ -78,7 +79,7 @@ def steps(rehearse, modules, cores):
     return [
         Step("kernels of the CPU", (sys.executable, BUILD), 25, skip=_reason_not_to_build()),
         Step("info", (sys.executable, "-m", "syncnorm", "info"), 15),
-        tests("first tests", 35, FILES[:1], "-k", FIRST + on_gpu),
+        tests("first tests", 35, [KERNELS], "-k", FIRST + on_gpu),
         tests("tests", 110, alone, "-k", f"not ({FIRST}) and not {LARGE}{on_gpu}"),
         tests("large tests", 20, alone, "-k", LARGE, workers=1),
         tests("tests on ranks", 50, [RANKS], threads="1"),
