@@ -23,7 +23,7 @@ TIERS = {  # the files of each tier, without test_
         timed_communicator transformer unfinished_collectives
     """,
     "system": "faults install launch mpich slurm virtual_cluster",  # root, a network, other programs
-    "gpu": "triton_kernels",  # in Triton's interpreter where there is no CUDA device
+    "gpu": "triton_kernels gpu_numerics gpu_training gpu_ranks",  # where there is no CUDA device: in an interpreter
 }
 
 
