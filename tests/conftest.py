@@ -78,6 +78,12 @@ def _uninitialized_memory_is_nan(request):
     torch.use_deterministic_algorithms(False)
 
 
+def pytest_configure(config):
+    """Register what pytest-mpi does, for machines without it."""
+    if not config.pluginmanager.hasplugin("pytest_mpi"):
+        config.addinivalue_line("markers", "mpi: on the ranks of mpirun")
+
+
 def pytest_report_header():
     """Say what the tests change on this machine."""
     return (
@@ -101,7 +107,7 @@ def pytest_collection_modifyitems(config, items):
     """Mark each test with its tier. Under mpirun, leave to larger jobs what needs more ranks than this one has."""
     for item in items:
         item.add_marker(tier(item))
-    if not config.getoption("--with-mpi"):
+    if not config.getoption("--with-mpi", default=False):
         return
     from mpi4py import MPI
 
