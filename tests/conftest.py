@@ -24,7 +24,7 @@ TIERS = {  # the files of each tier, without test_
         timed_communicator transformer unfinished_collectives
     """,
     "system": "faults install launch mpich slurm virtual_cluster",  # root, a network, other programs
-    "gpu": "gpu_kernels triton_code triton_kernels",  # in Triton's interpreter where there is no CUDA device
+    "gpu": "gpu_kernels gpu_numerics gpu_ranks gpu_training triton_code triton_kernels",  # see docs/gpu.md
 }
 
 
