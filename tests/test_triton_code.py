@@ -92,6 +92,27 @@ def test_values_that_are_not_aligned_are_loaded_one_by_one(codes):
         assert code["loads"]["2"] >= 8
 
 
+@pytest.mark.parametrize("kernel", [0, 2], ids=["moments", "reduce_grad"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_last_program_sees_what_the_others_have_stored(codes, name, kernel):
+    """All threads store, then one of them counts, with release and acquire, then all load past the L1 cache."""
+    memory = codes[name][kernel]["memory"]
+    (count,) = (place for place, access in enumerate(memory) if access.startswith("atom."))
+    assert ".gpu.acq_rel.add" in memory[count]
+    stored = max(place for place in range(count) if memory[place].startswith("st.global"))
+    assert "bar" in "".join(memory[stored:count])
+    loaded = min(place for place in range(count, len(memory)) if memory[place].startswith("ld.global"))
+    assert "bar" in "".join(memory[count:loaded])
+    partial = [access for access in memory[loaded:] if access.startswith("ld.global")]
+    assert sum(".cg" in access for access in partial) >= 2
+
+
+def test_a_pass_that_maps_counts_nothing(codes):
+    """The negative control."""
+    for code in codes["fp32"][1::2]:
+        assert not any(access.startswith("atom.") for access in code["memory"])
+
+
 def count_bytes(*case):
     """Return how many bytes each kernel loads and stores for N, C, S values, and how many it must."""
     import triton.runtime.interpreter as interpreter

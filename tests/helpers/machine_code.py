@@ -25,6 +25,7 @@ class Code(NamedTuple):
         loads: by their width in bytes, how many instructions load from global memory; of a thread.
         stores: likewise.
         local: instructions that access local memory.
+        memory: the accesses to global memory, and the barriers, in the order of the PTX.
     """
 
     kernel: str
@@ -34,6 +35,7 @@ class Code(NamedTuple):
     loads: dict[int, int]
     stores: dict[int, int]
     local: int
+    memory: list[str]
 
 
 def compiled(call, arch=90):
@@ -54,14 +56,14 @@ def compiled(call, arch=90):
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        found.append(_read(self.__name__, kernel.asm["cubin"]))
+        found.append(_read(self.__name__, kernel.asm["cubin"], kernel.asm["ptx"]))
 
     with mock.patch.object(JITFunction, "run", compile_only):
         call()
     return found
 
 
-def _read(kernel, cubin):
+def _read(kernel, cubin, ptx):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "kernel.cubin")
         path.write_bytes(cubin)
@@ -74,7 +76,8 @@ def _read(kernel, cubin):
     }
     local = sum(kind in ("LDL", "STL") for kind, _ in instructions)
     spilled = resources["STACK"] + resources["LOCAL"]
-    return Code(kernel, resources["REG"], spilled, resources["SHARED"], widths["LDG"], widths["STG"], local)
+    memory = re.findall(r"^\s*(?:@\S+ )?((?:st|ld|atom)\.global\S*|bar\.sync|barrier\.sync)", ptx, re.MULTILINE)
+    return Code(kernel, resources["REG"], spilled, resources["SHARED"], widths["LDG"], widths["STG"], local, memory)
 
 
 def _width(modifiers):
