@@ -5,8 +5,7 @@ import itertools
 import pytest
 import torch
 from accelerator import CUDA, DEVICE, needs_device, size
-from launches import of_gpu, of_interpreter
-from test_launches import LAYERS, STEP, layer_and_step
+from launches import LAYERS, STEP, layer_and_step, of_gpu, of_interpreter
 
 import syncnorm
 from syncnorm.kernels import Running

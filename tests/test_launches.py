@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from interpreter import run_python
-from launches import of_cpu
+from launches import LAYERS, STEP, layer_and_step, of_cpu
 
 import syncnorm
 from syncnorm import testing
@@ -13,32 +13,6 @@ from syncnorm import testing
 pytest.importorskip("syncnorm.kernels.cpu", reason="COMPILED KERNELS NOT TESTED: no compiler at installation")
 
 HERE = os.path.dirname(__file__)
-STEP = ["moments", "normalize", "reduce_grad", "grad_input"]
-LAYERS = {  # arguments of the layer, of its forward, and the shape of x
-    "plain": ({}, False, (6, 5, 4, 7)),
-    "without-parameters": ({"affine": False, "track_running_stats": False}, False, (6, 5, 4, 7)),
-    "cumulative": ({"momentum": None}, False, (6, 5)),
-    "fused": ({"activation": "relu"}, True, (3, 5, 7, 7)),
-    "fused-smooth": ({"activation": "silu"}, True, (3, 8, 2, 3)),
-}
-
-
-def layer_and_step(name, dtype=torch.float32, parameters=torch.float32, last=False, device="cpu"):
-    """Return a step of a layer, forward and backward."""
-    settings, adds, shape = LAYERS[name]
-    layer = syncnorm.SyncBatchNorm(shape[1], dtype=parameters, device=device, **settings)
-    x, residual, dy = (torch.randn(shape, dtype=dtype, device=device) for _ in range(3))
-    if last:
-        x, residual, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, residual, dy))
-    x.requires_grad_()
-    residual.requires_grad_()
-    inputs = [x, *layer.parameters(), *([residual] if adds else [])]
-
-    def step():
-        y = layer(x, residual=residual if adds else None)
-        return torch.autograd.grad(y, inputs, dy)
-
-    return step
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
@@ -74,10 +48,9 @@ def test_triton_launches_two_kernels_each_way():
     """In the interpreter; on a GPU, tests/test_gpu_kernels.py counts what the device runs."""
     code = f"""
     import itertools, sys
-    sys.path[:0] = {HERE!r}, {HERE + "/helpers"!r}
+    sys.path.insert(0, {HERE + "/helpers"!r})
     import torch
-    from launches import of_interpreter
-    from test_launches import LAYERS, STEP, layer_and_step
+    from launches import LAYERS, STEP, layer_and_step, of_interpreter
     for name, last, dtype in itertools.product(LAYERS, (False, True), (torch.float32, torch.bfloat16)):
         step = layer_and_step(name, dtype, parameters=dtype, last=last)
         step()  # allocates the counters

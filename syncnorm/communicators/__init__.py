@@ -87,7 +87,7 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
         made = _current_default()
         if made is not None:
             return made
-        world = dist.group.WORLD if dist.is_available() else None
+        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         return ALONE if world is None else _of_process_group(world)
     if dist.is_available():
         if isinstance(process_group, dist.ProcessGroup):

@@ -144,6 +144,7 @@ def _to_sync(layer: nn.Module, process_group: ProcessGroupLike) -> nn.Module:
     own = new.__dict__.pop("process_group", None)  # of a torch.nn.SyncBatchNorm
     new.process_group = own if process_group is None else process_group
     new.__dict__[ORIGIN] = type(layer), ProcessGroupReference(own)
+    new.eps = vars(new)["eps"]
     return new
 
 
@@ -169,7 +170,9 @@ def _from_sync(layer: nn.Module) -> nn.Module:
     if issubclass(kind, _LazyNormBase) and not isinstance(layer, _LazyNormBase):
         kind = kind.cls_to_become
     old: nn.Module = become(layer, kind)
-    of_ours = ("_group", "activation", "inplace") if isinstance(layer, SyncBatchNorm) else ()  # nn.ReLU has inplace too
+    of_ours = (
+        ("_group", "_eps", "activation", "inplace") if isinstance(layer, SyncBatchNorm) else ()
+    )  # nn.ReLU has inplace too
     for name in (ORIGIN, _FUSED, *of_ours):
         old.__dict__.pop(name, None)
     if issubclass(kind, nn.SyncBatchNorm):

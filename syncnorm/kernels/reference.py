@@ -116,7 +116,9 @@ def normalize(
     raw = unpack(cast(Packed, moments)) if packed else cast(RawMoments, moments)
     z, statistics = preactivation(input, raw, weight, bias, residual, eps, eps_outside=eps_outside)
     signs = to_bits(z > 0, input) if epilogue.saves_signs else None
-    y = activate(z, epilogue.activation).to(input.dtype)
+    y = activate(z, epilogue.activation)
+    if y.dtype != input.dtype:  # torch.compile of PyTorch 2.11 loses the gradient of an output that `to` only passes on
+        y = y.to(input.dtype)
     if epilogue.inplace:
         input.copy_(y)  # which may give another tensor back, where y is of a subclass
     if running is not None:

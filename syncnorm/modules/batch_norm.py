@@ -141,7 +141,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
 
     @eps.setter
     def eps(self, eps: float) -> None:
-        vars(self)["eps"] = eps
+        vars(self)["eps"] = self._eps = eps  # torch.compile may read vars(self)["eps"] by the property
 
     def __dir__(self) -> list[str]:
         """Return the names of all attributes that can be read. torch.jit and inspect read each of them."""
@@ -175,7 +175,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
             self.bias,
             self.training or running_mean is None,
             self.momentum,
-            vars(self)["eps"],
+            self._eps,
             num_batches_tracked=self.num_batches_tracked if tracks else None,
             process_group=self._group_of_the_batch(input, residual, mask) if self.training else ALONE,
             mask=mask,
@@ -193,7 +193,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
         if not self._group.history.is_complete(group):
             arguments.check_batch_norm_arguments(  # before the ranks compare anything
                 *(input, self.running_mean, self.running_var, self.weight, self.bias),
-                *(True, self.momentum, vars(self)["eps"], self.num_batches_tracked),
+                *(True, self.momentum, self._eps, self.num_batches_tracked),
             )
             arguments.parse_mask(mask, input)
             arguments.parse_epilogue(input, self.weight, self.bias, residual, self.activation, self.inplace)
@@ -209,7 +209,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
     def extra_repr(self) -> str:
         """Return the arguments of the constructor."""
         return (
-            f"{self.num_features}, eps={vars(self)['eps']}, momentum={self.momentum}, affine={self.affine}, "
+            f"{self.num_features}, eps={self._eps}, momentum={self.momentum}, affine={self.affine}, "
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
             + (f", activation={self.activation}" if self.activation else "")
             + (", inplace=True" if self.inplace else "")
@@ -226,6 +226,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
             kind = class_after_conversion(state[ORIGIN][0], is_lazy=kind is LazySyncBatchNorm)
         if kind is type(self):
             super().__setstate__(state)  # type: ignore[no-untyped-call]
+            self._eps = vars(self)["eps"]
         else:
             self.__class__ = kind
             self.__setstate__(state)

@@ -3,9 +3,38 @@
 from contextlib import ExitStack
 from unittest import mock
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import syncnorm
+
 NOTHING_RUNS = {"empty", "empty_like", "empty_strided", "detach", "alias", "view", "slice", "select", "expand", "t"}
+STEP = ["moments", "normalize", "reduce_grad", "grad_input"]
+LAYERS = {  # arguments of the layer, of its forward, and the shape of x
+    "plain": ({}, False, (6, 5, 4, 7)),
+    "without-parameters": ({"affine": False, "track_running_stats": False}, False, (6, 5, 4, 7)),
+    "cumulative": ({"momentum": None}, False, (6, 5)),
+    "fused": ({"activation": "relu"}, True, (3, 5, 7, 7)),
+    "fused-smooth": ({"activation": "silu"}, True, (3, 8, 2, 3)),
+}
+
+
+def layer_and_step(name, dtype=torch.float32, parameters=torch.float32, last=False, device="cpu"):
+    """Return a step of a layer, forward and backward."""
+    settings, adds, shape = LAYERS[name]
+    layer = syncnorm.SyncBatchNorm(shape[1], dtype=parameters, device=device, **settings)
+    x, residual, dy = (torch.randn(shape, dtype=dtype, device=device) for _ in range(3))
+    if last:
+        x, residual, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, residual, dy))
+    x.requires_grad_()
+    residual.requires_grad_()
+    inputs = [x, *layer.parameters(), *([residual] if adds else [])]
+
+    def step():
+        y = layer(x, residual=residual if adds else None)
+        return torch.autograd.grad(y, inputs, dy)
+
+    return step
 
 
 class Operations(TorchDispatchMode):
@@ -61,7 +90,6 @@ def of_interpreter(step):
 
 def of_gpu(step):
     """Call a step and return the names of the kernels that the GPU runs, and of its copies and fills."""
-    import torch
     from torch.profiler import ProfilerActivity, profile
 
     step()  # compiles
