@@ -362,8 +362,9 @@ def test_out_of_memory_leaves_the_statistics(form):
     untouched = copied(layer.state_dict().values())
     given = {"residual": residual} if "residual" in FORMS[form][1] else {}
     failures, y = 0, None
-    for quarters in range(40):
-        with memory_left(quarters * x.nbytes // 4):
+    parts = size(8, 64)  # of the input's size: smaller than what the smallest tensor takes of the device
+    for part in range(4 * parts):
+        with memory_left(part * x.nbytes // parts):
             try:
                 y = layer(x, **given)
                 break

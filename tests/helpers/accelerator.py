@@ -17,6 +17,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 SECOND_DEVICE = "cuda:1" if CUDA else "cpu"
 BACKEND = "nccl" if CUDA else "gloo"
 runtime = torch.cuda if CUDA else torch.cpu  # Stream, stream, current_stream, synchronize, current_device
+KERNELS_OF_EXAMPLES = {} if CUDA else {"SYNCNORM_KERNELS": "reference"}  # whose tensors are too large to interpret
 WARM_UPS = 3  # calls of a function before it is captured in a graph
 HOLD = 100_000_000  # clock cycles of the device, about 60 ms
 

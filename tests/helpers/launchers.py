@@ -10,6 +10,7 @@ from syncnorm.testing import mpirun_environment
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+TORCHRUN = [str(BIN / "torchrun")] if (BIN / "torchrun").exists() else [sys.executable, "-m", "torch.distributed.run"]
 ENVIRONMENTS = {library: ROOT / f".venv-{library}" for library in ("mpich", "impi-rt")}  # made by test_mpich.py
 
 
@@ -19,7 +20,7 @@ def _mpiexec(bin):
 
 COMMANDS = {
     "alone": lambda ranks: [sys.executable],
-    "torchrun": lambda ranks: [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks)],
+    "torchrun": lambda ranks: [*TORCHRUN, "--standalone", "--nproc-per-node", str(ranks)],
     "mpirun": lambda ranks: [str(BIN / "mpirun"), "-n", str(ranks), sys.executable],
     **{library: _mpiexec(directory / "bin") for library, directory in ENVIRONMENTS.items()},
 }

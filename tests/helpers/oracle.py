@@ -110,8 +110,13 @@ def parameters(layer):
 
 
 def result(layer, tensors):
-    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    return Result(tensors, grads, {name: buffer.clone() for name, buffer in layer.named_buffers()})
+    grads = {name: on_cpu(parameter.grad) for name, parameter in layer.named_parameters()}
+    buffers = {name: buffer.clone().cpu() for name, buffer in layer.named_buffers()}
+    return Result([on_cpu(t) for t in tensors], grads, buffers)
+
+
+def on_cpu(t):
+    return None if t is None else t.cpu()
 
 
 class Plain(nn.BatchNorm1d):
@@ -129,13 +134,13 @@ class Plain(nn.BatchNorm1d):
         return ACTIVATE[self.activation](z if residual is None else z + residual)
 
 
-def on_shard(case, kind=syncnorm.SyncBatchNorm, masked=True):
-    """Run the case on this rank of the default communicator and return the last step's result."""
+def on_shard(case, kind=syncnorm.SyncBatchNorm, masked=True, device="cpu"):
+    """Run the case on this rank of the default communicator and return the last step's result, on the CPU."""
     group = CountingCommunicator(syncnorm.communicator())
     dtype = case.param_dtype or (case.dtype if case.dtype == torch.float64 else torch.float32)
-    layer = parameters(kind(CHANNELS, dtype=dtype, process_group=group, **case.layer))
+    layer = parameters(kind(CHANNELS, dtype=dtype, process_group=group, **case.layer)).to(device)
     for step in range(case.steps):
-        x, grad_output, residual, mask = shard(case, group.rank, step)
+        x, grad_output, residual, mask = (t.to(device) for t in shard(case, group.rank, step))
         mask = (mask.unsqueeze(1) if case.mask_has_channel_axis else mask).to(case.mask_dtype)
         leaves = [x, residual] if case.residual else [x]
         for leaf in leaves:
@@ -150,9 +155,9 @@ def on_shard(case, kind=syncnorm.SyncBatchNorm, masked=True):
         if kind is syncnorm.SyncBatchNorm:
             assert (y.data_ptr() == given.data_ptr()) == case.inplace or x.numel() == 0
             assert [calls_of_forward, len(group.calls)] == ([1, 2] if group.size > 1 else [0, 0])
-        for t in (y, *(leaf.grad for leaf in leaves)):
-            assert (t.shape, t.dtype) == (x.shape, case.dtype)
-            assert t.is_contiguous(memory_format=case.memory_format)
+            for t in (y, *(leaf.grad for leaf in leaves)):
+                assert (t.shape, t.dtype) == (x.shape, case.dtype)
+                assert t.is_contiguous(memory_format=case.memory_format)
     return result(layer, [y.detach(), *(leaf.grad for leaf in leaves)])
 
 
