@@ -23,7 +23,7 @@ CASES = {  # shape, memory, dtype, activation, residual, in place
     "7x7": ((32, 2048, 7, 7), "NCHW", "float32", None, False, False),
     "7x7-add-relu": ((32, 2048, 7, 7), "NCHW", "bfloat16", "relu", True, False),
 }
-ALIGNED = {name for name in CASES if "7x7" not in name}
+ALIGNED = [name for name in CASES if "7x7" not in name]
 KERNELS = ["moments_kernel", "normalize_kernel", "reduce_grad_kernel", "grad_input_kernel"]
 
 

@@ -170,9 +170,8 @@ def _from_sync(layer: nn.Module) -> nn.Module:
     if issubclass(kind, _LazyNormBase) and not isinstance(layer, _LazyNormBase):
         kind = kind.cls_to_become
     old: nn.Module = become(layer, kind)
-    of_ours = (
-        ("_group", "_eps", "activation", "inplace") if isinstance(layer, SyncBatchNorm) else ()
-    )  # nn.ReLU has inplace too
+    is_norm = isinstance(layer, SyncBatchNorm)  # else an activation; nn.ReLU has inplace too
+    of_ours = ("_group", "_eps", "activation", "inplace") if is_norm else ()
     for name in (ORIGIN, _FUSED, *of_ours):
         old.__dict__.pop(name, None)
     if issubclass(kind, nn.SyncBatchNorm):
