@@ -57,7 +57,7 @@ def steps(rehearse, modules, cores):
         modules: the names of those that can be imported.
         cores: how many this process may use.
     """
-    workers = min(cores, 2 if rehearse else 4) if "xdist" in modules else 1
+    workers = min(cores, 2 if rehearse else 8) if "xdist" in modules else 1  # they compile some 600 kernels
     threads = str(1 if rehearse else max(1, cores // workers))
     alone = [file for file in FILES if file != RANKS]
 
@@ -82,7 +82,7 @@ def steps(rehearse, modules, cores):
         tests("first tests", 35, [KERNELS], "-k", FIRST + on_gpu),
         tests("tests", 110, alone, "-k", f"not ({FIRST}) and not {LARGE}{on_gpu}"),
         tests("large tests", 20, alone, "-k", LARGE, workers=1),
-        tests("tests on ranks", 50, [RANKS], threads="1"),
+        tests("tests on ranks", 50, [RANKS], workers=min(workers, 4), threads="1"),
         bench("kernels", 35, "--seconds", "20"),
         bench("layer", 75, "--seconds", SECONDS, "--compile", tiny=("--only", "bf16 NHWC")),
         bench("train", 60, "--seconds", SECONDS),
