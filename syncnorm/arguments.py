@@ -104,6 +104,8 @@ def check_batch_norm_arguments(
             raise _vector_error(
                 vector, {"running_mean": running_mean, "running_var": running_var, "weight": weight}, input
             )
+    if num_batches_tracked is not None and (num_batches_tracked.device != device or num_batches_tracked.numel() != 1):
+        raise _counter_error(num_batches_tracked, input)
     if (running_mean is None) != (running_var is None):
         raise ValueError("expected running_mean and running_var together, got only one of them")
     if not training and running_mean is None:
@@ -125,6 +127,14 @@ def _parse_channels(input: Tensor, vectors: tuple[Tensor | None, ...]) -> int:
     ):
         return 0
     raise _axes_error(input)
+
+
+def _counter_error(num_batches_tracked: Tensor, input: Tensor) -> Exception:
+    if num_batches_tracked.numel() != 1:
+        return ValueError(f"expected a num_batches_tracked of shape (), got {tuple(num_batches_tracked.shape)}")
+    return RuntimeError(
+        f"expected num_batches_tracked on the input's device {input.device}, got {num_batches_tracked.device}"
+    )
 
 
 def _vector_error(vector: Tensor, others: dict[str, Tensor | None], input: Tensor) -> Exception:

@@ -44,6 +44,25 @@ def test_parameters_on_another_device():
 
 
 @pytest.mark.parametrize(
+    ("counter", "error", "message"),
+    [
+        (
+            torch.zeros((), device="meta"),
+            RuntimeError,
+            "expected num_batches_tracked on the input's device cpu, got meta",
+        ),
+        (torch.zeros(2, dtype=torch.int64), ValueError, r"expected a num_batches_tracked of shape \(\), got \(2,\)"),
+    ],
+)
+def test_counters(counter, error, message):
+    buffers = torch.zeros(3), torch.ones(3)
+    with pytest.raises(error, match=message):
+        sync_batch_norm(
+            torch.zeros(4, 3), *buffers, training=True, num_batches_tracked=counter, process_group=Unreachable()
+        )
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"running_mean": torch.zeros(3)}, "expected running_mean and running_var together"),

@@ -93,7 +93,7 @@ def test_values_that_are_not_aligned_are_loaded_one_by_one(codes):
 
 
 @pytest.mark.parametrize("kernel", [0, 2], ids=["moments", "reduce_grad"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "7x7"])
 def test_the_last_program_sees_what_the_others_have_stored(codes, name, kernel):
     """All threads store, then one of them counts, with release and acquire, then all load past the L1 cache."""
     memory = codes[name][kernel]["memory"]
@@ -108,8 +108,8 @@ def test_the_last_program_sees_what_the_others_have_stored(codes, name, kernel):
 
 
 def test_a_pass_that_maps_counts_nothing(codes):
-    """The negative control."""
-    for code in codes["fp32"][1::2]:
+    """The negative control; nor does a pass that sums, if a program has all tiles of its channels."""
+    for code in codes["fp32"][1::2] + codes["7x7"]:
         assert not any(access.startswith("atom.") for access in code["memory"])
 
 

@@ -27,8 +27,9 @@ SMALL = {  # divides small tensors among several programs and tiles
     "MAP_TILE_BYTES": 1024,
     "SUM_TILE_BYTES": 512,
     "UNROLL": 2,
-    "REDUCING_PROGRAMS": 6,
-    "MAPPING_PROGRAMS": 6,
+    "MULTIPROCESSORS": 3,
+    "SUM_PROGRAMS": 2,
+    "MAP_PROGRAMS": 2,
     "TILES_IN_ONE_RUN": 1,
     "MAP_CHANNELS_BYTES": 64,
     "SUM_CHANNELS_BYTES": 32,
@@ -79,8 +80,9 @@ def constants(values):
     with ExitStack() as stack:
         for name, value in values.items():
             stack.enter_context(mock.patch.object(plan, name, value))
-        plan._divide.cache_clear()
-        stack.callback(plan._divide.cache_clear)
+        for cached in (plan._divide, plan._multiprocessors):
+            cached.cache_clear()
+            stack.callback(cached.cache_clear)
         yield
 
 
@@ -326,6 +328,122 @@ def check_masked_values_may_be_anything():
 
 def test_masked_values_may_be_anything_and_others_not(on):
     on(check_masked_values_may_be_anything)
+
+
+def check_masked_values_in_epilogues(activation, adds):
+    """The input and the residual hold NaN where the mask and dy are 0, as far as backward reads them."""
+    epilogue = Epilogue(activation, adds_residual=adds)
+    x, residual, dy = (random("odd", torch.float32, seed) for seed in range(3))
+    mask = masks(x)[2]
+    dy = dy.masked_fill(mask == 0, 0)
+    weight, bias = parameters(3)
+    tensors = (x, reference.moments(x, mask), weight, bias, residual if adds else None, 1e-5)
+    _, statistics, signs = reference.normalize(*tensors, epilogue=epilogue)
+    hidden = [t.masked_fill(mask == 0, torch.nan) for t in (x, residual)]
+    saved = Saved(hidden[0], signs, hidden[1] if epilogue.saves_residual else None)
+    options = {"mask": mask, "epilogue": epilogue, "tolerance": 3e-6}
+    sums = compare("reduce_grad", dy, saved, statistics, weight, bias, **options)[2]
+    assert sums.isfinite().all()
+    compare("grad_input", dy, saved, statistics, weight, bias, sums, **options)
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_masked_values_may_be_anything_in_each_epilogue(on, activation, adds):
+    on(check_masked_values_in_epilogues, activation, adds)
+
+
+def check_infinite_gradients(activation, adds):
+    x, residual = random("odd", torch.float32), random("odd", torch.float32, 1)
+    weight, bias = parameters(3)
+    epilogue = Epilogue(activation, adds_residual=adds)
+    tensors = (x, reference.moments(x), weight, bias, residual if adds else None, 1e-5)
+    y, statistics, signs = reference.normalize(*tensors, epilogue=epilogue)
+    dy = torch.where(y > 0, 1, torch.inf)
+    arguments = (dy, Saved(x, signs), statistics, weight, bias)
+    sums = compare("reduce_grad", *arguments, epilogue=epilogue, tolerance=1e-5)[2]
+    assert sums.isfinite().all()
+    compare("grad_input", *arguments, sums, epilogue=epilogue, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["alone", "residual"])
+def test_an_infinite_gradient_stops_at_a_relu(on, adds):
+    """0 times infinity would be no number."""
+    on(check_infinite_gradients, "relu", adds)
+
+
+def check_small_weights_first():
+    """Each thread begins with values far from the others that hardly count, of ever larger weights."""
+    x = torch.randn(8, 2, 512, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    x[:4] += 1e5
+    mask = torch.ones(8, 1, 512, device=DEVICE)
+    mask[:4] = 1e-9 * 2.0 ** torch.arange(4, device=DEVICE).view(4, 1, 1)
+    with constants({"TILES_IN_ONE_RUN": 100}):
+        expected = compare("moments", x, mask, tolerance=1e-5)
+    shifted = x - x[:1, :, :1]  # the negative control: sums about the first value
+    total = (mask * shifted).sum((0, 2))
+    m2 = (mask * shifted.square()).sum((0, 2)) - total.square() / mask.sum()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(m2.double(), expected[2:4], rtol=1e-5, atol=0)
+
+
+def test_weights_do_not_cost_digits(on):
+    on(check_small_weights_first)
+
+
+def check_axes_of_size_one():
+    """(N, C, 1, 1) is contiguous and channels-last at once, whatever its strides. Nothing is copied."""
+    x = torch.randn(6, 5, 1, 1, device=DEVICE)
+    dy = torch.empty_strided((6, 5, 1, 1), (5, 1, 5, 5), device=DEVICE).normal_()
+    assert dy.stride() != x.stride()
+    statistics = reference.normalize(x, reference.moments(x), None, None, None, 1e-5)[1]
+    assert kernels().Backward(dy, Saved(x), statistics, None, None).read[0] is dy
+    compare("reduce_grad", dy, x, statistics, None, None, tolerance=1e-5)
+
+
+def test_axes_of_size_one_are_not_copied(on):
+    on(check_axes_of_size_one)
+
+
+LARGEST = [(32, 256, 56, 56), (32, 64, 112, 112), (256, 64, 56, 56), (32, 2048, 7, 7), (2**22, 64), (64, 3, 224, 224)]
+
+
+def check_divisions():
+    from syncnorm.kernels.triton import plan
+
+    for shape, last, dtype in itertools.product(LARGEST, (False, True), TOLERANCE):
+        sums, maps = (plan._divide(torch.Size(shape), last, dtype, reduces, 132) for reduces in (True, False))
+        assert sums.programs <= 264 or sums.blocks > 264
+        assert sums.programs >= 100
+        assert maps.programs <= 1056 or maps.blocks > 1056
+    for shape, wide in (((1, 1, 2**31), True), ((1, 2, 2**31 + 16), True), ((2**31 - 1, 4), True), ((8, 2**28), False)):
+        for reduces in (False, True):
+            _, _, found, *_ = plan._divide(torch.Size(shape), False, torch.bfloat16, reduces, 132).constants
+            assert found is wide
+
+
+def test_all_programs_of_a_sum_run_at_once(on):
+    """One more than fit would take as long as all the others together. And int64 is for large inputs alone."""
+    on(check_divisions)
+
+
+def check_counters_of_graphs():
+    from syncnorm.kernels.triton import workspace
+
+    workspace.prepare_for_graphs(-1)
+    taken = [workspace.of_graph(-1, number) for number in (1, 3, 2, 7, 4, 5)]
+    addresses = [t.data_ptr() for t in taken]
+    base = min(addresses) % 16  # of the CPU's memory
+    assert all(address % 16 == base for address in addresses)
+    assert [after - before for before, after in itertools.pairwise(addresses)] == [16, 16, 16, 32, 16]
+    last = workspace.of_graph(-1, workspace.OF_GRAPHS)  # more than are left
+    assert last.data_ptr() not in addresses
+    assert len(last) == workspace.OF_GRAPHS
+
+
+def test_kernels_of_graphs_have_aligned_counters_of_their_own(on):
+    """Triton would compile a kernel for other addresses, which it cannot during a capture."""
+    on(check_counters_of_graphs)
 
 
 def errors(ratio, begins_with_zeros):

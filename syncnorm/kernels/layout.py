@@ -26,6 +26,6 @@ def channels_last(tensor: Tensor) -> bool | None:
 def in_dense_format(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """Return a tensor (N, C, *) in a dense memory format, or in that of `like`; copied if need be."""
     if like is not None:
-        same = tensor.stride() == like.stride()
+        same = tensor.stride() == like.stride() or channels_last(tensor) is channels_last(like)  # axes of size 1 differ
         return tensor if same else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
     return tensor if channels_last(tensor) is not None else tensor.contiguous()

@@ -17,10 +17,11 @@ arguments, each a pointer into contiguous memory:
     partial          per block of channels (W, 2, BC): mean and M2, with counts (W,), or Σ dz and Σ dz * x̂
     counters         one int32 per block of channels, 0
 
-A pass walks over tiles of BC channels by BP positions. A program has one block of channels and a run of `per` tiles
-along N and S, and there are W runs. Reductions are deterministic: each thread sums its own values in float32 (float64
-for float64 inputs), and their sums are merged in float64, within the program and then over the W runs, by the last
-program of the block to finish, in the order of the runs. So a step is two kernels forward and two backward.
+A pass walks over tiles of BC channels by BP positions. A program has one block of channels and a run of tiles, each W
+tiles after the last one, where W is the number of runs. Reductions are deterministic: each thread sums its own values
+in float32 (float64 for float64 inputs), and their sums are merged in float64, within the program and then over the W
+runs, by the last program of the block to finish, in the order of the runs. So a step is two kernels forward and two
+backward.
 
 Nothing reads the device: grids follow from shapes, so a CUDA graph can hold all of it.
 """
@@ -170,7 +171,7 @@ def _workspace(x: Tensor, division: plan.Division, counts: int = 0) -> tuple[Ten
     """Return memory for the partial results of the runs, each a pair per channel and some counts, and counters."""
     if division.runs == 1:
         return None, None
-    _, _, channels, _, _ = division.constants
+    _, _, _, channels, _, _ = division.constants
     return (
         _empty_float64(x, division.programs * (2 * channels + counts)),
         counters(x.get_device(), division.blocks),

@@ -18,7 +18,6 @@ from .device import (
     load_weights,
     or_one,
     place,
-    place_from_the_end,
     store_cast,
     store_pair,
     through_activation,
@@ -38,14 +37,14 @@ def reduce_grad_kernel(
     sums,
     partial,  # None if there is one run
     counters,
-    C, S, tiles, per, blocks,
-    ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+    C, S, tiles, blocks,
+    ALIGN: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
     UNROLL: tl.constexpr, ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
     ROUNDING: tl.constexpr, LEAST_ROUNDING: tl.constexpr,  # of y; None: not in place
 ):  # fmt: skip
     """Of dy and x: grad_weight, grad_bias and sums."""
-    C, S, block, run, runs = place(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST)
+    C, S, block, run, runs = place(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST, WIDE)
     channels = block * BC + tl.arange(0, BC)
     mean, invstd = load_statistics(statistics, channels, C)
     if ROUNDING is not None:
@@ -56,17 +55,15 @@ def reduce_grad_kernel(
         inverse = _inverse_scale(invstd, weight, bias, channels, C, ACC, ROUNDING, LEAST_ROUNDING)
     sum_dz = tl.zeros((BC, BP), ACC)
     sum_dz_x = tl.zeros((BC, BP), ACC)
-    end = tl.minimum((run + 1) * per, tiles)
-    for start in range(run * per, end, UNROLL):
+    for start in range(run, tiles, runs * UNROLL):
         for i in tl.static_range(UNROLL):
-            offsets, inside, positions, exists = tile_offsets(start + i, end, channels, C, S, BP, LAST)
+            tile = start + i * runs
+            offsets, inside, positions, exists = tile_offsets(tile, tiles, channels, C, S, BP, LAST)
+            w = None if mask is None else load_weights(mask, positions, exists, ACC)
             centered, dz = _centered_and_grad(
-                dy, x, kept, start + i, end, block, C, S, offsets, inside, high, scale, shift, inverse,
+                dy, x, kept, w, tile, tiles, block, C, S, offsets, inside, high, scale, shift, inverse,
                 ACC, ACTIVATION, KEPT_SIGNS, LAST, BC, BP,
             )  # fmt: skip
-            if mask is not None:
-                w = load_weights(mask, positions, exists, ACC)
-                centered = tl.where((w == 0) & (dz == 0), 0.0, centered)  # it may be no number
             sum_dz += dz
             sum_dz_x += dz * centered
     first = tl.sum(sum_dz.to(tl.float64), 1)
@@ -103,14 +100,14 @@ def grad_input_kernel(
     dx,
     dz,  # or None
     eps_bits: tl.int64,  # 0 with epsilon inside of the root
-    C, S, tiles, per, blocks,
-    ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+    C, S, tiles, blocks,
+    ALIGN: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
     ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
     ROUNDING: tl.constexpr, LEAST_ROUNDING: tl.constexpr,  # of y; None: not in place
     CENTERED: tl.constexpr,  # not about zero
 ):  # fmt: skip
     """Of dy and x: dx and dz. It walks backwards, as `normalize_kernel` does."""
-    C, S, block, run = place_from_the_end(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST)
+    C, S, block, run, runs = place(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST, WIDE)
     channels = block * BC + tl.arange(0, BC)
     mean, invstd = load_statistics(statistics, channels, C)
     if ROUNDING is not None:
@@ -128,19 +125,18 @@ def grad_input_kernel(
         if CENTERED:
             offset -= invstd * first / n
         slope, offset = column(slope, ACC), column(offset, ACC)
-    end = tl.minimum((run + 1) * per, tiles)
-    for i in range(run * per, end):
-        tile = run * per + end - 1 - i
-        offsets, inside, positions, exists = tile_offsets(tile, end, channels, C, S, BP, LAST)
+    for i in range(run, tiles, runs):
+        tile = tiles - 1 - i
+        offsets, inside, positions, exists = tile_offsets(tile, tiles, channels, C, S, BP, LAST)
+        w = None if mask is None else load_weights(mask, positions, exists, ACC)
         centered, grad = _centered_and_grad(
-            dy, x, kept, tile, end, block, C, S, offsets, inside, high, scale, shift, inverse,
+            dy, x, kept, w, tile, tiles, block, C, S, offsets, inside, high, scale, shift, inverse,
             ACC, ACTIVATION, KEPT_SIGNS, LAST, BC, BP,
         )  # fmt: skip
         result = grad * scale
         if sums is not None:
             through = centered * slope + offset
             if mask is not None:
-                w = load_weights(mask, positions, exists, ACC)
                 through = tl.where(w == 0, 0.0, through * w)  # where it is 0, x may be no number
             result += through
         tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=inside)
@@ -170,16 +166,20 @@ def _inverse_scale(
 
 @triton.jit
 def _centered_and_grad(
-    dy, x, kept, tile, end, block, C, S, offsets, inside, high, scale, shift, inverse,
+    dy, x, kept, w, tile, tiles, block, C, S, offsets, inside, high, scale, shift, inverse,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
     LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Return x - high, and dz from dy: what passes through the activation, (BC, BP).
 
-    In place x is y, from which x - mean is computed, and high is 0.
+    In place x is y, from which x - mean is computed, and high is 0. Where the weight w and dy are 0, x and the residual
+    may hold anything.
     """
     grad = tl.load(dy + offsets, mask=inside, other=0).to(ACC)
     value = tl.load(x + offsets, mask=inside, other=0).to(ACC)
+    if w is not None:
+        void = (w == 0) & (grad == 0)
+        value = tl.where(void, high, value)
     if inverse is not None:
         if ACTIVATION == "leaky_relu":
             grad = tl.where(value > 0, grad, grad * NEGATIVE_SLOPE)
@@ -188,11 +188,12 @@ def _centered_and_grad(
     else:
         centered = value - high
         if KEPT_SIGNS:
-            bit = load_bits(kept, tile, end, block, C, S, BC, BP, LAST)
-            grad = tl.where((bit & 1) > 0, grad, grad * (NEGATIVE_SLOPE if ACTIVATION == "leaky_relu" else 0.0))
+            bit = load_bits(kept, tile, tiles, block, C, S, BC, BP, LAST)
+            grad = tl.where((bit & 1) > 0, grad, grad * NEGATIVE_SLOPE if ACTIVATION == "leaky_relu" else 0.0)
         elif ACTIVATION is not None:
             z = centered * scale + shift
             if kept is not None:
-                z += tl.load(kept + offsets, mask=inside, other=0).to(ACC)
+                added = tl.load(kept + offsets, mask=inside, other=0).to(ACC)
+                z += added if w is None else tl.where(void, 0.0, added)
             grad = through_activation(grad, z, ACTIVATION)
     return centered, grad

@@ -8,24 +8,23 @@ from ..epilogue import NEGATIVE_SLOPE as _NEGATIVE_SLOPE
 NEGATIVE_SLOPE = tl.constexpr(_NEGATIVE_SLOPE)
 
 # Sizes change with every batch of images of other sizes: they are no reason to compile again.
-jit_pass = triton.jit(do_not_specialize=["C", "S", "tiles", "per", "blocks", "eps_bits", "momentum_bits"])
+jit_pass = triton.jit(do_not_specialize=["C", "S", "tiles", "blocks", "eps_bits", "momentum_bits"])
 
 
 @triton.jit
-def place(program, programs, C, S, blocks, ALIGN: tl.constexpr, LAST: tl.constexpr):
-    """Return C, S, the block of channels and the run of tiles that a program has, and the number of runs."""
+def place(program, programs, C, S, blocks, ALIGN: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr):
+    """Return C, S, the block of channels and the run of tiles that a program has, and the number of runs.
+
+    Run r has the tiles r, r + runs, r + 2 * runs and so on: at any time the programs are at one place of the memory,
+    and at the end the L2 cache holds its last part.
+    """
+    if WIDE:
+        S = S.to(tl.int64)
     if LAST:
         C = C * ALIGN
     else:
         S = S * ALIGN
     return C, S, program % blocks, program // blocks, programs // blocks
-
-
-@triton.jit
-def place_from_the_end(program, programs, C, S, blocks, ALIGN: tl.constexpr, LAST: tl.constexpr):
-    """Return C, S, block and run as `place` does, but the last run for the first program."""
-    C, S, block, run, runs = place(program, programs, C, S, blocks, ALIGN, LAST)
-    return C, S, block, runs - 1 - run
 
 
 @triton.jit
@@ -43,17 +42,14 @@ def is_last(counter, programs):
 
 
 @triton.jit
-def tile_offsets(tile, end, channels, C, S, BP: tl.constexpr, LAST: tl.constexpr):
-    """Return where the values of a tile are, which exist, (BC, BP); their positions and which exist, (1, BP).
-
-    None exists of a tile that is not before the end of a run of tiles.
-    """
+def tile_offsets(tile, tiles, channels, C, S, BP: tl.constexpr, LAST: tl.constexpr):
+    """Return where the values of a tile are, which exist, (BC, BP); their positions and which exist, (1, BP)."""
     blocks = tl.cdiv(S, BP)
     n = (tile // blocks).to(tl.int64)
     s = (tile % blocks).to(tl.int64) * BP + tl.arange(0, BP)
     # With channels innermost n is 0.
     offsets = s[None, :] * C + channels[:, None] if LAST else (n * C + channels)[:, None] * S + s[None, :]
-    exists = (s < tl.where(tile < end, S, 0))[None, :]
+    exists = (s < tl.where(tile < tiles, S, 0))[None, :]
     return offsets, (channels < C)[:, None] & exists, (n * S + s)[None, :], exists
 
 
@@ -149,33 +145,33 @@ def affine(mean, invstd, weight, bias, channels, C, ACC: tl.constexpr):
 
 
 @triton.jit
-def _byte_offsets(tile, end, block, C, S, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr):
+def _byte_offsets(tile, tiles, block, C, S, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr):
     """Return where the bytes of a tile's bits are, and which exist. Each run along the memory has whole bytes."""
     if LAST:
         channels = block * (BC // 8) + tl.arange(0, BC // 8)
-        offsets, inside, _, _ = tile_offsets(tile, end, channels, tl.cdiv(C, 8), S, BP, LAST)
+        offsets, inside, _, _ = tile_offsets(tile, tiles, channels, tl.cdiv(C, 8), S, BP, LAST)
     else:
         channels = block * BC + tl.arange(0, BC)
-        offsets, inside, _, _ = tile_offsets(tile, end, channels, C, tl.cdiv(S, 8), BP // 8, LAST)
+        offsets, inside, _, _ = tile_offsets(tile, tiles, channels, C, tl.cdiv(S, 8), BP // 8, LAST)
     return offsets, inside
 
 
 @triton.jit
-def store_bits(signs, positive, tile, end, block, C, S, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr):
+def store_bits(signs, positive, tile, tiles, block, C, S, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr):
     """Store the bits of a tile, (BC, BP)."""
     bit = positive.to(tl.int32)
     if LAST:
         bits = tl.sum(tl.reshape(bit, (BC // 8, 8, BP)) << tl.arange(0, 8)[None, :, None], 1)
     else:
         bits = tl.sum(tl.reshape(bit, (BC, BP // 8, 8)) << tl.arange(0, 8)[None, None, :], 2)
-    offsets, inside = _byte_offsets(tile, end, block, C, S, BC, BP, LAST)
+    offsets, inside = _byte_offsets(tile, tiles, block, C, S, BC, BP, LAST)
     tl.store(signs + offsets, bits.to(tl.uint8), mask=inside)
 
 
 @triton.jit
-def load_bits(signs, tile, end, block, C, S, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr):
+def load_bits(signs, tile, tiles, block, C, S, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr):
     """Return the bytes of a tile, (BC, BP), shifted so that bit 0 is each value's own."""
-    offsets, inside = _byte_offsets(tile, end, block, C, S, BC, BP, LAST)
+    offsets, inside = _byte_offsets(tile, tiles, block, C, S, BC, BP, LAST)
     bits = tl.load(signs + offsets, mask=inside, other=0)
     places = tl.arange(0, 8).to(tl.uint8)
     if LAST:
@@ -204,13 +200,14 @@ def activate(z, ACTIVATION: tl.constexpr):
 def through_activation(grad, z, ACTIVATION: tl.constexpr):
     """Return grad * activation'(z)."""
     if ACTIVATION == "relu":
-        grad = tl.where(z > 0, grad, grad * 0.0)
+        grad = tl.where(z > 0, grad, 0.0)  # which may be infinite
     elif ACTIVATION == "leaky_relu":
         grad = tl.where(z > 0, grad, grad * NEGATIVE_SLOPE)
     elif ACTIVATION == "silu":
         sigmoid = tl.sigmoid(z)
         grad *= sigmoid * (1 + z * (1 - sigmoid))
     else:
+        z = tl.where(z > 10, 10.0, tl.where(z < -10, -10.0, z))  # beyond, z * z may overflow
         sigmoid = tl.sigmoid(_twice_inner(z))
         grad *= sigmoid + z * sigmoid * (1 - sigmoid) * (1.5957691216057308 * (1 + 3 * 0.044715 * z * z))
     return grad

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -50,11 +52,8 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, programs, tensors, sizes, constants, bits)
         return
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    together = int(max(sizes) > _LARGEST)
-    for address in addresses:
-        together |= address or 0
-    usual = together % _ALIGNMENT == 0
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    usual = reduce(or_, addresses) % _ALIGNMENT == 0 and max(sizes) <= _LARGEST
     key = id(kernel), device, constants, *[None if tensor is None else tensor.dtype for tensor in tensors]
     compiled = _compiled.get(key) if usual else None
     if compiled is not None:

@@ -20,31 +20,36 @@ def moments_kernel(
     x, mask, moments,
     partial,  # None if there is one run
     counters,
-    C, S, tiles, per, blocks,
-    ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+    C, S, tiles, blocks,
+    ALIGN: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
     UNROLL: tl.constexpr, ROWS: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """Of x and mask: moments, or packed.
 
     Each thread sums about the first value that it finds. However far that is from the others, it is one of them, so
-    it can cost no more digits than the variance of the thread's few values makes up for.
+    it can cost no more digits than the variance of the thread's few values makes up for. With weights, it goes on about
+    a value that weighs more than all before.
     """
-    C, S, block, run, runs = place(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST)
+    C, S, block, run, runs = place(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST, WIDE)
     channels = block * BC + tl.arange(0, BC)
     total_weight = tl.zeros((1, BP), ACC)
     shift = tl.zeros((BC, BP), ACC)
     total = tl.zeros((BC, BP), ACC)
     total_square = tl.zeros((BC, BP), ACC)
-    end = tl.minimum((run + 1) * per, tiles)
-    for start in range(run * per, end, UNROLL):
+    for start in range(run, tiles, runs * UNROLL):
         for i in tl.static_range(UNROLL):
-            offsets, inside, positions, exists = tile_offsets(start + i, end, channels, C, S, BP, LAST)
+            offsets, inside, positions, exists = tile_offsets(start + i * runs, tiles, channels, C, S, BP, LAST)
             value = tl.load(x + offsets, mask=inside, other=0).to(ACC)
             w = load_weights(mask, positions, exists, ACC)
             if mask is not None:
                 value = tl.where(w > 0, value, 0.0)
-            shift = tl.where(total_weight > 0, shift, value)
+                way = tl.where(w > total_weight, shift - value, 0.0)
+                total_square += way * (2 * total + total_weight * way)
+                total += total_weight * way
+                shift -= way
+            else:
+                shift = tl.where(total_weight > 0, shift, value)
             value -= shift
             total_weight += w
             total += w * value

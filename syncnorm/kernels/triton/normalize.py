@@ -9,7 +9,7 @@ from .device import (
     jit_pass,
     load_moments,
     or_one,
-    place_from_the_end,
+    place,
     store_bits,
     store_pair,
     tile_offsets,
@@ -23,8 +23,8 @@ def normalize_kernel(
     signs,  # or None, as all tensors before and after may be but x, moments, y and statistics
     running_mean, running_var, num_batches_tracked,
     eps_bits: tl.int64, momentum_bits: tl.int64,
-    C, S, tiles, per, blocks,
-    ALIGN: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+    C, S, tiles, blocks,
+    ALIGN: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
     PACKED: tl.constexpr,  # of the moments
     EPS_OUTSIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,  # a name or None
@@ -32,13 +32,13 @@ def normalize_kernel(
 ):  # fmt: skip
     """Of x, moments and residual: y, statistics and the signs of z. The first program moves the running statistics.
 
-    It walks backwards: the L2 cache has what `moments` read last.
+    It walks backwards, since the L2 cache has what `moments` read last.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     if running_mean is not None:
         program -= 1
         programs -= 1
-    C, S, block, run = place_from_the_end(program, programs, C, S, blocks, ALIGN, LAST)
+    C, S, block, run, runs = place(program, programs, C, S, blocks, ALIGN, LAST, WIDE)
     if program < 0:
         if running_mean is not None:
             update_running(
@@ -53,14 +53,13 @@ def normalize_kernel(
             store_pair(statistics, mean, invstd, channels, C)
             tl.store(statistics + 2 * C, count, mask=block == 0)
         high, scale, shift = affine(mean, invstd, weight, bias, channels, C, ACC)
-        end = tl.minimum((run + 1) * per, tiles)
-        for i in range(run * per, end):
-            tile = run * per + end - 1 - i
-            offsets, inside, _, _ = tile_offsets(tile, end, channels, C, S, BP, LAST)
+        for i in range(run, tiles, runs):
+            tile = tiles - 1 - i
+            offsets, inside, _, _ = tile_offsets(tile, tiles, channels, C, S, BP, LAST)
             value = tl.load(x + offsets, mask=inside, other=0).to(ACC)
             z = (value - high) * scale + shift
             if residual is not None:
                 z += tl.load(residual + offsets, mask=inside, other=0).to(ACC)
             if signs is not None:
-                store_bits(signs, z > 0, tile, end, block, C, S, BC, BP, LAST)
+                store_bits(signs, z > 0, tile, tiles, block, C, S, BC, BP, LAST)
             tl.store(y + offsets, activate(z, ACTIVATION).to(y.dtype.element_ty), mask=inside)
