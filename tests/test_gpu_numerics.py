@@ -316,7 +316,11 @@ def pieces(t):
 
 
 @needs_memory(40)
-@pytest.mark.parametrize("shape", [size((3, 2, 2**29 + 1), (3, 2, 41)), size((2**29 + 3, 5), (43, 5))], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [size((3, 2, 2**29 + 1), (3, 2, 41)), size((2**29 + 3, 5), (43, 5)), size((1, 1, 2**31 + 16), (1, 1, 48))],
+    ids=str,
+)
 def test_more_values_than_31_bits_count(record_property, shape):
     """In bf16, in both orders of memory. The oracle takes piece by piece."""
     x, dy = (torch.empty(shape, device=DEVICE, dtype=BF16).normal_() for _ in range(2))

@@ -34,6 +34,7 @@ SMALL = {  # divides small tensors among several programs and tiles
     "MAP_CHANNELS_BYTES": 64,
     "SUM_CHANNELS_BYTES": 32,
     "CONTIGUOUS_BYTES": 64,
+    "WIDEST": 60,
     "MERGED_VALUES": 32,
     "RUNNING_CHANNELS": 8,
 }
