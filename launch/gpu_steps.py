@@ -24,6 +24,7 @@ SECONDS = "{seconds}"  # in a command: half of the seconds until its limit
 FIRST = "test_passes and (odd or whole)"  # every pass of the kernels, on shapes of each kind
 LARGE = "31_bits"  # those that take half of the memory of a device run after the others, one at a time
 INSTALL = {name: f"python3 -m pip install {name}, or --wheels" for name in ("pytest", "rich", "triton")}
+REHEARSED = 4  # times the limits of a rehearsal: its machine may have few cores, and others use them too
 INTERPRETED = {"TRITON_INTERPRET": "1", "SYNCNORM_KERNELS": "triton"}
 
 
@@ -76,7 +77,7 @@ def steps(rehearse, modules, cores):
         return Step(f"bench {name}", command + files, limit, BENCH, needs, environment)
 
     on_gpu = "" if rehearse else " and not [cpu"  # what the interpreter can run needs no GPU
-    return [
+    listed = [
         Step("kernels of the CPU", (sys.executable, BUILD), 25, skip=_reason_not_to_build()),
         Step("info", (sys.executable, "-m", "syncnorm", "info"), 15),
         tests("first tests", 35, [KERNELS], "-k", FIRST + on_gpu),
@@ -87,6 +88,7 @@ def steps(rehearse, modules, cores):
         bench("layer", 75, "--seconds", SECONDS, "--compile", tiny=("--only", "bf16 NHWC")),
         bench("train", 60, "--seconds", SECONDS),
     ]
+    return [step._replace(limit=step.limit * REHEARSED) for step in listed] if rehearse else listed
 
 
 def _reason_not_to_build():
