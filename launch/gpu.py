@@ -120,7 +120,10 @@ def judged(step, ended, limit, results):
         return found | {"verdict": "over its limit", "reason": f"killed after {limit:.0f} s"}
     if ended.status:
         return found | {"verdict": "failed", "reason": f"exit status {ended.status}"}
-    if not unread and step.kind == TESTS and not found.get("tests", {}).get("passed"):
+    tests = found.get("tests", {})
+    if not unread and step.kind == TESTS and not tests.get("passed"):
+        if tests.get("skipped"):
+            return found | {"verdict": "skipped", "reason": "all tests were skipped"}
         unread = "no test passed"
     return found | {"verdict": "failed" if unread else "passed", "reason": unread}
 

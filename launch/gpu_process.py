@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-GRACE = 5.0  # seconds, of the limit, in which an interrupted command may write what it has
+GRACE = 5.0  # seconds after which a killed process is given up
+INTERRUPTED = 13.0  # seconds, of the limit, for an interrupted command to write what it has; pytest-xdist takes 10
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -32,7 +33,7 @@ def run(command, limit, log, **options):
     Shortly before the limit, in seconds, it is interrupted as by Ctrl-C, and at the limit killed. Options go to Popen.
     """
     begin = time.monotonic()
-    grace = min(GRACE, limit / 5)
+    grace = min(INTERRUPTED, limit / 4)
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, **options
     )

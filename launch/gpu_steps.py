@@ -76,12 +76,11 @@ def steps(rehearse, modules, cores):
         needs, environment = ("rich", "triton"), INTERPRETED if rehearse else {}
         return Step(f"bench {name}", command + files, limit, BENCH, needs, environment)
 
-    on_gpu = "" if rehearse else " and not [cpu"  # what the interpreter can run needs no GPU
     listed = [
         Step("kernels of the CPU", (sys.executable, BUILD), 25, skip=_reason_not_to_build()),
         Step("info", (sys.executable, "-m", "syncnorm", "info"), 15),
-        tests("first tests", 35, [KERNELS], "-k", FIRST + on_gpu),
-        tests("tests", 110, alone, "-k", f"not ({FIRST}) and not {LARGE}{on_gpu}"),
+        tests("first tests", 35, [KERNELS], "-k", FIRST),
+        tests("tests", 110, alone, "-k", f"not ({FIRST}) and not {LARGE}"),
         tests("large tests", 20, alone, "-k", LARGE, workers=1),
         tests("tests on ranks", 50, [RANKS], workers=min(workers, 4), threads="1"),
         bench("kernels", 35, "--seconds", "20"),

@@ -200,11 +200,22 @@ def test_both_records_tell_the_same_of_tests(tmp_path):
     assert "a \\| card" in markdown
 
 
-def test_tests_of_which_none_passes_have_failed(tmp_path):
+def test_tests_that_are_all_skipped_are_a_skipped_step(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "test_it.py").write_text("import pytest\ndef test_a(): pytest.skip('NOT TESTED')")
     status, _, record, _ = carry_out(tmp_path / "out", pytest_step(tmp_path, 40))
-    assert (status, record["steps"][0]["verdict"], record["steps"][0]["reason"]) == (1, "failed", "no test passed")
+    assert (status, record["steps"][0]["verdict"], record["steps"][0]["reason"]) == (
+        0,
+        "skipped",
+        "all tests were skipped",
+    )
+
+
+def test_no_test_at_all_is_a_failure(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "test_it.py").write_text("")
+    status, _, record, _ = carry_out(tmp_path / "out", pytest_step(tmp_path, 40))
+    assert (status, record["steps"][0]["verdict"]) == (1, "failed")
 
 
 def test_results_that_cannot_be_read_fail_their_step_and_no_other(tmp_path):

@@ -138,7 +138,7 @@ def count_bytes(*case):
     return counts
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="NOT TESTED: counted in the interpreter, where there is no GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counted in the interpreter, where there is no GPU")
 @pytest.mark.parametrize(
     ("case", "tensors"),
     [
