@@ -67,7 +67,7 @@ def normalize(
         output = _composed(input, moments.raw, weight, bias, residual, eps, eps_outside, epilogue)
         move(running, moments)
         return output
-    traced = moments.kernels is kernels.reference  # perhaps: then buffers are updated outside of the Function
+    traced = moments.kernels is kernels.reference  # torch.compile follows no update of buffers inside the Function
     of_moments = moments.kernels, moments.packed, moments.centered, moments.constant
     config = Config(*of_moments, eps, eps_outside, group, epilogue, None if traced else running)
     written = memory_of(input) if epilogue.inplace else input

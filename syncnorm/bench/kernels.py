@@ -104,21 +104,14 @@ def main(files: report.Files, quick: bool = False, only: str = "", seconds: int 
     for rows in measure(job, listed, quick, budget, failures):
         sections.append(rows)
         if job.group.rank == 0:
-            report.write_json(facts, _numbers(sections, failures), files)
+            report.write_json(facts, report.numbers(sections, failures), files)
     if job.group.rank == 0:
         facts |= report.left_undone(case.name for case in listed[len(sections) :])
         title = f"passes over the data on {report.ranks(job.group.size)}" + report.WARNING * quick
-        numbers = _numbers(sections, failures)
+        numbers = report.numbers(sections, failures)
         report.publish_rows(facts, report.Table(title, COLUMNS, [], names=3), sections, numbers, files)
     if failures:
         raise RuntimeError(f"expected all passes to run and to be right, got {failures}")
-
-
-def _numbers(sections: Sequence[Sequence[Row]], failures: Sequence[Failure]) -> dict[str, list[dict[str, Any]]]:
-    return {
-        "rows": [row.numbers() for rows in sections for row in rows],
-        "failures": [failure._asdict() for failure in failures],
-    }
 
 
 def measure(

@@ -31,6 +31,7 @@ __all__ = [
     "digits",
     "header",
     "left_undone",
+    "numbers",
     "publish",
     "publish_rows",
     "ranks",
@@ -110,7 +111,23 @@ class _Noisy(Protocol):
     def noisy(self) -> bool: ...
 
 
+class _Told(Protocol):
+    def numbers(self) -> dict[str, Any]: ...
+
+
+class _Failure(Protocol):
+    def _asdict(self) -> dict[str, Any]: ...
+
+
 _Result = TypeVar("_Result", bound=_Noisy)
+
+
+def numbers(sections: Iterable[Iterable[_Told]], failures: Iterable[_Failure]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows and the failures of a benchmark as they are written to JSON."""
+    return {
+        "rows": [row.numbers() for rows in sections for row in rows],
+        "failures": [failure._asdict() for failure in failures],
+    }
 
 
 def publish_rows(

@@ -176,13 +176,13 @@ def main(
         names = candidates(job.device, quick)
         sections.append(list(measure(job, names, blocks, width, shape, effort, until, failures)))
         if job.group.rank == 0:
-            report.write_json(facts, _numbers(sections, failures), files)
+            report.write_json(facts, report.numbers(sections, failures), files)
     if job.group.rank == 0:
         what = "a narrow ResNet" if quick else f"ResNet-{depth}"
         how = ", bfloat16 (autocast) and channels last" * on_gpu
         title = f"training step of {what}, images of {size} x {size}{how}, on {report.ranks(job.group.size)}"
         table = report.Table(title + report.WARNING * quick, _columns(on_gpu), [])
-        numbers = _numbers(sections, failures)
+        numbers = report.numbers(sections, failures)
         report.publish_rows(facts, table, sections, numbers, files)
         if files.figure is not None:
             from . import train_figure  # needs matplotlib
@@ -190,13 +190,6 @@ def main(
             train_figure.draw(files.figure, numbers["rows"], table.title)
     if failures:
         raise RuntimeError(f"expected all candidates to train, got {failures}")
-
-
-def _numbers(sections: Sequence[Sequence[Row]], failures: Sequence[Failure]) -> dict[str, list[dict[str, Any]]]:
-    return {
-        "rows": [row.numbers() for rows in sections for row in rows],
-        "failures": [failure._asdict() for failure in failures],
-    }
 
 
 def _columns(with_memory: bool) -> list[str]:

@@ -38,6 +38,17 @@ class Running(NamedTuple):
     batches: Tensor | None
     momentum: float | None
 
+    def contiguous(self) -> Running:
+        """Return the buffers, or contiguous copies."""
+        batches = None if self.batches is None else self.batches.contiguous()
+        return self._replace(mean=self.mean.contiguous(), var=self.var.contiguous(), batches=batches)
+
+    def take(self, updated: Running) -> None:
+        """Copy the buffers that were updated in copies of them, because a kernel cannot update these."""
+        for buffer, copy in zip(self[:3], updated[:3], strict=True):
+            if buffer is not None and copy is not None and buffer is not copy:
+                buffer.copy_(copy)
+
 
 def halves(vector: RawMoments | Packed | Statistics) -> tuple[Tensor, Tensor]:
     """Return the two vectors of C values, (C,) each, without the count."""

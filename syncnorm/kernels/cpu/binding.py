@@ -142,10 +142,7 @@ def normalize(
         *(_NOT_RUNNING if moved is None else _running(moved)),
     )
     if running is not None and moved is not None and moved is not running:
-        running.mean.copy_(moved.mean)
-        running.var.copy_(moved.var)
-        if running.batches is not None and moved.batches is not None:
-            running.batches.copy_(moved.batches)
+        running.take(moved)
     if inplace:
         y = input if x is input else input.copy_(x)
     return y, statistics, signs

@@ -87,14 +87,23 @@ def normalize(
     signs = None
     if epilogue.saves_signs:
         signs = torch.empty(division.lines, division.bytes, dtype=torch.uint8, device=x.device)
-    moved: tuple[Tensor | None, ...] = (None, None, None)
-    momentum = None
-    if running is not None:
-        moved, momentum = _contiguous(running.mean, running.var, running.batches), running.momentum
+    moved = None if running is None else running.contiguous()
+    mean, var, batches, momentum = moved or (None, None, None, None)
     launch(
         normalize_kernel,
         division.programs + (running is not None),
-        (x, moments, *_contiguous(weight, bias), _like(residual, x), y, statistics, signs, *moved),
+        (
+            x,
+            moments,
+            *_contiguous(weight, bias),
+            _like(residual, x),
+            y,
+            statistics,
+            signs,
+            mean,
+            var,
+            batches,
+        ),
         division.sizes,
         (
             *division.constants,
@@ -106,10 +115,8 @@ def normalize(
         ),
         (_bits(eps), _bits(momentum or 0.0)),
     )
-    if running is not None:
-        for buffer, result in zip(running[:3], moved, strict=True):
-            if buffer is not result and buffer is not None and result is not None:  # it was not contiguous
-                buffer.copy_(result)
+    if running is not None and moved is not None:
+        running.take(moved)
     if epilogue.inplace:
         y = input if y is input else input.copy_(y)
     return y, statistics, signs

@@ -46,23 +46,16 @@ def reduce_grad_kernel(
     """Of dy and x: grad_weight, grad_bias and sums."""
     C, S, block, run, runs = place(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST, WIDE)
     channels = block * BC + tl.arange(0, BC)
-    mean, invstd = load_statistics(statistics, channels, C)
-    if ROUNDING is not None:
-        mean = tl.zeros_like(mean)  # what takes the place of x has none
-    high, scale, shift = affine(mean, invstd, weight, bias, channels, C, ACC)
-    inverse = None
-    if ROUNDING is not None:
-        inverse = _inverse_scale(invstd, weight, bias, channels, C, ACC, ROUNDING, LEAST_ROUNDING)
+    mean, invstd, high, scale, shift, inverse = _maps(
+        statistics, weight, bias, channels, C, ACC, ROUNDING, LEAST_ROUNDING
+    )
     sum_dz = tl.zeros((BC, BP), ACC)
     sum_dz_x = tl.zeros((BC, BP), ACC)
     for start in range(run, tiles, runs * UNROLL):
         for i in tl.static_range(UNROLL):
-            tile = start + i * runs
-            offsets, inside, positions, exists = tile_offsets(tile, tiles, channels, C, S, BP, LAST)
-            w = None if mask is None else load_weights(mask, positions, exists, ACC)
-            centered, dz = _centered_and_grad(
-                dy, x, kept, w, tile, tiles, block, C, S, offsets, inside, high, scale, shift, inverse,
-                ACC, ACTIVATION, KEPT_SIGNS, LAST, BC, BP,
+            _, _, _, centered, dz = _tile(
+                dy, x, kept, mask, start + i * runs, tiles, block, C, S, high, scale, shift, inverse,
+                LAST, BC, BP, ACC, ACTIVATION, KEPT_SIGNS, ROUNDING,
             )  # fmt: skip
             sum_dz += dz
             sum_dz_x += dz * centered
@@ -109,13 +102,9 @@ def grad_input_kernel(
     """Of dy and x: dx and dz. It walks backwards, as `normalize_kernel` does."""
     C, S, block, run, runs = place(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST, WIDE)
     channels = block * BC + tl.arange(0, BC)
-    mean, invstd = load_statistics(statistics, channels, C)
-    if ROUNDING is not None:
-        mean = tl.zeros_like(mean)  # what takes the place of x has none
-    high, scale, shift = affine(mean, invstd, weight, bias, channels, C, ACC)
-    inverse = None
-    if ROUNDING is not None:
-        inverse = _inverse_scale(invstd, weight, bias, channels, C, ACC, ROUNDING, LEAST_ROUNDING)
+    mean, invstd, high, scale, shift, inverse = _maps(
+        statistics, weight, bias, channels, C, ACC, ROUNDING, LEAST_ROUNDING
+    )
     if sums is not None:
         n = or_one(tl.load(statistics + 2 * C))
         inside_root = 1 - from_bits(eps_bits) * invstd  # 0 where all values are, at which x is too
@@ -126,12 +115,9 @@ def grad_input_kernel(
             offset -= invstd * first / n
         slope, offset = column(slope, ACC), column(offset, ACC)
     for i in range(run, tiles, runs):
-        tile = tiles - 1 - i
-        offsets, inside, positions, exists = tile_offsets(tile, tiles, channels, C, S, BP, LAST)
-        w = None if mask is None else load_weights(mask, positions, exists, ACC)
-        centered, grad = _centered_and_grad(
-            dy, x, kept, w, tile, tiles, block, C, S, offsets, inside, high, scale, shift, inverse,
-            ACC, ACTIVATION, KEPT_SIGNS, LAST, BC, BP,
+        offsets, inside, w, centered, grad = _tile(
+            dy, x, kept, mask, tiles - 1 - i, tiles, block, C, S, high, scale, shift, inverse,
+            LAST, BC, BP, ACC, ACTIVATION, KEPT_SIGNS, ROUNDING,
         )  # fmt: skip
         result = grad * scale
         if sums is not None:
@@ -154,6 +140,24 @@ def _store_sums(grad_weight, grad_bias, sums, first, second, weight, channels, C
 
 
 @triton.jit
+def _maps(
+    statistics, weight, bias, channels, C, ACC: tl.constexpr, ROUNDING: tl.constexpr, LEAST_ROUNDING: tl.constexpr
+):  # fmt: skip
+    """Return mean and invstd of the channels, the affine map of forward as `affine` does, and its inverse if in place.
+
+    In place x - mean is computed from y and takes the place of x, so the mean is 0.
+    """
+    mean, invstd = load_statistics(statistics, channels, C)
+    if ROUNDING is not None:
+        mean = tl.zeros_like(mean)
+    high, scale, shift = affine(mean, invstd, weight, bias, channels, C, ACC)
+    inverse = scale  # not used, unless it is in place
+    if ROUNDING is not None:
+        inverse = _inverse_scale(invstd, weight, bias, channels, C, ACC, ROUNDING, LEAST_ROUNDING)
+    return mean, invstd, high, scale, shift, inverse
+
+
+@triton.jit
 def _inverse_scale(
     invstd, weight, bias, channels, C, ACC: tl.constexpr, ROUNDING: tl.constexpr, LEAST_ROUNDING: tl.constexpr
 ):  # fmt: skip
@@ -165,22 +169,25 @@ def _inverse_scale(
 
 
 @triton.jit
-def _centered_and_grad(
-    dy, x, kept, w, tile, tiles, block, C, S, offsets, inside, high, scale, shift, inverse,
-    ACC: tl.constexpr, ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
-    LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+def _tile(
+    dy, x, kept, mask, tile, tiles, block, C, S, high, scale, shift, inverse,
+    LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+    ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
-    """Return x - high, and dz from dy: what passes through the activation, (BC, BP).
+    """Return where the values of a tile are, which exist, their weights, x - high, and dz from dy, (BC, BP).
 
-    In place x is y, from which x - mean is computed, and high is 0. Where the weight w and dy are 0, x and the residual
-    may hold anything.
+    dz is what passes through the activation. In place x is y, from which x - mean is computed, and high is 0. Where the
+    weight and dy are 0, x and the residual may hold anything.
     """
+    channels = block * BC + tl.arange(0, BC)
+    offsets, inside, positions, exists = tile_offsets(tile, tiles, channels, C, S, BP, LAST)
+    w = load_weights(mask, positions, exists, ACC)
     grad = tl.load(dy + offsets, mask=inside, other=0).to(ACC)
     value = tl.load(x + offsets, mask=inside, other=0).to(ACC)
-    if w is not None:
+    if mask is not None:
         void = (w == 0) & (grad == 0)
         value = tl.where(void, high, value)
-    if inverse is not None:
+    if ROUNDING is not None:
         if ACTIVATION == "leaky_relu":
             grad = tl.where(value > 0, grad, grad * NEGATIVE_SLOPE)
             value = tl.where(value > 0, value, value / NEGATIVE_SLOPE)
@@ -194,6 +201,6 @@ def _centered_and_grad(
             z = centered * scale + shift
             if kept is not None:
                 added = tl.load(kept + offsets, mask=inside, other=0).to(ACC)
-                z += added if w is None else tl.where(void, 0.0, added)
+                z += added if mask is None else tl.where(void, 0.0, added)
             grad = through_activation(grad, z, ACTIVATION)
-    return centered, grad
+    return offsets, inside, w, centered, grad

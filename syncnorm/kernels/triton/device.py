@@ -120,9 +120,8 @@ def load_rows(partial, first, runs, BC: tl.constexpr, ROWS: tl.constexpr):
     """Return both halves of partial results, (runs, 2, BC), from the first row on, (ROWS, BC); 0 after the last."""
     rows = first + tl.arange(0, ROWS)[:, None]
     pointers = partial + rows * (2 * BC) + tl.arange(0, BC)[None, :]
-    inside = (rows < runs) & (tl.arange(0, BC)[None, :] < BC)
-    one = tl.load(pointers, mask=inside, other=0, cache_modifier=".cg")
-    other = tl.load(pointers + BC, mask=inside, other=0, cache_modifier=".cg")
+    one = tl.load(pointers, mask=rows < runs, other=0, cache_modifier=".cg")
+    other = tl.load(pointers + BC, mask=rows < runs, other=0, cache_modifier=".cg")
     return one, other
 
 
