@@ -13,6 +13,7 @@ from torch import Tensor
 from ..job import forks
 from ..job.desync import fails_by_arguments, raise_desync
 from .contiguous import as_contiguous, write_back
+from .label import Label
 
 __all__ = ["ProcessGroupCommunicator"]
 
@@ -33,6 +34,8 @@ class ProcessGroupCommunicator:
             in its worker threads.
     """
 
+    takes_labels = True
+
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = group
 
@@ -46,7 +49,7 @@ class ProcessGroupCommunicator:
         """The number of ranks in the group."""
         return dist.get_world_size(self.group)
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor, label: Label | None = None) -> Tensor:
         """Sum `tensor` over the ranks in place: one `dist.all_reduce`."""
         message = as_contiguous(tensor)
         self._run(dist.all_reduce, message)

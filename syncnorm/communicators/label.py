@@ -1,0 +1,26 @@
+"""What a layer's message belongs to."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Label"]
+
+
+class Label(NamedTuple):
+    """What a message belongs to.
+
+    Communicators that can show it to the other ranks define `takes_labels = True`, and then
+    `all_reduce(tensor, label=None)`.
+
+    Attributes:
+        number: equal on two ranks if their messages belong together, below 2^20.
+        call: of the layer, counted from 1. 0: not counted.
+        backward: whether the message is that of the backward pass.
+        layer: the name of the layer for reports, at most 160 bytes.
+    """
+
+    number: int
+    call: int
+    backward: bool
+    layer: bytes
