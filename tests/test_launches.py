@@ -30,7 +30,12 @@ def of_two_ranks():
 
 
 def test_two_ranks_call_the_library_twice_each_way():
+    assert testing.run_ranks(of_two_ranks, 2) == [dict.fromkeys(LAYERS, STEP)] * 2
+
+
+def test_two_ranks_without_shared_memory_call_the_library_twice_each_way(monkeypatch):
     """The all-reduces of the process group are operations of torch's too."""
+    monkeypatch.setenv("SYNCNORM_SHARED_MEMORY", "0")
     moments, normalize, reduce_grad, grad_input = STEP
     expected = [moments, "allreduce_", normalize, reduce_grad, "allreduce_", grad_input]
     assert testing.run_ranks(of_two_ranks, 2) == [dict.fromkeys(LAYERS, expected)] * 2

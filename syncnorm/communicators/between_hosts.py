@@ -34,7 +34,7 @@ class Leaders:
 
     def __init__(self, group: dist.ProcessGroup | None, ranks: Sequence[int], rank: int):
         self.group, self.ranks, self.rank = group, ranks, rank
-        self._received = {other: torch.empty(SLOT, dtype=torch.uint8) for other in ranks if other != rank}
+        self._received = {other: torch.empty(SLOT, dtype=torch.uint8, device="cpu") for other in ranks if other != rank}
         self._sent: list[object] = []  # until the messages are away
 
     def all_reduce(self, slot: int, size: int, dtype: torch.dtype, agrees: bool) -> bool:
