@@ -6,6 +6,7 @@ from benchmarks import bench, read
 
 from syncnorm.bench import comm
 from syncnorm.bench.timing import Timing
+from syncnorm.communicators.segment import MOST_BYTES
 
 C64, BUCKET = comm.MESSAGES[0], comm.MESSAGES[-1]
 
@@ -25,6 +26,7 @@ def timing_of(micros):
         (BUCKET, comm.MPI4PY, 11.9, True, "met"),
         (BUCKET, comm.MPI4PY, 12.1, False, "MISSED"),
         (BUCKET, comm.COMMUNICATOR, 1000.0, None, ""),
+        (C64, comm.SHARED, 1000.0, None, ""),  # there is no communicator of MPI to compare with
     ],
 )
 def test_a_row_is_judged_by_the_time_of_the_raw_call(message, path, micros, met, cell):
@@ -37,10 +39,18 @@ def test_a_row_is_judged_by_the_time_of_the_raw_call(message, path, micros, met,
     assert row.cells()[-1] == (f"{cell}, noisy" if cell else "")
 
 
+def test_shared_memory_is_judged_by_the_communicator_of_mpi():
+    for micros, met, cell in [(6.5, True, "met"), (6.6, False, "MISSED")]:
+        row = comm.Row(C64, comm.SHARED, timing_of(micros), timing_of(1.0), timing_of(5.0))
+        assert row.numbers()["met"] is met
+        assert row.cells()[-2:] == ["<= 1.3 x Communicator", cell]
+
+
 @pytest.mark.parametrize("message", comm.MESSAGES, ids=lambda message: message.name)
 def test_every_message_has_a_target_that_a_slow_path_misses(message):
     for path, target in message.targets.items():
-        slow, quick = (comm.Row(message, path, timing_of(micros), timing_of(10.0)) for micros in (1000.0, 10.0))
+        raw = timing_of(10.0)
+        slow, quick = (comm.Row(message, path, timing_of(micros), raw, raw) for micros in (1000.0, 10.0))
         assert (slow.numbers()["met"], quick.numbers()["met"]) == (False, True)
         assert slow.cells()[-2] == str(target)
     assert message.targets
@@ -53,7 +63,7 @@ def test_a_path_that_does_not_sum_is_not_timed():
 
 RAW_OF = {"mpirun": "raw mpi4py", "torchrun": comm.GLOO}
 PATHS_OF = {
-    "mpirun": ["raw mpi4py", comm.COMMUNICATOR, comm.MPI4PY, comm.GLOO],
+    "mpirun": ["raw mpi4py", comm.COMMUNICATOR, comm.MPI4PY, comm.SHARED, comm.GLOO],
     "torchrun": [comm.GLOO, comm.COMMUNICATOR],
 }
 
@@ -68,7 +78,12 @@ def test_comm(tmp_path, launcher):
     record = read(out, job.stdout)
     assert record["header"].keys() >= {"date", "machine", "torch", "mpi4py", "mpi", "hosts"}
     rows = record["rows"]
-    assert [(r["message"], r["path"]) for r in rows] == [(m.name, p) for m in comm.MESSAGES for p in PATHS_OF[launcher]]
+    assert [(r["message"], r["path"]) for r in rows] == [
+        (m.name, p)
+        for m in comm.MESSAGES
+        for p in PATHS_OF[launcher]
+        if p != comm.SHARED or m.elements * m.dtype.itemsize <= MOST_BYTES
+    ]
     raw = {r["message"]: r["median_us"] for r in rows if r["path"] == RAW_OF[launcher]}
     for row in rows:
         low, high = row["quartiles_us"]

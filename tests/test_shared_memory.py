@@ -22,8 +22,7 @@ from virtual_cluster import need_namespaces
 import syncnorm
 from syncnorm.communicators import segment
 from syncnorm.communicators.label import Label
-from syncnorm.communicators.segment import Segment, new_name, unlink
-from syncnorm.communicators.shared_memory import MOST_BYTES
+from syncnorm.communicators.segment import MOST_BYTES, Segment, new_name, unlink
 from syncnorm.testing import run_ranks
 
 IN_MEMORY = "in shared memory"

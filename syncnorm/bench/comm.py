@@ -1,7 +1,8 @@
 """`python -m syncnorm bench comm`: all-reduces by syncnorm against bare ones on the same memory.
 
-Under mpirun the bare one is mpi4py's `Allreduce`, else torch.distributed's on Gloo. Messages are what a SyncBatchNorm
-of C channels sends in forward, 2C + 1 float64, and one gradient bucket of DistributedDataParallel.
+Under mpirun the bare one is mpi4py's `Allreduce`, else torch.distributed's on Gloo. A Gloo group of the same ranks sums
+in the memory of their host. Messages are what a SyncBatchNorm of C channels sends in forward, 2C + 1 float64, and one
+gradient bucket of DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .. import info
 from ..communicators import Communicator, communicator
+from ..communicators.segment import MOST_BYTES
 from ..job.init import init
 from . import copy_baseline, report
 from .timing import FULL, QUICK, Candidates, Effort, Timing, interleave
@@ -24,21 +26,26 @@ __all__ = ["MESSAGES", "Message", "Row", "Target", "check", "main", "measure"]
 COMMUNICATOR = "Communicator"
 MPI4PY = "torch on mpi4py"  # torch.distributed
 GLOO = "torch on gloo"
+SHARED = "shared memory"  # syncnorm's communicator of a Gloo group
 COLUMNS = ("message", "all-reduce by", "median µs", "quartiles", "x raw", "µs over raw", "target", "")
 
 
 class Target(NamedTuple):
-    """What a path to MPI may cost over the raw call: a factor (`ratio`) or a time (`extra_us`)."""
+    """What a path may cost: a factor (`ratio`) or a time (`extra_us`) over the raw call, or a factor over `of_mpi`."""
 
     quantity: str
     limit: float
 
     def __str__(self) -> str:
-        return f"<= {self.limit:g} x raw" if self.quantity == "ratio" else f"<= raw + {self.limit:g} µs"
+        return {
+            "ratio": f"<= {self.limit:g} x raw",
+            "extra_us": f"<= raw + {self.limit:g} µs",
+            "of_mpi": f"<= {self.limit:g} x {COMMUNICATOR}",
+        }[self.quantity]
 
 
 class Message(NamedTuple):
-    """What is summed, and the targets of the paths to MPI."""
+    """What is summed, and the targets of the paths."""
 
     name: str
     elements: int
@@ -46,7 +53,7 @@ class Message(NamedTuple):
     targets: dict[str, Target]
 
 
-STATISTICS = {COMMUNICATOR: Target("ratio", 1.3), MPI4PY: Target("extra_us", 25)}
+STATISTICS = {COMMUNICATOR: Target("ratio", 1.3), MPI4PY: Target("extra_us", 25), SHARED: Target("of_mpi", 1.3)}
 MESSAGES = [
     *(Message(f"C = {c}", 2 * c + 1, torch.float64, STATISTICS) for c in (64, 256, 1024, 2048)),
     Message("25 MB bucket", 25 * 2**20 // 4, torch.float32, {MPI4PY: Target("ratio", 1.2)}),
@@ -54,12 +61,13 @@ MESSAGES = [
 
 
 class Row(NamedTuple):
-    """One path's time for one message, beside that of the raw call."""
+    """One path's time for one message, beside that of the raw call, and that of syncnorm's communicator of MPI."""
 
     message: Message
     path: str
     timing: Timing
     raw: Timing
+    mpi: Timing | None = None
 
     @property
     def noisy(self) -> bool:
@@ -70,7 +78,9 @@ class Row(NamedTuple):
         """Return the row as it is written to JSON."""
         median, low, high = self.timing.micros()
         over = {"ratio": self.timing.median / self.raw.median, "extra_us": median - 1e6 * self.raw.median}
-        target = self.message.targets.get(self.path)
+        if self.mpi is not None:
+            over["of_mpi"] = self.timing.median / self.mpi.median
+        target = self._target()
         return {
             "message": self.message.name,
             "elements": self.message.elements,
@@ -84,11 +94,15 @@ class Row(NamedTuple):
             "noisy": self.noisy,
         }
 
+    def _target(self) -> Target | None:
+        target = self.message.targets.get(self.path)
+        return None if target is not None and target.quantity == "of_mpi" and self.mpi is None else target
+
     def cells(self) -> list[str]:
         """Return the row as it is printed."""
         n = self.numbers()
         low, high = n["quartiles_us"]
-        target = self.message.targets.get(self.path)
+        target = self._target()
         return [
             n["message"],
             n["path"],
@@ -132,7 +146,8 @@ def measure(group: Communicator, effort: Effort) -> Iterator[list[Row]]:
             tensor.zero_()  # whose sums stay finite
             timings |= interleave(candidates, group, effort)
         raw = next(iter(timings.values()))
-        yield [Row(message, name, timing, raw) for name, timing in timings.items()]
+        mpi = timings[COMMUNICATOR] if MPI4PY in timings else None
+        yield [Row(message, name, timing, raw, mpi) for name, timing in timings.items()]
 
 
 def check(name: str, run: Callable[[], object], tensor: Tensor, size: int) -> None:
@@ -146,15 +161,17 @@ def check(name: str, run: Callable[[], object], tensor: Tensor, size: int) -> No
 def paths(tensor: Tensor, group: Communicator, gloo: dist.ProcessGroup) -> list[Candidates]:
     """Return the ways to sum the tensor's memory over the ranks, by name: those that take turns in one mapping.
 
-    The first is the raw one. Gloo takes no turns with MPI, which is slower after it, since Gloo's ranks sleep.
+    The first is the raw one. Gloo takes no turns with the others, which are slower after it, since Gloo's ranks sleep.
     """
     over_gloo = {GLOO: lambda: dist.all_reduce(tensor, group=gloo)}
+    own = communicator(gloo)
     if dist.get_backend() != "mpi4py":
-        own = communicator(gloo)
-        return [{**over_gloo, COMMUNICATOR: lambda: own.all_reduce(tensor)}]
+        return [over_gloo, {COMMUNICATOR: lambda: own.all_reduce(tensor)}]
     over_mpi = {
         "raw mpi4py": copy_baseline.all_reduce(tensor),
         COMMUNICATOR: lambda: group.all_reduce(tensor),
         MPI4PY: lambda: dist.all_reduce(tensor),
     }
+    if tensor.nbytes <= MOST_BYTES:
+        over_mpi[SHARED] = lambda: own.all_reduce(tensor)
     return [over_mpi, over_gloo]

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .segment import SLOT, VALUES_AT
+
 __all__ = ["Leaders"]
 
 TAG = 0x53594E43  # of the messages, so that they are not taken for those of the program
-SLOT, VALUES_AT = 256 + 65536, 256  # bytes of `Slot` in shared_memory.h, and where its values begin
 COMPARED = 40  # bytes of a message that are equal on all ranks
 REFUSED = bytes([255] * 7 + [254])  # a number that no label has
 

@@ -13,7 +13,11 @@ import os
 import secrets
 import struct
 
-__all__ = ["FOLDER", "Segment", "new_name", "unlink"]
+__all__ = ["FOLDER", "MOST_BYTES", "SLOT", "VALUES_AT", "Segment", "new_name", "unlink"]
+
+MOST_BYTES = 65536  # of the values of a message
+VALUES_AT = 256  # bytes from the beginning of a slot, which begins with what the message is
+SLOT = VALUES_AT + MOST_BYTES
 
 FOLDER = "/dev/shm"
 HEAD = struct.Struct("8sqqq32s")  # magic number, version, bytes, ranks, secret

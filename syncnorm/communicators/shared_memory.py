@@ -30,11 +30,10 @@ from .between_hosts import Leaders
 from .health import Health
 from .host import has_ended
 from .label import Label
-from .segment import Segment
+from .segment import MOST_BYTES, SLOT, Segment
 
-__all__ = ["MOST_BYTES", "OtherRanksError", "Peer", "SharedMemory", "bytes_of_segment"]
+__all__ = ["OtherRanksError", "Peer", "SharedMemory", "bytes_of_segment"]
 
-MOST_BYTES = 65536  # of the values of a tensor
 PATIENCE = 0.05  # seconds between two looks at whether the missing ranks still run
 VALUES = {
     **{torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4, torch.int16: 5},
@@ -44,7 +43,7 @@ UNLABELLED = Label(-1, 0, False, b"")
 DONE, WAITING, DIFFERENT, FAILED = range(4)
 
 _MESSAGE = "5q160s"  # number, call, backward, bytes, dtype, layer
-_LAYOUTS = {"SharedArguments": "PqqqqP" + _MESSAGE, "Progress": "qq" + _MESSAGE, "Slot": f"{256 + MOST_BYTES}s"}
+_LAYOUTS = {"SharedArguments": "PqqqqP" + _MESSAGE, "Progress": "qq" + _MESSAGE, "Slot": f"{SLOT}s"}
 _pack = struct.Struct(_LAYOUTS["SharedArguments"]).pack
 _progress = struct.Struct(_LAYOUTS["Progress"])
 
