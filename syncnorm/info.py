@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from . import __version__, kernels
-from .communicators import communicator
+from .communicators import Communicator, communicator
+from .communicators.process_group import ProcessGroupCommunicator
 from .job.init import init
 from .job.launcher import detect_launcher
 
@@ -53,8 +54,16 @@ def job(*, join: bool = True) -> dict[str, str]:
         "torch.distributed": dist.get_backend() if dist.is_available() and dist.is_initialized() else "not initialized",
         "rank": f"{group.rank} of {group.size}",
         "local rank": f"{os.environ.get('LOCAL_RANK', 0)} on {socket.gethostname()}",
+        "sums of cpu tensors": _route(group),
         "hosts": ", ".join(f"{host} ({ranks} rank{'s' * (ranks > 1)})" for host, ranks in hosts.items()),
     }
+
+
+def _route(group: Communicator) -> str:
+    """Return how the group sums CPU tensors of at most 64 KB, such as the statistics of a layer."""
+    if isinstance(group, ProcessGroupCommunicator):
+        return group.route()
+    return "none, one rank" if group.size == 1 else "by MPI"
 
 
 def _version(package: str) -> str:

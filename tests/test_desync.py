@@ -7,10 +7,9 @@ import re
 import socket
 import textwrap
 import types
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from launchers import launch
+from launchers import launch_one_by_one
 
 from syncnorm.job.desync import current_location, is_peer_failure
 
@@ -26,14 +25,7 @@ def run(tmp_path):
         head = "import os, signal, sys, time, torch, torch.distributed as dist, syncnorm\n"
         head += f"group = syncnorm.init({timeout=})\nones = torch.ones(3)\ngroup.barrier()\n"
         script.write_text(head + textwrap.dedent(code))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-        with ThreadPoolExecutor(ranks) as pool:
-            started = [
-                pool.submit(launch, "alone", 1, script, timeout=60, **meet, RANK=str(rank)) for rank in range(ranks)
-            ]
-        return [job.result() for job in started]
+        return launch_one_by_one(ranks, script, timeout=60)
 
     return run
 

@@ -1,11 +1,8 @@
 """Forked children of ranks, which leave alone what their parents hold of the job."""
 
-import socket
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 from forks import FORKED, check
-from launchers import launch
+from launchers import launch, launch_one_by_one
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
@@ -14,9 +11,4 @@ def test_children_end_and_ranks_train_on(launcher):
 
 
 def test_children_where_rank_0_serves_the_store():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(launch, "alone", 1, FORKED, **meet, RANK=str(rank)) for rank in range(2)]
-    check([3, 1, 0], *(job.result() for job in jobs))
+    check([3, 1, 0], *launch_one_by_one(2, FORKED))

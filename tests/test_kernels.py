@@ -376,7 +376,7 @@ def test_a_library_with_other_structs_is_refused(package):
     run_python(code, PYTHONPATH=str(package / "cpu"))
     message = error_of(package, {})
     assert message.startswith("RuntimeError: expected NormalizeArguments in ")
-    assert "to have 216 bytes, as binding.py packs it, got 224 bytes" in message
+    assert "to have 216 bytes, as Python packs it, got 224 bytes" in message
     assert message.endswith("Reinstall syncnorm, or in a checkout run python -m syncnorm.kernels.cpu.build")
 
 

@@ -3,10 +3,9 @@
 import re
 import socket
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from launchers import launch
+from launchers import launch, launch_one_by_one
 
 HOST = socket.gethostname()
 HEAD = """
@@ -52,17 +51,31 @@ def script(tmp_path):
     return write
 
 
-@pytest.mark.parametrize(("fault", "ranks"), [("another C", 2), ("eval on one rank", 4), ("a skipped backward", 4)])
+CASES = pytest.mark.parametrize(
+    ("fault", "ranks"), [("another C", 2), ("eval on one rank", 4), ("a skipped backward", 4)]
+)
+
+
+@CASES
 def test_every_rank_on_gloo_reports(script, fault, ranks):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-    with ThreadPoolExecutor(ranks) as pool:
-        path = script(fault)
-        jobs = [pool.submit(launch, "alone", 1, path, **meet, RANK=str(rank)).result for rank in range(ranks)]
-        jobs = [job() for job in jobs]
+    jobs = launch_one_by_one(ranks, script(fault), SYNCNORM_SHARED_MEMORY="0")
     assert all(job.returncode != 0 for job in jobs)
     assert any(job.returncode == -6 for job in jobs)  # the case that no Python error tells of
+    check(fault, ranks, *(job.stderr for job in jobs))
+
+
+@CASES
+def test_every_rank_raises_in_shared_memory(script, fault, ranks):
+    jobs = launch_one_by_one(ranks, script(fault))
+    _, odd, others = FAULTS[fault]
+    for rank, job in enumerate(jobs):
+        assert job.returncode == 1
+        assert f"DesyncError: all_reduce on rank {rank} of {ranks}: expected all ranks to sum the same" in job.stderr
+        sizes = re.findall(r"^ *rank (\d): (\d+) float64", job.stderr, re.MULTILINE)
+        assert {(int(rank), int(size)) for rank, size in sizes} == {
+            *((rank, others) for rank in range(ranks - 1)),
+            (ranks - 1, odd),
+        }
     check(fault, ranks, *(job.stderr for job in jobs))
 
 

@@ -1,11 +1,9 @@
 """`init`, `destroy_process_group`, `init` again, with layers in between, under each launcher."""
 
-import socket
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from launchers import launch
+from launchers import launch, launch_one_by_one
 
 SCRIPT = """
     import sys, torch, torch.distributed as dist, syncnorm
@@ -72,13 +70,8 @@ def test_under_mpirun_with_another_backend_each_time(script):
 
 
 def test_where_rank_0_serves_the_store(script):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
-    with ThreadPoolExecutor(2) as pool:
-        words = "auto", "gloo", "own"
-        jobs = [pool.submit(launch, "alone", 1, script, *words, **meet, RANK=str(rank)) for rank in range(2)]
-    assert lines(*(job.result() for job in jobs)) == expected(*["ProcessGroupCommunicator"] * 3)
+    jobs = launch_one_by_one(2, script, "auto", "gloo", "own")
+    assert lines(*jobs) == expected(*["ProcessGroupCommunicator"] * 3)
 
 
 def test_alone(script):

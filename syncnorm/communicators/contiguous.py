@@ -10,6 +10,8 @@ __all__ = ["as_contiguous", "write_back"]
 
 def as_contiguous(tensor: Tensor) -> Tensor:
     """Return the tensor's values in contiguous memory: its own memory if possible."""
+    if tensor.is_contiguous() and not (tensor.requires_grad or tensor.is_conj() or tensor.is_neg()):
+        return tensor  # the path of a layer, where each operation of torch would be measurable
     return tensor.detach().resolve_conj().resolve_neg().contiguous()  # materializes lazy conj and neg views
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import DesyncError
 from ..job import forks
 from ..job.desync import fails_by_arguments, raise_desync
 from .contiguous import as_contiguous, write_back
 from .label import Label
+from .sharing import route_of, shared_memory_of
+
+if TYPE_CHECKING:
+    from .shared_memory import SharedMemory
 
 __all__ = ["ProcessGroupCommunicator"]
 
@@ -38,6 +44,8 @@ class ProcessGroupCommunicator:
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = group
+        # The group, and the memory that its ranks share. Both end when the group is destroyed.
+        self._known: tuple[weakref.ref[dist.ProcessGroup], weakref.ref[SharedMemory] | None] | None = None
 
     @property
     def rank(self) -> int:
@@ -50,10 +58,47 @@ class ProcessGroupCommunicator:
         return dist.get_world_size(self.group)
 
     def all_reduce(self, tensor: Tensor, label: Label | None = None) -> Tensor:
-        """Sum `tensor` over the ranks in place: one `dist.all_reduce`."""
+        """Sum `tensor` over the ranks in place.
+
+        A CPU tensor of at most 64 KB is summed in memory that the ranks of a host share, if there are any. Other
+        tensors: one `dist.all_reduce`.
+        """
         message = as_contiguous(tensor)
-        self._run(dist.all_reduce, message)
+        if not (tensor.is_cpu and self._all_reduce_in_memory(message, label)):
+            self._run(dist.all_reduce, message)
         return write_back(tensor, message)
+
+    def _all_reduce_in_memory(self, tensor: Tensor, label: Label | None) -> bool:
+        """Sum the tensor in shared memory. Return False if the backend of the group has to sum it."""
+        if torch.compiler.is_compiling():
+            return False
+        self._check()
+        try:
+            memory = self._shared_memory()
+            return memory is not None and memory.all_reduce(tensor, label)
+        except DesyncError:
+            raise
+        except RuntimeError as error:
+            self._raise("all_reduce", error)
+
+    def _shared_memory(self) -> SharedMemory | None:
+        group = dist.group.WORLD if self.group is None else self.group
+        if self._known is None or self._known[0]() is not group:
+            assert group is not None
+            shared = shared_memory_of(group)
+            self._known = weakref.ref(group), None if shared is None else weakref.ref(shared)
+        memory = self._known[1]
+        return None if memory is None else memory()
+
+    def route(self) -> str:
+        """Return how CPU tensors of at most 64 KB are summed, such as "in shared memory". The first call is collective.
+
+        Raises:
+            RuntimeError: the other ranks do not join the first call.
+        """
+        group = dist.group.WORLD if self.group is None else self.group
+        assert group is not None
+        return route_of(group)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Overwrite `tensor` with that of `root` (a rank of this group): one `dist.broadcast`."""
@@ -139,8 +184,11 @@ class ProcessGroupCommunicator:
         except RuntimeError as error:
             if fails_by_arguments(error):
                 raise
-            what = f"{collective} on rank {self.rank} of {self.size}: {error}"
-            raise_desync(error, what, dist.get_process_group_ranks(self.group))
+            self._raise(collective, error)
+
+    def _raise(self, collective: str, error: RuntimeError) -> NoReturn:
+        what = f"{collective} on rank {self.rank} of {self.size}: {error}"
+        raise_desync(error, what, dist.get_process_group_ranks(self.group))
 
     def __repr__(self) -> str:
         backend = dist.get_backend(self.group)

@@ -1,41 +1,13 @@
-"""Whether the ranks of an MPI communicator are still synchronized. After a failed call they may not be.
-
-A collective that timed out may complete later or never, and its rank cannot know. The next collective of that rank
-could then be matched with a different one of its peers.
-"""
+"""The health of an MPI communicator, which all objects for it share."""
 
 from __future__ import annotations
 
-import time
-
-from ..errors import DesyncError
+from ..communicators.health import Health
 from .library import MPI
 
 __all__ = ["Health", "health", "share"]
 
 _KEY = MPI.Comm.Create_keyval()
-
-
-class Health:
-    """The first failure of an MPI communicator, if any."""
-
-    def __init__(self) -> None:
-        self.failure: str | None = None
-
-    def fail(self, what: str) -> None:
-        """Record the first call that failed, and the time."""
-        if self.failure is None:
-            first = what.splitlines()[0]
-            self.failure = (
-                f"expected a communicator whose calls have all succeeded, got one that failed at "
-                f"{time.strftime('%H:%M:%S')}: {first}. Its ranks may be at different calls since then: end this job "
-                "and start a new one from the last checkpoint"
-            )
-
-    def check(self) -> None:
-        """Raise DesyncError if a call has failed."""
-        if self.failure is not None:
-            raise DesyncError(self.failure)
 
 
 def health(comm: MPI.Comm) -> Health:

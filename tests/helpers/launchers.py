@@ -1,7 +1,9 @@
 """Real launchers: run a script under torchrun, under mpirun or alone, with a hard timeout, and leave nothing behind."""
 
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import processes
@@ -36,3 +38,16 @@ def launch(launcher, ranks, script, *arguments, timeout=90, **environment):
         env=mpirun_environment() | {"OMP_NUM_THREADS": "1"} | environment,
         stderr=subprocess.PIPE,
     )
+
+
+def launch_one_by_one(ranks, script, *arguments, timeout=90, **environment):
+    """Run the script on ranks that no launcher has started, so that none ends the others after one has failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+
+    def start(rank):
+        return launch("alone", 1, script, *arguments, timeout=timeout, **meet, RANK=str(rank), **environment)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(start, range(ranks)))

@@ -12,7 +12,6 @@ import ctypes
 import os
 import struct
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,31 +19,15 @@ from torch import Tensor
 from ..epilogue import ACTIVATIONS, PLAIN, Epilogue, Saved
 from ..layout import channels_last, in_dense_format
 from ..vectors import Packed, RawMoments, Running, Stamp, StampError, Statistics
+from .library import check_layouts, load
 
 __all__ = ["ISA", "Backward", "moments", "normalize"]
 
-LIBRARY = Path(__file__).with_name("libsyncnorm_cpu.so")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
-def _load() -> ctypes.CDLL:
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        raise ImportError(f"expected compiled kernels, got {error}; there was no compiler at installation?") from None
-    if LIBRARY.with_name("exports.cpp").exists():  # in a checkout alone
-        from .build import source_version
-
-        library.syncnorm_source.restype = ctypes.c_uint32
-        if library.syncnorm_source() != source_version():
-            raise RuntimeError(
-                f"expected {LIBRARY} to be compiled from the sources beside it: python -m syncnorm.kernels.cpu.build"
-            )
-    return library
-
-
-_library = _load()
+_library = load()
 _library.syncnorm_isa.restype = ctypes.c_char_p
 ISA: str = os.environ.get("SYNCNORM_ISA") or _library.syncnorm_isa().decode()
 if ISA not in ("avx512", "avx2", "base"):
@@ -69,21 +52,7 @@ _LAYOUTS = {
 }
 
 
-def _check_layouts() -> None:
-    """Raise if the library has structs of other sizes: it would read and write beyond what it is passed."""
-    for name, layout in _LAYOUTS.items():
-        size_of = getattr(_library, f"syncnorm_sizeof_{name}")
-        size_of.restype = ctypes.c_int64
-        expected, got = struct.calcsize(layout), size_of()
-        if got != expected:
-            raise RuntimeError(
-                f"expected {name} in {LIBRARY} to have {expected} bytes, as binding.py packs it, got {got} bytes: "
-                "the library belongs to another version. Reinstall syncnorm, or in a checkout run "
-                "python -m syncnorm.kernels.cpu.build"
-            )
-
-
-_check_layouts()
+check_layouts(_LAYOUTS)
 
 
 def _function(name: str, arguments: str) -> Callable[..., None]:

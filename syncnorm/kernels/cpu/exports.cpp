@@ -21,6 +21,7 @@
 #include "backward.h"
 #include "moments.h"
 #include "normalize.h"
+#include "shared_memory.h"
 
 #define JOIN(a, b, c) a##b##c
 #define NAME(prefix, isa, function) JOIN(prefix, isa, _##function)
@@ -58,6 +59,27 @@ EXPORT_SIZE(NormalizeArguments)
 EXPORT_SIZE(BackwardArguments)
 EXPORT_SIZE(ReduceGradArguments)
 EXPORT_SIZE(GradInputArguments)
+EXPORT_SIZE(SharedArguments)
+EXPORT_SIZE(Progress)
+EXPORT_SIZE(Slot)
+
+// What communicators/shared_memory.py calls.
+EXPORT_ONCE int64_t syncnorm_shared_bytes(int64_t ranks) { return Segment::bytes(ranks); }
+EXPORT_ONCE void *syncnorm_shared_result(const SharedArguments *arguments) {
+    return &arguments->result(arguments->calls());
+}
+EXPORT_ONCE int64_t syncnorm_shared_all_reduce(const SharedArguments *arguments) { return shared_all_reduce(*arguments); }
+EXPORT_ONCE void syncnorm_shared_post(const SharedArguments *arguments) { post(*arguments); }
+EXPORT_ONCE int64_t syncnorm_shared_collect(const SharedArguments *arguments) { return shared_collect(*arguments); }
+EXPORT_ONCE int64_t syncnorm_shared_lead(const SharedArguments *arguments) { return shared_lead(*arguments); }
+EXPORT_ONCE int64_t syncnorm_shared_take(const SharedArguments *arguments) { return shared_take(*arguments); }
+EXPORT_ONCE void syncnorm_shared_publish(const SharedArguments *arguments, int64_t outcome) {
+    shared_publish(*arguments, static_cast<Outcome>(outcome));
+}
+EXPORT_ONCE void syncnorm_shared_leave(const SharedArguments *arguments) { shared_leave(*arguments); }
+EXPORT_ONCE void syncnorm_shared_progress(const SharedArguments *arguments, int64_t call, Progress *progress) {
+    *progress = shared_progress(*arguments, static_cast<uint32_t>(call));
+}
 
 EXPORT_ONCE const char *syncnorm_isa() {  // the best of this machine
 #if defined(__x86_64__)
