@@ -20,7 +20,7 @@ from .errors import DesyncError, printable
 from .job import desync
 from .kernels import Stamp, flags
 
-__all__ = ["NO_EXCHANGE", "Exchange", "Layer", "of_function"]
+__all__ = ["NO_EXCHANGE", "Exchange", "Layer", "is_compiled", "note_compilation", "of_function"]
 
 ISSUES_COLLECTIVES = True  # lets `syncnorm.job.desync` recognize these functions
 
@@ -30,6 +30,7 @@ MESSAGE = 512  # bytes that each rank sends for a report
 MARK = b"syncnorm "  # how such a message begins
 RECENT = 4096  # stamps of which a GPU's flag can be explained
 
+_compiled = False  # whether torch.compile has traced an exchange of this process
 _recent: dict[tuple[int, int], tuple[Exchange, bool]] = {}  # by device and number: whose message, and the direction
 
 
@@ -75,7 +76,9 @@ class Exchange:
 
     Args:
         group: the ranks.
-        layer: which layer they are in. None while torch.compile is tracing, when all messages have the number 0.
+        layer: which layer they are in. None: torch.compile is tracing, and all messages have the number 0. This also
+            holds once it has traced any layer of this process, since a call may then be compiled or not, and the ranks
+            may differ in that.
         call: of the layer, from 1, the same on all ranks. 0: not counted.
     """
 
@@ -83,7 +86,7 @@ class Exchange:
 
     def __init__(self, group: Communicator, layer: Layer | None = None, call: int = 0):
         self.group = group
-        self.layer = layer
+        self.layer = None if _compiled else layer
         self.call = call
         self.size = group.size
         self.factor = self.offset = 0
@@ -148,16 +151,32 @@ class Exchange:
         _recent[device, number] = self, backward
 
     def _place(self, backward: bool) -> str:
+        if self.layer is None:
+            return "a layer that is compiled on this rank"
         call = f"call {self.call} of " if self.call else ""
         direction = "backward" if backward else "forward"
         layer, dtype = self.layer, str(self.dtype).removeprefix("torch.")
-        axis = "C" if layer is None else layer.axis
-        return f"{direction} of {call}{layer}: {axis} = {self.channels}, {dtype}, input {tuple(self.shape)}"
+        return f"{direction} of {call}{layer}: {layer.axis} = {self.channels}, {dtype}, input {tuple(self.shape)}"
 
 
 EXPECTED = "expected all ranks to be in the same call of the same layer, got"
 ELSEWHERE = "in a different collective"
 NO_EXCHANGE = Exchange(ALONE)
+
+
+def note_compilation() -> None:
+    """Send no more stamps. torch.compile calls this when it traces a call, and leaves it out of the compiled code."""
+    global _compiled
+    _compiled = True
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler.
+note_compilation._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_compiled() -> bool:
+    """Return whether torch.compile has traced an exchange of this process. The other ranks have, too."""
+    return _compiled
 
 
 @functools.cache

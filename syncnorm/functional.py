@@ -20,7 +20,7 @@ from . import arguments, running, transforms
 from .all_reduce import sum_over_ranks
 from .autograd import normalize
 from .communicators import LocalCommunicator, ProcessGroupLike, communicator
-from .exchange import NO_EXCHANGE, Exchange, of_function
+from .exchange import NO_EXCHANGE, Exchange, note_compilation, of_function
 from .job.launcher import warn_if_not_joined
 from .kernels import Stamp, StampError, plain
 from .moments import Moments
@@ -242,6 +242,7 @@ def _exchange(input: Tensor, process_group: ProcessGroupLike, channels: int, nam
     if isinstance(group, LocalCommunicator):
         return NO_EXCHANGE
     if torch.compiler.is_compiling():
+        note_compilation()
         return Exchange(group)
     return Exchange(group, of_function(name, axis)).on(input, channels)
 

@@ -242,6 +242,65 @@ def test_buffers_and_parameters_of_any_dtype():
     assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.bfloat16, torch.float64]
 
 
+WRONG_SUMS = {  # of h and h² over 4 ranks, of which this one has h = 10
+    "another rank has another h": (10 + 10 + 10 + 11, 300 + 121),
+    "the sum alone is right": (10 + 10 + 9 + 11, 200 + 81 + 121),
+    "the sum of squares alone is right": (10 + 10 + 10 + 9, 400),
+    "a message without a stamp": (30, 300),
+    "no number": (float("nan"), 400),
+}
+
+
+@pytest.mark.parametrize("implementation", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("total", WRONG_SUMS.values(), ids=WRONG_SUMS)
+def test_a_wrong_sum_raises_and_nothing_is_written(implementation, total):
+    stamp = Stamp(10, 4)
+    for shape in ((5, 3, 7), (0, 3, 7)):
+        x = torch.randn(shape)
+        running = Running(torch.randn(3), torch.rand(3), torch.tensor(5), 0.1)
+        before = [t.clone() for t in (x, *running[:3])]
+        packed = 4 * implementation.moments(x, stamp=stamp)
+        packed[-2:] = torch.tensor(total)
+        for epilogue in (Epilogue(), Epilogue(inplace=True)):
+            with pytest.raises(kernels.StampError):
+                implementation.normalize(
+                    x, packed, None, None, None, 1e-5, stamp=stamp, epilogue=epilogue, running=running
+                )
+        assert all(map(torch.equal, (x, *running[:3]), before))
+        statistics = torch.ones(7, dtype=torch.float64)
+        passes = implementation.Backward(x, Saved(x), statistics, None, None)
+        *_, sums = passes.reduce_grad(stamp=stamp)
+        assert sums[-2:].tolist() == [10, 100]
+        sums[-2:] = torch.tensor(total)
+        with pytest.raises(kernels.StampError):
+            passes.grad_input(sums, stamp=stamp)
+
+
+@pytest.mark.parametrize("implementation", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 1024])
+@pytest.mark.parametrize("number", [0, 1, 2**20 - 1])
+def test_the_stamps_of_many_ranks_are_exact(implementation, ranks, number):
+    """Also when they are added one by one. A larger sum by one is found."""
+    x, stamp = torch.randn(5, 3), Stamp(number, ranks)
+    message = implementation.moments(x, stamp=stamp)
+    assert message[-2:].tolist() == [number, number**2]
+    summed = sum((message for _ in range(ranks - 1)), message.clone())
+    y, statistics, _ = implementation.normalize(x, summed, None, None, None, 1e-5, stamp=stamp)
+    assert statistics.shape == (7,)
+    assert statistics[-1] == 5 * ranks
+    torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True))
+    passes = implementation.Backward(x, Saved(x), statistics, None, None)
+    *_, sums = passes.reduce_grad(stamp=stamp)
+    whole = passes.grad_input(sum((sums for _ in range(ranks - 1)), sums.clone()), stamp=stamp)[0]
+    torch.testing.assert_close(whole, passes.grad_input(sums[:6] * ranks)[0])
+    if ranks > 1:
+        for place in (-1, -2):
+            wrong = summed.clone()
+            wrong[place] += 1
+            with pytest.raises(kernels.StampError):
+                implementation.normalize(x, wrong, None, None, None, 1e-5, stamp=stamp)
+
+
 def test_signs_belong_to_the_memory_they_were_taken_from():
     """`save_on_cpu` gives a channels-last tensor back contiguous."""
     x, residual, dy = (random((4, 3, 5, 7), torch.float32, "channels_last", seed) for seed in range(3))

@@ -17,7 +17,7 @@ from implementation import chosen
 from interpreter import run_python
 
 import syncnorm
-from syncnorm.kernels import ACTIVATIONS, Epilogue, RawMoments, Running, Saved, Stamp, reference
+from syncnorm.kernels import ACTIVATIONS, Epilogue, RawMoments, Running, Saved, Stamp, flags, reference
 from syncnorm.kernels.signs import from_bits
 
 DEVICES = ["cuda" if torch.cuda.is_available() else "cpu"]  # the CPU: in Triton's interpreter
@@ -312,6 +312,46 @@ def check_running(dtype, counted, momentum):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_update_running(on, dtype, counted, momentum):
     on(check_running, dtype, counted, momentum)
+
+
+def take_flag():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return flags.take(torch.zeros(1, device=DEVICE).get_device())
+
+
+def check_wrong_sums(name, dtype):
+    """A stamp that does not match sets the flag, of which the host learns later, and moves no running statistics."""
+    x, stamp = random(name, dtype), Stamp(2**20 - 1, 1024)
+    channels = x.shape[1]
+    before = [parameters(channels)[0], parameters(channels)[1], torch.tensor(3, device=DEVICE)]
+    statistics = torch.ones(2 * channels + 1, dtype=torch.float64, device=DEVICE)
+    passes = kernels().Backward(x, Saved(x), statistics, None, None)
+    with constants(SMALL):
+        message, (*_, sums) = kernels().moments(x, stamp=stamp), passes.reduce_grad(stamp=stamp)
+        for sent in (message, sums):
+            assert sent[-2:].tolist() == [stamp.number, stamp.number**2]
+        for difference in ((0, 0), (1, 0), (0, 1), (-1, 1)):
+            wrong = torch.tensor(difference, device=DEVICE, dtype=torch.float64)
+            for momentum in (0.1, None):
+                running = Running(*(t.clone() for t in before), momentum)
+                summed = 1024 * message
+                summed[-2:] += wrong
+                kernels().normalize(x, summed, None, None, None, 1e-5, stamp=stamp, running=running)
+                moved = not all(map(torch.equal, running[:3], before))
+                assert moved == (difference == (0, 0) and x.numel() > 0)
+                assert take_flag() == (None if difference == (0, 0) else stamp.number)
+            summed = 1024 * sums
+            summed[-2:] += wrong
+            passes.grad_input(summed, stamp=stamp)
+            assert take_flag() == (None if difference == (0, 0) else stamp.number)
+            assert take_flag() is None, "the flag is not reset"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["odd", "odd-channels-last", "long", "no-samples"])
+def test_a_wrong_sum_sets_the_flag(on, name, dtype):
+    on(check_wrong_sums, name, dtype)
 
 
 def check_masked_values_may_be_anything():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import transforms
 from ..communicators import Communicator, uncounted
 from ..errors import DesyncError
-from ..exchange import Exchange, Layer
+from ..exchange import Exchange, Layer, is_compiled
 
 __all__ = ["History"]
 
@@ -171,8 +171,8 @@ class History:
 
 
 def _is_recorded(input: Tensor) -> bool:
-    """Return whether operations are recorded for later, so that no values can be read now."""
-    return transforms.recording() or (input.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Return whether operations are recorded for later, so that no values can be read now, or may be on some rank."""
+    return is_compiled() or transforms.recording() or (input.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _gather(place: _Place, device: torch.device, group: Communicator) -> list[_Place]:
