@@ -110,6 +110,7 @@ def store_pair(pair, first, second, channels, C):
 @triton.jit
 def store_stamp(tail, number, inside):
     """Store the last two values of a message, h and h²."""
+    number = number.to(tl.int64)
     tl.store(tail, number.to(tl.float64), mask=inside)
     tl.store(tail + 1, (number * number).to(tl.float64), mask=inside)
 
@@ -117,6 +118,7 @@ def store_stamp(tail, number, inside):
 @triton.jit
 def matches(tail, number, ranks):
     """Return whether the last two values of a sum over the ranks are those of one stamp: see `vectors.Stamp`."""
+    number = number.to(tl.int64)
     first = ranks * number
     return (tl.load(tail) == first.to(tl.float64)) & (tl.load(tail + 1) == (first * number).to(tl.float64))
 
