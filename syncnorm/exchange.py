@@ -43,22 +43,19 @@ class Layer:
         axis: what the values in a message are called that belong together: "C" channels, or "R" positions.
     """
 
-    __slots__ = "_keys", "axis", "identity", "name"
+    __slots__ = "axis", "identity", "key", "name"
 
     def __init__(self, name: str, identity: str, axis: str = "C"):
         self.name = name.encode()[:LONGEST]
         self.identity = identity
         self.axis = axis
-        self._keys: dict[tuple[torch.dtype, int], tuple[int, int]] = {}
+        self.key = self.key_for(torch.float32, 0)  # the last one
 
-    def key(self, dtype: torch.dtype, channels: int) -> tuple[int, int]:
-        """Return an odd factor and an offset below 2^20, the same on all ranks."""
-        key = self._keys.get((dtype, channels))
-        if key is None:
-            digest = hashlib.sha256(f"{self.identity}, {dtype}, {channels}".encode()).digest()
-            factor, offset = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
-            key = self._keys[dtype, channels] = factor % NUMBERS | 1, offset % NUMBERS
-        return key
+    def key_for(self, dtype: torch.dtype, channels: int) -> tuple[torch.dtype, int, int, int]:
+        """Return dtype and channels with what they give: an odd factor and an offset, the same on all ranks."""
+        digest = hashlib.sha256(f"{self.identity}, {dtype}, {channels}".encode()).digest()
+        factor, offset = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+        return dtype, channels, factor % NUMBERS | 1, offset % NUMBERS
 
     def __str__(self) -> str:
         return self.name.decode(errors="ignore")
@@ -98,9 +95,13 @@ class Exchange:
 
     def on(self, input: Tensor, channels: int) -> Exchange:
         """Set the input of the call, whose messages have values for so many channels. Return this exchange."""
-        if self.layer is not None:
-            self.dtype, self.shape, self.channels = input.dtype, input.shape, channels
-            self.factor, self.offset = self.layer.key(self.dtype, channels)
+        layer, dtype = self.layer, input.dtype
+        if layer is not None:
+            key = layer.key
+            if key[0] is not dtype or key[1] != channels:
+                key = layer.key = layer.key_for(dtype, channels)
+            self.dtype, self.channels, self.factor, self.offset = key
+            self.shape = input.shape
         return self
 
     def stamp(self, *, backward: bool) -> Stamp | None:
