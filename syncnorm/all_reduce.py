@@ -14,63 +14,71 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import transforms
-from .communicators import Communicator
+from .exchange import Exchange
+from .kernels import plain
 
 __all__ = ["all_reduce", "sum_over_ranks"]
 
 
-def all_reduce(tensor: Tensor, group: Communicator) -> Tensor:
+def all_reduce(tensor: Tensor, exchange: Exchange, *, backward: bool) -> Tensor:
     """Return the sum over the ranks as a new tensor. In a group of one rank, return the tensor itself.
+
+    `backward` tells in which direction of the call of the layer the message is sent.
 
     Raises:
         RuntimeError: torch.jit.trace, make_fx or torch.export is recording, and would omit the all-reduce.
     """
-    if group.size == 1:
+    if exchange.size == 1:
         return tensor
-    _refuse_recording(group)
-    return _AllReduce.apply(tensor, group)  # type: ignore[no-any-return, no-untyped-call]
+    _refuse_recording(exchange)
+    return _AllReduce.apply(tensor, exchange, backward)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def sum_over_ranks(tensor: Tensor, group: Communicator, *, followed: bool) -> Tensor:
+def sum_over_ranks(tensor: Tensor, exchange: Exchange, *, backward: bool, followed: bool) -> Tensor:
     """Return the sum over the ranks. The tensor is overwritten unless a transform is active (`followed`)."""
-    if group.size == 1:
+    if exchange.size == 1:
         return tensor
-    return all_reduce(tensor, group) if followed else group.all_reduce(tensor)
+    if followed:
+        return all_reduce(tensor, exchange, backward=backward)
+    return exchange.all_reduce(tensor, backward=backward)
 
 
-def _refuse_recording(group: Communicator) -> None:
+def _refuse_recording(exchange: Exchange) -> None:
     if transforms.recording():
         raise RuntimeError(
             "expected a model without all-reduces to trace or export, got one that shares its statistics "
-            f"among {group.size} ranks: call model.eval() or syncnorm.revert_sync_batchnorm(model) first"
+            f"among {exchange.size} ranks: call model.eval() or syncnorm.revert_sync_batchnorm(model) first"
         )
 
 
 class _AllReduce(Function):
     @staticmethod
-    def forward(tensor: Tensor, group: Communicator) -> Tensor:
+    def forward(tensor: Tensor, exchange: Exchange, backward: bool) -> Tensor:
         if transforms.batched(tensor):
-            return _summed_as_one(tensor, group)
-        return group.all_reduce(tensor.clone(memory_format=torch.contiguous_format))
+            return _summed_as_one(tensor, exchange, backward)
+        return exchange.all_reduce(tensor.clone(memory_format=torch.contiguous_format), backward=backward)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Communicator], output: Tensor) -> None:
-        ctx.group = inputs[1]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange, bool], output: Tensor) -> None:
+        _, ctx.exchange, ctx.in_backward = inputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return all_reduce(grads[0], ctx.exchange, backward=True), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return all_reduce(tangents[0], ctx.group)
+        return all_reduce(tangents[0], ctx.exchange, backward=ctx.in_backward)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], tensor: Tensor, group: Communicator) -> tuple[Tensor, int]:
-        return all_reduce(tensor.movedim(in_dims[0], 0), group), 0  # in the same order on every rank
+    def vmap(
+        info: Any, in_dims: tuple[int, None, None], tensor: Tensor, exchange: Exchange, backward: bool
+    ) -> tuple[Tensor, int]:
+        batch = tensor.movedim(in_dims[0], 0)  # in the same order on every rank
+        return all_reduce(batch, exchange, backward=backward), 0
 
 
-def _summed_as_one(tensor: Tensor, group: Communicator) -> Tensor:
+def _summed_as_one(tensor: Tensor, exchange: Exchange, backward: bool) -> Tensor:
     """Return the sum of a batched gradient of `torch.autograd.grad(..., is_grads_batched=True)`.
 
     An autograd Function has no vmap rule for this kind of batch. So this function removes the batch axis, sums, and
@@ -78,5 +86,5 @@ def _summed_as_one(tensor: Tensor, group: Communicator) -> Tensor:
     """
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
-    batch = torch._remove_batch_dim(tensor, level, 1, 0)  # (B, *); the size is that of a tensor without the axis
-    return torch._add_batch_dim(group.all_reduce(batch.clone(memory_format=torch.contiguous_format)), 0, level)
+    batch = plain(tensor).clone(memory_format=torch.contiguous_format)  # (B, *)
+    return torch._add_batch_dim(exchange.all_reduce(batch, backward=backward), 0, level)

@@ -1,7 +1,7 @@
 """Normalization by moments as an autograd Function: the one hand-written backward.
 
 Shapes: input and residual (N, C, *); mask what expands to (N, 1, *); weight, bias (C,); statistics (2C + 1,) = [mean,
-invstd, count]; sums (2, C).
+invstd, count]; sums (2C,), in a message (2C + 2,).
 
 With x̂ = (x - mean) * invstd, z = x̂ * weight + bias + residual and y = activation(z), the loss L depends on x directly
 and, through the sums over all ranks, by mean and invstd. The gradients with respect to these two are
@@ -32,8 +32,8 @@ from torch.autograd import Function
 from . import kernels, transforms
 from .all_reduce import sum_over_ranks
 from .arguments import memory_of
-from .communicators import Communicator
-from .kernels import PLAIN, Epilogue, Kernels, Packed, RawMoments, Running, Saved, Statistics
+from .exchange import Exchange
+from .kernels import PLAIN, Epilogue, Kernels, Packed, RawMoments, Running, Saved, Stamp, StampError, Statistics
 from .kernels.layout import channels_last
 from .moments import Moments
 from .running import move
@@ -47,7 +47,7 @@ def normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    group: Communicator,
+    exchange: Exchange,
     *,
     mask: Tensor | None = None,
     residual: Tensor | None = None,
@@ -60,16 +60,38 @@ def normalize(
     `moments` are those of the inputs of all ranks, or constants. With `eps_outside` it divides by sqrt(variance) + eps.
     Updates the running statistics with the moments.
 
-    Collectives: in backward one all-reduce of 2C float64 (C for moments about zero), if the group has more than one
-    rank, the input needs a gradient and the moments are not constant.
+    Collectives: in backward one all-reduce of 2C + 2 float64 (C + 2 for moments about zero), if the group has more than
+    one rank, the input needs a gradient and the moments are not constant.
+
+    Raises:
+        DesyncError: the ranks have summed messages of different calls. Nothing has been written.
     """
+    try:
+        return _normalized(input, moments, weight, bias, eps, exchange, mask, residual, running, eps_outside, epilogue)
+    except StampError:
+        raise exchange.mismatch(backward=False) from None
+
+
+def _normalized(
+    input: Tensor,
+    moments: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    exchange: Exchange,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    running: Running | None,
+    eps_outside: bool,
+    epilogue: Epilogue,
+) -> Tensor:
     if moments.followed:
         output = _composed(input, moments.raw, weight, bias, residual, eps, eps_outside, epilogue)
         move(running, moments)
         return output
     traced = moments.kernels is kernels.reference  # torch.compile follows no update of buffers inside the Function
-    of_moments = moments.kernels, moments.packed, moments.centered, moments.constant
-    config = Config(*of_moments, eps, eps_outside, group, epilogue, None if traced else running)
+    of_moments = moments.kernels, moments.stamp, moments.centered, moments.constant
+    config = Config(*of_moments, eps, eps_outside, exchange, epilogue, None if traced else running)
     written = memory_of(input) if epilogue.inplace else input
     output, _ = Normalize.apply(written, weight, bias, residual, moments.values, mask, config)  # type: ignore[no-untyped-call]
     if traced:
@@ -98,18 +120,18 @@ class Config(NamedTuple):
     """What a normalization does, beside the tensors."""
 
     kernels: Kernels  # of the forward
-    packed: bool  # the moments
+    stamp: Stamp | None  # of the moments
     centered: bool
     constant: bool  # whether the moments are
     eps: float
     eps_outside: bool
-    group: Communicator
+    exchange: Exchange
     epilogue: Epilogue
     running: Running | None
 
 
 class Normalize(Function):
-    """See `normalize`. Inputs that are not tensors with gradients: moments (2C + 1,), mask, config."""
+    """See `normalize`. Inputs that are not tensors with gradients: moments (2C + 1,) or (2C + 3,), mask, config."""
 
     @staticmethod
     def forward(
@@ -131,7 +153,7 @@ class Normalize(Function):
             bias,
             residual,
             config.eps,
-            packed=config.packed,
+            stamp=config.stamp,
             eps_outside=config.eps_outside,
             epilogue=epilogue,
             running=config.running,
@@ -162,17 +184,24 @@ class Normalize(Function):
             grad_output = torch.zeros_like(kept.input)
         passes = chosen.Backward(grad_output, kept, statistics, weight, bias, mask=mask, epilogue=config.epilogue)
         through_statistics = needs_input and not config.constant
+        stamp = config.exchange.stamp(backward=True) if through_statistics else None
         grad_weight = grad_bias = summed = grad_input = None
         if through_statistics or needs_weight or needs_bias:
-            grad_weight, grad_bias, sums = passes.reduce_grad(ctx.dtype)  # Σ dz * x̂, Σ dz, [Σ weight * dz, ... * x̂]
+            # Σ dz * x̂, Σ dz, [Σ weight * dz, Σ weight * dz * x̂], and in a message [..., h, h²]
+            grad_weight, grad_bias, sums = passes.reduce_grad(ctx.dtype, stamp=stamp)
             if through_statistics:
                 if grad_statistics is not None:  # of a backward pass through this backward pass
-                    sums = sums + _sums_of(grad_statistics, statistics)
+                    sums = _added(sums, _sums_of(grad_statistics, statistics))
                 summed = _sum_over_ranks(sums, config, followed)
         grad_residual = grad_output
         if needs_input or (needs_residual and kept.has_residual):
             eps_outside = config.eps if config.eps_outside else 0.0
-            grad_input, dz = passes.grad_input(summed, centered=config.centered, eps_outside=eps_outside)
+            try:
+                grad_input, dz = passes.grad_input(
+                    summed, stamp=stamp, centered=config.centered, eps_outside=eps_outside
+                )
+            except StampError:
+                raise config.exchange.mismatch(backward=True) from None
             grad_residual = grad_output if dz is None else dz
         return (
             grad_input,
@@ -207,12 +236,20 @@ def _common_dtype(weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
 def _sums_of(grad_statistics: Tensor, statistics: Statistics) -> Tensor:
     """Return what a gradient with respect to mean and invstd adds to the sums; the count is a constant."""
     _, invstd = kernels.halves(statistics)
-    return grad_statistics[:-1].view(2, -1) * torch.stack([-1 / invstd, invstd])
+    return grad_statistics[:-1] * torch.cat([-1 / invstd, invstd])
+
+
+def _added(sums: Tensor, others: Tensor) -> Tensor:
+    """Return the sums of a message, (2C,) or (2C + 2,), with others added, (2C,)."""
+    length = len(others)
+    return torch.cat([sums[:length] + others, sums[length:]])
 
 
 def _sum_over_ranks(sums: Tensor, config: Config, followed: bool) -> Tensor:
-    """Return the sums of all ranks, (2, C). Of moments about zero only the second one is needed, and sent."""
-    if config.centered or config.group.size == 1:
-        return sum_over_ranks(sums, config.group, followed=followed)
-    second = sum_over_ranks(sums[1].clone(), config.group, followed=followed)
-    return torch.stack([torch.zeros_like(second), second])
+    """Return the sums of all ranks, as in a message. Of moments about zero only the second one is needed, and sent."""
+    exchange = config.exchange
+    if config.centered or exchange.size == 1:
+        return sum_over_ranks(sums, exchange, backward=True, followed=followed)
+    channels = (len(sums) - 2) // 2
+    second = sum_over_ranks(sums[channels:].clone(), exchange, backward=True, followed=followed)  # (C + 2,)
+    return torch.cat([torch.zeros_like(second[:channels]), second])

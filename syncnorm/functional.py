@@ -19,8 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import arguments, running, transforms
 from .all_reduce import sum_over_ranks
 from .autograd import normalize
-from .communicators import ALONE, Communicator, LocalCommunicator, ProcessGroupLike, communicator
+from .communicators import LocalCommunicator, ProcessGroupLike, communicator
+from .exchange import NO_EXCHANGE, Exchange, note_compilation, of_function
 from .job.launcher import warn_if_not_joined
+from .kernels import Stamp, StampError, plain
 from .moments import Moments
 
 __all__ = ["group_norm", "layer_norm", "rms_norm", "sync_batch_norm"]
@@ -61,9 +63,10 @@ def sync_batch_norm(
 
     Other arguments, errors and the source: see `syncnorm.SyncBatchNorm` and its forward.
 
-    Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of 2C
-    in backward (none if the input needs no gradient). All ranks of the group must issue them, in the same order. Unlike
-    the module, the function does not compare which layer the ranks are in. For forward-mode AD and vmap see the class.
+    Collectives: in training on a group of more than one rank, one all-reduce of 2C + 3 float64 in forward and one of
+    2C + 2 in backward (none if the input needs no gradient). All ranks of the group must issue them, in the same order.
+    Unlike the module, the function does not compare which layer and call the ranks are in. For forward-mode AD and vmap
+    see the class.
     """
     arguments.check_batch_norm_arguments(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
@@ -76,20 +79,21 @@ def sync_batch_norm(
         assert running_mean is not None  # checked above
         assert running_var is not None
         moments = Moments.given(running_mean, running_var, input, weight, bias, residual)
-        return normalize(input, moments, weight, bias, eps, ALONE, residual=residual, epilogue=epilogue)
-    group = _sharing_batch(input, process_group)
+        return normalize(input, moments, weight, bias, eps, NO_EXCHANGE, residual=residual, epilogue=epilogue)
+    exchange = _sharing_batch(input, process_group)
 
     others = weight, bias, residual, running_mean, running_var, num_batches_tracked
-    moments = _of_all_ranks(Moments.of(input, mask, *others, packed=group.size > 1), group)
+    moments = _of_all_ranks(Moments.of(input, mask, *others, stamp=exchange.stamp(backward=False)), exchange)
     if _one_value(input, mask, moments):
+        _check(moments, exchange)
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
             + (" and a mask" if mask is not None else "")
-            + (f" on rank {group.rank} and 1 value on all {group.size} ranks" if group.size > 1 else "")
+            + (f" on rank {exchange.rank} and 1 value on all {exchange.size} ranks" if exchange.size > 1 else "")
         )
     moved = running.to_move(running_mean, running_var, num_batches_tracked, momentum)
     return normalize(
-        input, moments, weight, bias, eps, group, mask=mask, residual=residual, running=moved, epilogue=epilogue
+        input, moments, weight, bias, eps, exchange, mask=mask, residual=residual, running=moved, epilogue=epilogue
     )
 
 
@@ -114,16 +118,16 @@ def layer_norm(
 
     Other arguments, errors and the source: see `syncnorm.LayerNorm`.
 
-    Collectives: with a process group of more than one rank, one all-reduce of 2R + 1 float64 in forward, for R
-    positions, and one of 2R in backward. Otherwise none. Unlike the module, the function does not compare the other
+    Collectives: with a process group of more than one rank, one all-reduce of 2R + 3 float64 in forward, for R
+    positions, and one of 2R + 2 in backward. Otherwise none. Unlike the module, the function does not compare the other
     axes of the ranks. If they differ, the call hangs, fails or returns a wrong result.
     """
     arguments.check_numbers(eps=eps)
     shape = arguments.parse_normalized_shape(input, normalized_shape, weight, bias, split=process_group is not None)
-    group = _sharing(input, process_group)
-    if group.size == 1:
+    exchange = _sharing(input, process_group, input.shape[: -len(shape)].numel(), "layer_norm")
+    if exchange.size == 1:
         return F.layer_norm(input, shape, weight, bias, eps)
-    y = _normalize_rows(_rows(input, len(shape)), eps, group).view_as(input)
+    y = _normalize_rows(_rows(input, len(shape)), eps, exchange).view_as(input)
     return _affine(y, weight, bias).to(input.dtype)
 
 
@@ -150,22 +154,22 @@ def rms_norm(
 
     Other arguments, errors and the source: see `syncnorm.RMSNorm`.
 
-    Collectives: with a process group of more than one rank, one all-reduce of R + 1 float64 in forward, for R
-    positions, and one of R in backward. Otherwise none. As in `layer_norm`, the other axes are not compared.
+    Collectives: with a process group of more than one rank, one all-reduce of R + 3 float64 in forward, for R
+    positions, and one of R + 2 in backward. Otherwise none. As in `layer_norm`, the other axes are not compared.
     """
     arguments.check_numbers_or_none(eps=eps)
     arguments.check_flags(eps_outside=eps_outside)
     shape = arguments.parse_normalized_shape(input, normalized_shape, weight, bias, split=process_group is not None)
     if eps_outside:
         arguments.check_dense("input", input)
-    group = _sharing(input, process_group)
+    exchange = _sharing(input, process_group, input.shape[: -len(shape)].numel(), "rms_norm")
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
-    if group.size == 1 and not eps_outside:
+    if exchange.size == 1 and not eps_outside:
         x = input if weight is None else input.to(weight.dtype)  # unlike F.layer_norm, it requires equal dtypes
         return _affine(F.rms_norm(x, shape, weight, eps), None, bias).to(input.dtype)
     rows = _rows(input, len(shape))
-    y = _normalize_rows(rows, eps, group, centered=False, eps_outside=eps_outside).view_as(input)
+    y = _normalize_rows(rows, eps, exchange, centered=False, eps_outside=eps_outside).view_as(input)
     return _affine(y, weight, bias).to(input.dtype)
 
 
@@ -190,17 +194,17 @@ def group_norm(
 
     Other arguments, errors and the source: see `syncnorm.GroupNorm`.
 
-    Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 1 float64 in forward and
-    one of 2 N num_groups in backward. Otherwise none. Unlike the module, the function does not compare N and num_groups
-    of the ranks. If they differ, the call hangs, fails or returns a wrong result.
+    Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 3 float64 in forward and
+    one of 2 N num_groups + 2 in backward. Otherwise none. Unlike the module, the function does not compare N and
+    num_groups of the ranks. If they differ, the call hangs, fails or returns a wrong result.
     """
     arguments.check_numbers(eps=eps)
     arguments.check_groups(input, num_groups, weight, bias, split=process_group is not None)
-    group = _sharing(input, process_group)
-    if group.size == 1:
+    exchange = _sharing(input, process_group, len(input) * num_groups, "group_norm")
+    if exchange.size == 1:
         return F.group_norm(input, num_groups, weight, bias, eps)
     rows = input.reshape(1, len(input) * num_groups, input.shape[1:].numel() // num_groups)
-    y = _normalize_rows(rows, eps, group).view_as(input)
+    y = _normalize_rows(rows, eps, exchange).view_as(input)
     per_channel = [None if t is None else t.view(-1, *[1] * (input.dim() - 2)) for t in (weight, bias)]
     return _affine(y, *per_channel).to(input.dtype)
 
@@ -212,19 +216,35 @@ def without_values(tensor: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or transforms.recording())
 
 
-def _sharing_batch(input: Tensor, process_group: ProcessGroupLike) -> Communicator:
-    """Return the ranks that share the batch. For an input without values this is this process alone."""
+def _sharing_batch(input: Tensor, process_group: ProcessGroupLike) -> Exchange:
+    """Return the exchange with the ranks that share the batch. For an input without values there is none."""
     if without_values(input):
-        return ALONE
+        return NO_EXCHANGE
+    if process_group is None and isinstance(communicator(), LocalCommunicator):
+        if not torch.compiler.is_compiling():
+            warn_if_not_joined()
+        return NO_EXCHANGE
+    return _exchange(input, process_group, input.shape[1], "sync_batch_norm", "C")
+
+
+def _sharing(input: Tensor, process_group: ProcessGroupLike, rows: int, name: str) -> Exchange:
+    """Return the exchange with the ranks that share a sample: none without a process group or without values."""
+    if process_group is None or without_values(input):
+        return NO_EXCHANGE
+    return _exchange(input, process_group, rows, name, "R")
+
+
+def _exchange(input: Tensor, process_group: ProcessGroupLike, channels: int, name: str, axis: str) -> Exchange:
+    """Return the exchange that a module has passed as its process group, or that of the call of this function."""
+    if isinstance(process_group, Exchange):
+        return process_group.on(input, channels)
     group = communicator(process_group)
-    if process_group is None and isinstance(group, LocalCommunicator) and not torch.compiler.is_compiling():
-        warn_if_not_joined()
-    return group
-
-
-def _sharing(input: Tensor, process_group: ProcessGroupLike) -> Communicator:
-    """Return the ranks that share a sample: this process alone without a process group or without values."""
-    return ALONE if process_group is None or without_values(input) else communicator(process_group)
+    if isinstance(group, LocalCommunicator):
+        return NO_EXCHANGE
+    if torch.compiler.is_compiling():
+        note_compilation()
+        return Exchange(group)
+    return Exchange(group, of_function(name, axis)).on(input, channels)
 
 
 def _one_value(input: Tensor, mask: Tensor | None, moments: Moments) -> bool:
@@ -232,7 +252,15 @@ def _one_value(input: Tensor, mask: Tensor | None, moments: Moments) -> bool:
     few = input.numel() <= input.shape[1] if mask is None else mask.is_cpu
     if few and without_values(input):
         return mask is None and len(input) * input.shape[2:].numel() == 1
-    return few and bool((transforms.plain(moments.count) == 1).any())
+    return few and bool((plain(moments.count) == 1).any())
+
+
+def _check(moments: Moments, exchange: Exchange) -> None:
+    """Raise DesyncError if the moments were summed with those of another call."""
+    try:
+        moments.raw  # noqa: B018
+    except StampError:
+        raise exchange.mismatch(backward=False) from None
 
 
 def _rows(input: Tensor, axes: int) -> Tensor:
@@ -241,21 +269,22 @@ def _rows(input: Tensor, axes: int) -> Tensor:
 
 
 def _normalize_rows(
-    rows: Tensor, eps: float, group: Communicator, *, centered: bool = True, eps_outside: bool = False
+    rows: Tensor, eps: float, exchange: Exchange, *, centered: bool = True, eps_outside: bool = False
 ) -> Tensor:
     """Return rows, (1, R, values), each normalized by its moments over all ranks, in float32 or float64."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    moments = Moments.of(rows, packed=group.size > 1 or not centered)
-    moments = _of_all_ranks(moments if centered else moments.about_zero(), group)
-    return normalize(rows, moments, None, None, eps, group, eps_outside=eps_outside)
+    stamp = exchange.stamp(backward=False)
+    moments = Moments.of(rows, stamp=stamp if centered or stamp else Stamp(0, 1))  # about zero they are packed
+    moments = _of_all_ranks(moments if centered else moments.about_zero(), exchange)
+    return normalize(rows, moments, None, None, eps, exchange, eps_outside=eps_outside)
 
 
-def _of_all_ranks(moments: Moments, group: Communicator) -> Moments:
+def _of_all_ranks(moments: Moments, exchange: Exchange) -> Moments:
     """Return the moments of all ranks from packed ones of this rank. Issues one all-reduce."""
-    if group.size == 1:
+    if exchange.size == 1:
         return moments
-    summands = moments.summands  # [n·mean, M2 + n·mean², n], (2C + 1,) float64; about zero (C + 1,)
-    return moments.with_sums(sum_over_ranks(summands, group, followed=moments.followed))
+    summands = moments.summands  # [n·mean, M2 + n·mean², n, h, h²], (2C + 3,) float64; about zero (C + 3,)
+    return moments.with_sums(sum_over_ranks(summands, exchange, backward=False, followed=moments.followed))
 
 
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
-__all__ = ["active", "batched", "plain", "recording"]
+__all__ = ["active", "batched", "recording"]
 
 # torch.jit.trace warns of comparisons of shapes, which it does not record. torch ignores the warning in its own code.
 warnings.filterwarnings("ignore", category=TracerWarning, module=__package__)
@@ -53,10 +53,3 @@ def recording() -> bool:
 def batched(tensor: Tensor) -> bool:
     """Return whether a tensor is a batched gradient of `torch.autograd.grad(..., is_grads_batched=True)`."""
     return not is_dynamo_compiling() and _is_batch(tensor)
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """Return the tensor inside the wrappers of torch.func. Under vmap this is the tensor of the whole batch."""
-    while _C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _C._functorch.get_unwrapped(tensor)
-    return tensor

@@ -94,7 +94,7 @@ def test_comm(tmp_path, launcher):
             assert row["met"] is None
         else:
             assert row["met"] is (row[row["target"]["quantity"]] <= row["target"]["limit"])
-    assert [r["elements"] for r in rows if r["path"] == comm.COMMUNICATOR] == [129, 513, 2049, 4097, 6553600]
+    assert [r["elements"] for r in rows if r["path"] == comm.COMMUNICATOR] == [131, 515, 2051, 4099, 6553600]
 
 
 def test_comm_alone_says_how_to_launch():

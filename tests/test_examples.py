@@ -92,7 +92,7 @@ def test_cnn_record(train, launcher, ranks):
     alone = ranks == 1
     assert record["per_step"]["norm"] == {
         "collectives": 0 if alone else 2 * len(channels),
-        "bytes": 0 if alone else sum(8 * (2 * c + 1) + 8 * 2 * c for c in channels),
+        "bytes": 0 if alone else sum(8 * (2 * c + 3) + 8 * (2 * c + 2) for c in channels),
     }
     assert (record["per_step"]["gradients"]["collectives"] > 0) == (not alone)
 

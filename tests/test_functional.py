@@ -123,8 +123,8 @@ def counted_calls(needs_grad, training, tracks):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_one_all_reduce_each_way(run, world_size):
     for forward, backward in run(counted_calls, world_size, True, True, True):
-        assert forward == [("all_reduce", 8 * (2 * 5 + 1))]
-        assert backward == [("all_reduce", 8 * (2 * 5))]
+        assert forward == [("all_reduce", 8 * (2 * 5 + 3))]
+        assert backward == [("all_reduce", 8 * (2 * 5 + 2))]
 
 
 @pytest.mark.parametrize("world_size", [2])

@@ -528,8 +528,8 @@ def collectives(options, with_residual):
 )
 def test_one_all_reduce_each_way(run, world_size, options, with_residual):
     for forward, backward in run(collectives, world_size, options, with_residual):
-        assert forward == [("all_reduce", 8 * (2 * 5 + 1))]
-        assert backward == [("all_reduce", 8 * (2 * 5))]
+        assert forward == [("all_reduce", 8 * (2 * 5 + 3))]
+        assert backward == [("all_reduce", 8 * (2 * 5 + 2))]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])

@@ -8,7 +8,7 @@ from accelerator import CUDA, DEVICE, needs_device, size
 from launches import LAYERS, STEP, layer_and_step, of_gpu, of_interpreter
 
 import syncnorm
-from syncnorm.kernels import Running
+from syncnorm.kernels import Running, Stamp
 
 pytestmark = needs_device
 SHAPES = [(size(16, 3), 24, 14, 14), (size(7, 2), 24, 7, 9), (size(501, 9), 24), (1, 24, 3)]
@@ -75,7 +75,7 @@ def test_ranks_with_inputs_of_different_sizes_hold_the_same_bits():
     torch.manual_seed(0)
     n = 1234.0
     mean, var = torch.randn(24, dtype=torch.float64) * 100, torch.rand(24, dtype=torch.float64) * 1e-3
-    packed = torch.cat([n * mean, n * (var + mean.square()), torch.tensor([n], dtype=torch.float64)]).to(DEVICE)
+    packed = torch.cat([n * mean, n * (var + mean.square()), torch.tensor([n, 0, 0], dtype=torch.float64)]).to(DEVICE)
     found = []
     for shape, last, dtype in itertools.product(SHAPES, (False, True), (torch.float32, torch.bfloat16)):
         x = torch.randn(shape, device=DEVICE).to(dtype)
@@ -84,7 +84,7 @@ def test_ranks_with_inputs_of_different_sizes_hold_the_same_bits():
             running = [torch.linspace(-1, 1, 24, device=DEVICE), torch.linspace(0.1, 1, 24, device=DEVICE)]
             count = torch.tensor(6, device=DEVICE)
             _, statistics, _ = triton.normalize(
-                *(x, packed, None, None, None, 1e-5), packed=True, running=Running(*running, count, momentum)
+                *(x, packed, None, None, None, 1e-5), stamp=Stamp(0, 1), running=Running(*running, count, momentum)
             )
             assert count == 7
             found.append((momentum, statistics, *running))

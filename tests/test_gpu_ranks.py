@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
-from accelerator import BACKEND, CUDA, DEVICE, KERNELS_OF_EXAMPLES, needs_device, size
+from accelerator import BACKEND, CUDA, DEVICE, KERNELS_OF_EXAMPLES, needs_device, runtime, size
 from launchers import BIN, launch
 from oracle import CHANNELS, Case, Plain, assert_matches, in_one_process, on_shard, tolerance
 from processes import run
@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from worst import check, error
 
 import syncnorm
-from syncnorm.testing import mpirun_environment, run_ranks
+from syncnorm.testing import CountingCommunicator, mpirun_environment, run_ranks
 
 pytestmark = needs_device
 CNN = Path(__file__).parent.parent / "examples" / "cnn.py"
@@ -306,3 +306,42 @@ def test_the_cnn_example_trains_alike_on_one_and_two_ranks(record_property, imag
     assert losses.isfinite().all()
     _, losses = losses_of_the_cnn(images, tmp_path / "plain.json", "bn", 2)
     assert error(losses, expected) > 1e-6
+
+
+class Unlabelled(CountingCommunicator):
+    """A communicator that is not told what a message belongs to, so that the kernels' check is alone."""
+
+    takes_labels = False
+
+
+def swapped(backward):
+    """Rank 1 calls two layers in the other order, or goes back through them so. Return what each rank finds then."""
+    group = Unlabelled()
+    layers = [syncnorm.SyncBatchNorm(4, process_group=group, device=DEVICE) for _ in range(2)]
+    for step in range(6):
+        xs = [torch.randn(3, 4, 5, device=DEVICE, requires_grad=True) for _ in layers]
+        order = slice(None, None, -1 if group.rank == 1 and step == 3 else 1)
+        counts = [layer.num_batches_tracked.item() for layer in layers]
+        try:
+            ys = [layer(x) for layer, x in list(zip(layers, xs, strict=True))[:: 1 if backward else order.step]]
+            runtime.synchronize()
+            for y in ys[order] if backward else ys:
+                y.sum().backward()
+                runtime.synchronize()
+        except syncnorm.DesyncError as error:
+            return step, str(error), counts, [layer.num_batches_tracked.item() for layer in layers]
+    return None
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_message_of_another_layer_is_found_at_the_next_step(backward):
+    """The kernels leave the running statistics as they are, and tell the host, which does not wait for them."""
+    for rank, (step, text, before, after) in enumerate(run_ranks(swapped, 2, backward, timeout=TIMEOUT)):
+        assert step == 3
+        direction = "backward" if backward else "forward"
+        assert text.startswith(
+            f"expected all ranks to be in the same call of the same layer, got {direction} of call 4"
+        )
+        assert f"SyncBatchNorm no. {2 if rank else 1}, called outside a model: C = 4, float32, input (3, 4, 5)" in text
+        assert f"on rank {rank}, while another rank was elsewhere" in text
+        assert after == ([4, 4] if backward else before)

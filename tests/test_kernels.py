@@ -13,7 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import syncnorm
 from syncnorm import kernels
-from syncnorm.kernels import Epilogue, Running, Saved, reference
+from syncnorm.kernels import Epilogue, Running, Saved, Stamp, reference
 
 cpu = pytest.importorskip("syncnorm.kernels.cpu", reason="COMPILED KERNELS NOT TESTED: no compiler at installation")
 from syncnorm.kernels.cpu import binding  # noqa: E402
@@ -29,6 +29,7 @@ SHAPES = {
     "large": (64, 8, 56, 56),
     "empty": (0, 4, 3),
 }
+STAMP = Stamp(654321, 1)
 EPSILON = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 EPILOGUES = [(None, False), ("relu", False), ("relu", True), ("leaky_relu", True), ("silu", True), ("gelu_tanh", False)]
 
@@ -66,9 +67,11 @@ def check(shape, dtype, layout, masked):
         moments = reference.moments(x, mask)
         assert_near(cpu.moments(x, mask), moments, wide)
         epilogue = Epilogue(activation, adds_residual=adds)
-        packed = reference.pack(moments)
-        assert_near(cpu.moments(x, mask, packed=True), packed, wide)
-        options = {"packed": adds, "epilogue": epilogue}
+        packed = reference.pack(moments, STAMP)
+        stamped = cpu.moments(x, mask, stamp=STAMP)
+        assert_near(stamped[:-2], packed[:-2], wide)  # the stamp is so large that it would hide the rest
+        assert torch.equal(stamped[-2:], packed[-2:])
+        options = {"stamp": STAMP if adds else None, "epilogue": epilogue}
         arguments = (x, packed if adds else moments, weight, bias, r, 1e-5)
         expected = reference.normalize(*arguments, **options)
         y, statistics, _ = cpu.normalize(*arguments, **options)
@@ -210,7 +213,7 @@ def test_more_values_than_an_int32_counts():
     assert moments.tolist() == pytest.approx([0, 3 / count, 0, 9 - 9 / count, count])
     statistics = torch.tensor([0, 0, 1, 1, count], dtype=torch.float64)
     *_, sums = cpu.Backward(x, Saved(x), statistics, None, None).reduce_grad()
-    assert sums.tolist() == [[0, 3], [0, 9]]
+    assert sums.tolist() == [0, 3, 0, 9]
 
 
 def test_an_infinite_gradient_stops_at_a_relu():
@@ -237,6 +240,65 @@ def test_buffers_and_parameters_of_any_dtype():
     torch.testing.assert_close(y, torch.tensor([[-1.0, -1.0], [1.0, 1.0]]) + 1 / 3, rtol=0, atol=1e-5)
     grads = cpu.Backward(x, Saved(x), statistics, weight, bias, epilogue=Epilogue("relu")).reduce_grad(torch.bfloat16)
     assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.bfloat16, torch.float64]
+
+
+WRONG_SUMS = {  # of h and h² over 4 ranks, of which this one has h = 10
+    "another rank has another h": (10 + 10 + 10 + 11, 300 + 121),
+    "the sum alone is right": (10 + 10 + 9 + 11, 200 + 81 + 121),
+    "the sum of squares alone is right": (10 + 10 + 10 + 9, 400),
+    "a message without a stamp": (30, 300),
+    "no number": (float("nan"), 400),
+}
+
+
+@pytest.mark.parametrize("implementation", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("total", WRONG_SUMS.values(), ids=WRONG_SUMS)
+def test_a_wrong_sum_raises_and_nothing_is_written(implementation, total):
+    stamp = Stamp(10, 4)
+    for shape in ((5, 3, 7), (0, 3, 7)):
+        x = torch.randn(shape)
+        running = Running(torch.randn(3), torch.rand(3), torch.tensor(5), 0.1)
+        before = [t.clone() for t in (x, *running[:3])]
+        packed = 4 * implementation.moments(x, stamp=stamp)
+        packed[-2:] = torch.tensor(total)
+        for epilogue in (Epilogue(), Epilogue(inplace=True)):
+            with pytest.raises(kernels.StampError):
+                implementation.normalize(
+                    x, packed, None, None, None, 1e-5, stamp=stamp, epilogue=epilogue, running=running
+                )
+        assert all(map(torch.equal, (x, *running[:3]), before))
+        statistics = torch.ones(7, dtype=torch.float64)
+        passes = implementation.Backward(x, Saved(x), statistics, None, None)
+        *_, sums = passes.reduce_grad(stamp=stamp)
+        assert sums[-2:].tolist() == [10, 100]
+        sums[-2:] = torch.tensor(total)
+        with pytest.raises(kernels.StampError):
+            passes.grad_input(sums, stamp=stamp)
+
+
+@pytest.mark.parametrize("implementation", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 1024])
+@pytest.mark.parametrize("number", [0, 1, 2**20 - 1])
+def test_the_stamps_of_many_ranks_are_exact(implementation, ranks, number):
+    """Also when they are added one by one. A larger sum by one is found."""
+    x, stamp = torch.randn(5, 3), Stamp(number, ranks)
+    message = implementation.moments(x, stamp=stamp)
+    assert message[-2:].tolist() == [number, number**2]
+    summed = sum((message for _ in range(ranks - 1)), message.clone())
+    y, statistics, _ = implementation.normalize(x, summed, None, None, None, 1e-5, stamp=stamp)
+    assert statistics.shape == (7,)
+    assert statistics[-1] == 5 * ranks
+    torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True))
+    passes = implementation.Backward(x, Saved(x), statistics, None, None)
+    *_, sums = passes.reduce_grad(stamp=stamp)
+    whole = passes.grad_input(sum((sums for _ in range(ranks - 1)), sums.clone()), stamp=stamp)[0]
+    torch.testing.assert_close(whole, passes.grad_input(sums[:6] * ranks)[0])
+    if ranks > 1:
+        for place in (-1, -2):
+            wrong = summed.clone()
+            wrong[place] += 1
+            with pytest.raises(kernels.StampError):
+                implementation.normalize(x, wrong, None, None, None, 1e-5, stamp=stamp)
 
 
 def test_signs_belong_to_the_memory_they_were_taken_from():
@@ -373,7 +435,7 @@ def test_a_library_with_other_structs_is_refused(package):
     run_python(code, PYTHONPATH=str(package / "cpu"))
     message = error_of(package, {})
     assert message.startswith("RuntimeError: expected NormalizeArguments in ")
-    assert "to have 208 bytes, as Python packs it, got 216 bytes" in message
+    assert "to have 216 bytes, as Python packs it, got 224 bytes" in message
     assert message.endswith("Reinstall syncnorm, or in a checkout run python -m syncnorm.kernels.cpu.build")
 
 

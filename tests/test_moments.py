@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from syncnorm.kernels import halves, reference
+from syncnorm.kernels import Stamp, halves, reference
 from syncnorm.moments import Moments
 
+STAMP = Stamp(0, 1)  # of no message
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 def merged(parts):
-    moments = [Moments.of(part, packed=True) for part in parts]
+    moments = [Moments.of(part, stamp=STAMP) for part in parts]
     return moments[0].with_sums(torch.stack([m.summands for m in moments]).sum(0))
 
 
@@ -66,7 +67,7 @@ def test_no_values():
     assert moments.count == 0
     for value in (mean(moments), m2(moments), variance(moments), variance(moments, 1)):
         assert torch.equal(value, torch.zeros(3, dtype=torch.float64))
-    assert torch.equal(Moments.of(torch.empty(0, 3, 4), packed=True).values, torch.zeros(7, dtype=torch.float64))
+    assert torch.equal(Moments.of(torch.empty(0, 3, 4), stamp=STAMP).values, torch.zeros(9, dtype=torch.float64))
 
 
 def test_equal_values_have_no_variance():

@@ -98,7 +98,7 @@ def test_record(train, norm, launcher, ranks):
     silent = alone or norm != "sync_bn"
     assert record["per_step"]["norm"] == {
         "collectives": 0 if silent else 2 * NORMS,
-        "bytes": 0 if silent else NORMS * (8 * (2 * WIDTH + 1) + 8 * 2 * WIDTH),
+        "bytes": 0 if silent else NORMS * (8 * (2 * WIDTH + 3) + 8 * (2 * WIDTH + 2)),
     }
     assert record["per_step"]["gradients"]["bytes"] == (0 if alone else 4 * record["parameters"])
 

@@ -29,7 +29,7 @@ KERNELS = ["moments_kernel", "normalize_kernel", "reduce_grad_kernel", "grad_inp
 
 def passes(shape, memory, dtype, activation, adds, inplace, masked=False):
     """Call the four kernels of a training step with memory that holds anything."""
-    from syncnorm.kernels import Epilogue, Running, Saved, triton
+    from syncnorm.kernels import Epilogue, Running, Saved, Stamp, triton
 
     C = shape[1]  # noqa: N806
     in_memory = (shape[0], *shape[2:], C) if memory == "NHWC" else shape
@@ -40,13 +40,13 @@ def passes(shape, memory, dtype, activation, adds, inplace, masked=False):
     epilogue = Epilogue(activation, inplace, adds)
     weight, bias, mean, var = (torch.ones(C) for _ in range(4))
     running = Running(mean, var, torch.tensor(0), 0.1)
-    moments = triton.moments(x, mask, packed=True)
+    moments = triton.moments(x, mask, stamp=Stamp(7, 2))
     tensors = (x, moments, weight, bias, residual if adds else None, 1e-5)
-    _, statistics, signs = triton.normalize(*tensors, packed=True, epilogue=epilogue, running=running)
+    _, statistics, signs = triton.normalize(*tensors, stamp=Stamp(7, 2), epilogue=epilogue, running=running)
     saved = Saved(x, signs, residual if epilogue.saves_residual else None)
     backward = triton.Backward(dy, saved, statistics, weight, bias, mask=mask, epilogue=epilogue)
-    *_, sums = backward.reduce_grad(torch.float32)
-    backward.grad_input(sums)
+    *_, sums = backward.reduce_grad(torch.float32, stamp=Stamp(7, 2))
+    backward.grad_input(sums, stamp=Stamp(7, 2))
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,11 @@ from implementation import chosen
 from interpreter import run_python
 
 import syncnorm
-from syncnorm.kernels import ACTIVATIONS, Epilogue, Running, Saved, reference
+from syncnorm.kernels import ACTIVATIONS, Epilogue, RawMoments, Running, Saved, Stamp, flags, reference
 from syncnorm.kernels.signs import from_bits
 
 DEVICES = ["cuda" if torch.cuda.is_available() else "cpu"]  # the CPU: in Triton's interpreter
+STAMP = Stamp(3, 1)
 DEVICE = "cpu"  # of the process that checks
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 SMALL = {  # divides small tensors among several programs and tiles
@@ -138,7 +139,7 @@ def call(implementation, name, *args, **options):
     """Return what a function of the kernels does, or a pass of the backward: of its 5 tensors, then of its own."""
     if name not in ("reduce_grad", "grad_input"):
         return getattr(implementation, name)(*args, **options)
-    own = {key: options.pop(key) for key in ("centered", "eps_outside") if key in options}
+    own = {key: options.pop(key) for key in ("centered", "eps_outside", "stamp") if key in options}
     if name == "reduce_grad" and args[3] is not None:
         own["dtype"] = args[3].dtype
     grad_output, saved, *others = args[:5]
@@ -150,8 +151,8 @@ def check_moments(name, dtype, division):
     x = random(name, dtype)
     with constants(division):
         for mask in masks(x):
-            for packed in (False, True):
-                compare("moments", x, mask, packed=packed, tolerance=1e-12 if dtype == torch.float64 else 1e-6)
+            for stamp in (None, STAMP):
+                compare("moments", x, mask, stamp=stamp, tolerance=1e-12 if dtype == torch.float64 else 1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "division"), DIVISIONS, ids=map(str, TOLERANCE))
@@ -171,14 +172,18 @@ def check_passes(name, dtype, division, epilogues):
     with constants(division):
         for activation, adds in epilogues:
             epilogue = Epilogue(activation, adds_residual=adds)
-            tensors = (x, reference.pack(moments) if adds else moments, weight, bias, residual if adds else None)
-            _, statistics, signs = compare("normalize", *tensors, 1e-5, packed=adds, epilogue=epilogue, **options)
+            tensors = (x, reference.pack(moments, STAMP) if adds else moments, weight, bias, residual if adds else None)
+            _, statistics, signs = compare(
+                "normalize", *tensors, 1e-5, stamp=STAMP if adds else None, epilogue=epilogue, **options
+            )
             saved = Saved(x, signs, residual if epilogue.saves_residual else None)
             arguments = (dy, saved, statistics, weight, bias if epilogue.needs_bias else None)
             for mask in masks(x)[::2] if epilogues == FEW else [None]:
                 backward = {"mask": mask, "epilogue": epilogue, "tolerance": tolerance}
-                sums = compare("reduce_grad", *arguments, **(backward | {"tolerance": min(tolerance, 1e-5)}))[2]
-                compare("grad_input", *arguments, sums, **backward)
+                for stamp in (None, STAMP):
+                    backward["stamp"] = stamp
+                    sums = compare("reduce_grad", *arguments, **(backward | {"tolerance": min(tolerance, 1e-5)}))[2]
+                    compare("grad_input", *arguments, sums, **backward)
             compare("grad_input", *arguments, None, epilogue=epilogue, **options)
 
 
@@ -202,7 +207,7 @@ def check_options():
     x, dy = random("odd", torch.float32), random("odd-channels-last", torch.float32, 1)  # dy is brought to x's format
     weight, bias = parameters(3)
     moments = reference.moments(x)
-    about_zero = torch.cat([torch.zeros_like(moments[:3]), reference.pack(moments.clone())[3:]])
+    about_zero = torch.cat([torch.zeros_like(moments[:3]), reference.pack(moments, STAMP)[3:-2]])
     tolerance = 3e-6
     half = weight.to(torch.bfloat16), bias.to(torch.float16)
     strided = torch.stack([weight, bias], 1)
@@ -283,7 +288,8 @@ def test_other_layouts(on):
 
 def check_running(dtype, counted, momentum):
     moments = reference.moments(random("three-trailing-axes", torch.float32))
-    for m, packed in ((moments, False), (reference.pack(moments), True), (torch.zeros_like(moments), True)):
+    nothing = reference.pack(RawMoments(torch.zeros_like(moments)), STAMP)
+    for m, stamp in ((moments, None), (reference.pack(moments, STAMP), STAMP), (nothing, STAMP)):
         with constants(SMALL):
             buffers = []
             for implementation in (kernels(), reference):
@@ -291,7 +297,7 @@ def check_running(dtype, counted, momentum):
                 tracked = torch.tensor(3, device=DEVICE) if counted else None
                 running = Running(both[0], both[1], tracked, momentum)
                 x = torch.zeros(1, 20, 1, device=DEVICE)
-                implementation.normalize(x, m, None, None, None, 1e-5, packed=packed, running=running)
+                implementation.normalize(x, m, None, None, None, 1e-5, stamp=stamp, running=running)
                 buffers.append((both, tracked))
         (actual, tracked), (expected, count) = buffers
         rounding = {
@@ -306,6 +312,46 @@ def check_running(dtype, counted, momentum):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_update_running(on, dtype, counted, momentum):
     on(check_running, dtype, counted, momentum)
+
+
+def take_flag():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return flags.take(torch.zeros(1, device=DEVICE).get_device())
+
+
+def check_wrong_sums(name, dtype):
+    """A stamp that does not match sets the flag, of which the host learns later, and moves no running statistics."""
+    x, stamp = random(name, dtype), Stamp(2**20 - 1, 1024)
+    channels = x.shape[1]
+    before = [parameters(channels)[0], parameters(channels)[1], torch.tensor(3, device=DEVICE)]
+    statistics = torch.ones(2 * channels + 1, dtype=torch.float64, device=DEVICE)
+    passes = kernels().Backward(x, Saved(x), statistics, None, None)
+    with constants(SMALL):
+        message, (*_, sums) = kernels().moments(x, stamp=stamp), passes.reduce_grad(stamp=stamp)
+        for sent in (message, sums):
+            assert sent[-2:].tolist() == [stamp.number, stamp.number**2]
+        for difference in ((0, 0), (1, 0), (0, 1), (-1, 1)):
+            wrong = torch.tensor(difference, device=DEVICE, dtype=torch.float64)
+            for momentum in (0.1, None):
+                running = Running(*(t.clone() for t in before), momentum)
+                summed = 1024 * message
+                summed[-2:] += wrong
+                kernels().normalize(x, summed, None, None, None, 1e-5, stamp=stamp, running=running)
+                moved = not all(map(torch.equal, running[:3], before))
+                assert moved == (difference == (0, 0) and x.numel() > 0)
+                assert take_flag() == (None if difference == (0, 0) else stamp.number)
+            summed = 1024 * sums
+            summed[-2:] += wrong
+            passes.grad_input(summed, stamp=stamp)
+            assert take_flag() == (None if difference == (0, 0) else stamp.number)
+            assert take_flag() is None, "the flag is not reset"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["odd", "odd-channels-last", "long", "no-samples"])
+def test_a_wrong_sum_sets_the_flag(on, name, dtype):
+    on(check_wrong_sums, name, dtype)
 
 
 def check_masked_values_may_be_anything():
@@ -457,8 +503,8 @@ def errors(ratio, begins_with_zeros):
     valid = x if mask is None else x[1:]
     expected = F.batch_norm(valid.double().cpu(), None, None, training=True)
     with constants(SMALL):
-        moments = kernels().moments(x, mask, packed=True)
-        y = kernels().normalize(valid, moments, None, None, None, 1e-5, packed=True)[0]
+        moments = kernels().moments(x, mask, stamp=STAMP)
+        y = kernels().normalize(valid, moments, None, None, None, 1e-5, stamp=STAMP)[0]
     return [(result.cpu().double() - expected).abs().max().item() for result in (F.batch_norm(valid, *NONE), y)]
 
 
@@ -532,18 +578,19 @@ def compile_all():
             epilogue = Epilogue(activation, inplace, adds)
             residual = x.clone() if adds else None
             momentum = None if inplace else 0.1
+            stamp = STAMP if adds else None
             running = Running(weight.clone(), bias.clone(), torch.zeros((), dtype=torch.int64), momentum)
             with constants(SMALL if adds else {}):
                 for mask in masks(x):
-                    moments = kernels().moments(x, mask, packed=adds)
+                    moments = kernels().moments(x, mask, stamp=stamp)
                     tensors = (x, moments, weight, bias, residual)
-                    options = {"packed": adds, "epilogue": epilogue, "running": running}
+                    options = {"stamp": stamp, "epilogue": epilogue, "running": running}
                     _, statistics, signs = kernels().normalize(*tensors, 1e-5, **options)
                     saved = Saved(x, signs, residual if epilogue.saves_residual else None)
                     options = {"mask": mask, "epilogue": epilogue}
                     backward = kernels().Backward(x, saved, statistics, weight, bias, **options)
-                    *_, sums = backward.reduce_grad()
-                    backward.grad_input(sums)
+                    *_, sums = backward.reduce_grad(stamp=stamp)
+                    backward.grad_input(sums, stamp=stamp)
     return names
 
 
@@ -613,6 +660,6 @@ def test_more_values_than_31_bits_count(shape):
     assert y[last].item() == pytest.approx(statistics[-2].item(), rel=1e-2)
     del y
     sums = triton.Backward(x, Saved(x), statistics, None, None).reduce_grad()[2]
-    assert sums[0].tolist() == [0] * (channels - 1) + [1]
+    assert sums[:channels].tolist() == [0] * (channels - 1) + [1]
     dx = triton.Backward(x, Saved(x), statistics, None, None).grad_input(None)[0]
     assert dx[last].item() == pytest.approx(statistics[-2].item(), rel=1e-2)

@@ -24,3 +24,7 @@ class Label(NamedTuple):
     call: int
     backward: bool
     layer: bytes
+
+    def __str__(self) -> str:
+        call = f"call {self.call} of " if self.call else ""
+        return f"{call}{self.layer.decode(errors='ignore')}, {'backward' if self.backward else 'forward'}"

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from ..communicators.label import Label
 from ..errors import DesyncError, printable
 from .launcher import detect_launcher
 from .rendezvous import connect, serves_the_store
@@ -312,7 +313,7 @@ def _issues_collectives(module: dict[str, Any]) -> bool:
 
 
 def _collective(stack: Stack) -> str | None:
-    """Return the name of the outermost collective on a stack, with the size and dtype of its tensor."""
+    """Return the name of the outermost collective on a stack, with the size and dtype of its tensor, and its layer."""
     inside = [frame for frame, _ in stack if _issues_collectives(frame.f_globals)]
     if not inside:
         return None
@@ -321,4 +322,7 @@ def _collective(stack: Stack) -> str | None:
     tensor = arguments.get("tensor")
     if not isinstance(tensor, torch.Tensor):
         return name
-    return f"{name} of {tensor.numel()} {str(tensor.dtype).removeprefix('torch.')}"
+    text = f"{name} of {tensor.numel()} {str(tensor.dtype).removeprefix('torch.')}"
+    labels = (frame.f_locals.get("label") for frame in inside)
+    label = next((label for label in labels if isinstance(label, Label)), None)
+    return text if label is None else f"{text} of {label}"

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import reference
+from . import flags, reference
 from .epilogue import ACTIVATIONS, PLAIN, Epilogue, Saved
-from .vectors import Packed, RawMoments, Running, Statistics, halves
+from .plain import plain
+from .vectors import Packed, RawMoments, Running, Stamp, StampError, Statistics, halves
 
 __all__ = [
     "ACTIVATIONS",
@@ -45,8 +46,12 @@ __all__ = [
     "RawMoments",
     "Running",
     "Saved",
+    "Stamp",
+    "StampError",
     "Statistics",
+    "flags",
     "halves",
+    "plain",
     "reference",
     "select",
 ]
@@ -55,8 +60,8 @@ __all__ = [
 class Kernels(Protocol):
     """What an implementation has. Inputs are (N, C, *) in any memory format; `reference` has the formulas."""
 
-    def moments(self, input: Tensor, mask: Tensor | None = None, *, packed: bool = False) -> RawMoments | Packed:
-        """Input -> [mean, M2, count], or packed for the all-reduce [n·mean, M2 + n·mean², n]."""
+    def moments(self, input: Tensor, mask: Tensor | None = None, *, stamp: Stamp | None = None) -> RawMoments | Packed:
+        """Input -> [mean, M2, count], or with a stamp packed for the all-reduce [n·mean, M2 + n·mean², n, h, h²]."""
         ...
 
     def normalize(
@@ -68,14 +73,15 @@ class Kernels(Protocol):
         residual: Tensor | None,
         eps: float,
         *,
-        packed: bool = False,
+        stamp: Stamp | None = None,
         eps_outside: bool = False,
         epilogue: Epilogue = PLAIN,
         running: Running | None = None,
     ) -> tuple[Tensor, Statistics, Tensor | None]:
         """Input and moments -> y, [mean, invstd, count], and the signs of z if the epilogue saves them.
 
-        Updates the running statistics. An error leaves them unchanged.
+        With a stamp, the moments are packed sums over its ranks. Updates the running statistics. An error leaves them
+        unchanged. So does a mismatch of the stamp: it raises StampError, or on a GPU it sets the flag of the device.
         """
         ...
 
@@ -97,14 +103,21 @@ class Kernels(Protocol):
 class Backward(Protocol):
     """The passes of the backward."""
 
-    def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-        """-> gradients of weight and bias, in dtype, and [Σ weight * dz, Σ weight * dz * x̂]."""
+    def reduce_grad(
+        self, dtype: torch.dtype = torch.float64, *, stamp: Stamp | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> gradients of weight and bias; sums = [Σ weight * dz, Σ weight * dz * x̂], with a stamp [sums, h, h²]."""
         ...
 
     def grad_input(
-        self, sums: Tensor | None, *, centered: bool = True, eps_outside: float = 0.0
+        self,
+        sums: Tensor | None,
+        *,
+        stamp: Stamp | None = None,
+        centered: bool = True,
+        eps_outside: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
-        """Those sums of all shards -> dx, and dz if a residual was there."""
+        """Those sums of all shards -> dx, and dz if a residual was there. Checks the stamp as `normalize` does."""
         ...
 
 

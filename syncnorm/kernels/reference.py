@@ -3,7 +3,7 @@
 They work on any device, and they are differentiable, so that they also carry the double backward.
 
 Shapes: input, grad_output, residual and results (N, C, *); weight and bias (C,); everything else per channel in
-float64: moments (2C + 1,) = [mean, M2, count], statistics (2C + 1,) = [mean, invstd, count], sums (2, C); mask, or
+float64: moments (2C + 1,) = [mean, M2, count], statistics (2C + 1,) = [mean, invstd, count], sums (2C,); mask, or
 None for ones, what expands to (N, 1, *): the weight, not below 0, that a position has in the moments. Where it is 0 the
 input may hold anything. Tensors of the input's size are computed in float32, in float64 if the input is float64.
 """
@@ -18,13 +18,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from . import flags
 from .epilogue import LEAST_NOISE, NEGATIVE_SLOPE, PLAIN, Epilogue, Saved, rounding
+from .plain import plain
 from .signs import from_bits, to_bits
-from .vectors import Packed, RawMoments, Running, Statistics, halves
+from .vectors import Packed, RawMoments, Running, Stamp, StampError, Statistics, halves
 
 __all__ = [
     "Backward",
     "activate",
+    "check",
     "moments",
     "normalize",
     "or_one",
@@ -35,10 +38,10 @@ __all__ = [
 ]
 
 
-def moments(input: Tensor, mask: Tensor | None = None, *, packed: bool = False) -> RawMoments | Packed:
+def moments(input: Tensor, mask: Tensor | None = None, *, stamp: Stamp | None = None) -> RawMoments | Packed:
     """Return mean Σ w x / Σ w, M2 = Σ w (x - mean)² and the count Σ w, (2C + 1,); zeros for an empty input.
 
-    With `packed`, return them packed. The sums are of x - shift, where the shift is a first estimate of the mean, so
+    With a stamp, return them packed. The sums are of x - shift, where the shift is a first estimate of the mean, so
     they keep their digits however large the mean is.
     """
     axes = _reduced_axes(input)
@@ -55,22 +58,55 @@ def moments(input: Tensor, mask: Tensor | None = None, *, packed: bool = False) 
     correction = _weighted(centered, mask).sum(axes).double() / or_one(count)
     m2 = _weighted(centered.square(), mask).sum(axes).double() - count * correction.square()
     result = RawMoments(torch.cat([shift.double() + correction, m2.clamp_min(0), count.view(1)]))
-    return pack(result) if packed else result
+    return result if stamp is None else pack(result, stamp)
 
 
-def pack(moments: RawMoments) -> Packed:
-    """Return [n·mean, M2 + n·mean², n], (2C + 1,), whose sum over shards packs the moments of them all."""
+def pack(moments: RawMoments, stamp: Stamp) -> Packed:
+    """Return [n·mean, M2 + n·mean², n, h, h²], (2C + 3,), whose sum over shards packs the moments of them all."""
     mean, m2 = halves(moments)
     total = moments[-1] * mean
-    return Packed(torch.cat([total, torch.addcmul(m2, total, mean), moments[-1:]]))
+    return Packed(torch.cat([total, torch.addcmul(m2, total, mean), moments[-1:], *_tail(stamp, moments)]))
 
 
-def unpack(packed: Packed) -> RawMoments:
-    """Return the moments, (2C + 1,), that `packed` stands for."""
-    total, total_square = halves(packed)
-    mean = total / or_one(packed[-1])
+def unpack(packed: Packed, stamp: Stamp) -> RawMoments:
+    """Return the moments, (2C + 1,), that `packed` stands for. Where the stamp does not match, see `check`.
+
+    On a GPU the moments are then 0, as those of an empty batch, so that they do not move the running statistics.
+    """
+    matches = check(packed, stamp)
+    total, total_square = packed[:-3].view(2, -1).unbind()
+    count = packed[-3:-2]
+    mean = total / or_one(count)
     m2 = torch.addcmul(total_square, total, mean, value=-1).clamp_min(0)
-    return RawMoments(torch.cat([mean, m2, packed[-1:]]))
+    result = torch.cat([mean, m2, count])
+    return RawMoments(result if matches is None else torch.where(matches, result, 0))
+
+
+def check(summed: Tensor, stamp: Stamp | None) -> Tensor | None:
+    """Check that a message, (*, h, h²), was summed over ranks that all had this stamp: see `Stamp`.
+
+    On the CPU a mismatch raises StampError. On a GPU it sets the flag of the device, and nothing waits for the device.
+    While torch.compile is tracing nothing is checked, since there is no stamp.
+
+    Returns:
+        Whether it matches, () bool, on a GPU. None: it does, or was not checked.
+    """
+    if stamp is None or stamp.ranks == 1 or torch.compiler.is_compiling():
+        return None
+    first = stamp.ranks * stamp.number
+    matches = ((plain(summed[-2]) == first) & (plain(summed[-1]) == first * stamp.number)).all()
+    if matches.is_cuda:
+        flags.set_unless(matches, stamp, matches.get_device())
+        return matches
+    if not matches:
+        raise StampError
+    return None
+
+
+def _tail(stamp: Stamp, like: Tensor) -> list[Tensor]:
+    """Return h and h², (1,) each, without a copy from the host."""
+    numbers = stamp.number, stamp.number**2
+    return [torch.full((1,), number, dtype=torch.float64, device=like.device) for number in numbers]
 
 
 @torch.no_grad()
@@ -102,7 +138,7 @@ def normalize(
     residual: Tensor | None,
     eps: float,
     *,
-    packed: bool = False,
+    stamp: Stamp | None = None,
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
     running: Running | None = None,
@@ -111,9 +147,10 @@ def normalize(
 
     invstd is 1 / sqrt(M2 / n + eps), or 1 / (sqrt(M2 / n) + eps) with eps_outside. y has the dtype and the memory
     format of the input. The signs tell whether z > 0, for all values in the order of y's memory. They are None unless
-    the epilogue saves signs. `Saved` has their format. The running statistics, if given, are updated.
+    the epilogue saves signs. `Saved` has their format. The running statistics, if given, are updated. With a stamp, the
+    moments are packed sums over its ranks, and `check` checks them before anything is written.
     """
-    raw = unpack(cast(Packed, moments)) if packed else cast(RawMoments, moments)
+    raw = cast(RawMoments, moments) if stamp is None else unpack(cast(Packed, moments), stamp)
     z, statistics = preactivation(input, raw, weight, bias, residual, eps, eps_outside=eps_outside)
     signs = to_bits(z > 0, input) if epilogue.saves_signs else None
     y = activate(z, epilogue.activation)
@@ -171,43 +208,54 @@ class Backward:
         self.dtype_of_dz = grad_output.dtype if saved.has_residual else None
         self.centered, self.dz = _centered_and_grad(grad_output, saved, statistics, weight, bias, mask, epilogue)
 
-    def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    def reduce_grad(
+        self, dtype: torch.dtype = torch.float64, *, stamp: Stamp | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of weight and bias, Σ dz * x̂ and Σ dz, and sums = [Σ weight * dz, Σ weight * dz * x̂].
 
         x̂ is (x - mean) * invstd. The gradients are (C,), in dtype. All are sums over all positions, masked ones too.
+        With a stamp the sums are (2C + 2,), [sums, h, h²].
         """
         axes = _reduced_axes(self.input)
         _, invstd = halves(self.statistics)
         grad_bias = self.dz.sum(axes).double()
         grad_weight = (self.dz * self.centered).sum(axes).double() * invstd
-        sums = torch.stack([grad_bias, grad_weight])
-        sums = sums if self.weight is None else sums * self.weight
+        of_dz = [grad_bias, grad_weight]
+        of_dz = of_dz if self.weight is None else [sum * self.weight for sum in of_dz]
+        sums = torch.cat([*of_dz, *([] if stamp is None else _tail(stamp, grad_bias))])
         return grad_weight.to(dtype), grad_bias.to(dtype), sums
 
     def grad_input(
-        self, sums: Tensor | None, *, centered: bool = True, eps_outside: float = 0.0
+        self,
+        sums: Tensor | None,
+        *,
+        stamp: Stamp | None = None,
+        centered: bool = True,
+        eps_outside: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
         """Return dx in the dtype and the memory format of the input, and dz if something of a residual was saved.
 
-            dx = weight * invstd * dz - w * invstd * (sums[0] + sums[1] * x̂) / n
+            dx = weight * invstd * dz - w * invstd * (first + second * x̂) / n,    sums = [first, second]
 
         `sums` are those of all shards together; without them the statistics are constants and
-        dx = weight * invstd * dz. Moments about zero (not `centered`) have no sums[0]; with an epsilon outside of the
-        root sums[1] is divided by 1 - eps * invstd.
+        dx = weight * invstd * dz. With a stamp they are (2C + 2,), and `check` checks them. Moments about zero (not
+        `centered`) have no first sum; with an epsilon outside of the root the second is divided by 1 - eps * invstd.
         """
         mask = self.mask
         _, invstd = halves(self.statistics)
         if sums is None:
             dx = torch.zeros_like(self.centered)  # whose memory format the sum takes
         else:
+            check(sums, stamp)
+            first, second = (sums if stamp is None else sums[:-2]).view(2, -1).unbind()
             count = or_one(self.statistics[-1])
             inside = 1 - eps_outside * invstd  # 0 where all values are, at which x is too
-            slope = -invstd.square() * sums[1] / (count * torch.where(inside > 0, inside, 1))
+            slope = -invstd.square() * second / (count * torch.where(inside > 0, inside, 1))
             dx = self.centered
             dx = dx if mask is None else torch.where(mask == 0, 0, dx)  # masked_fill lays it out anew
             dx = dx * _per_channel(slope, dx)
             if centered:
-                dx = dx - _per_channel(invstd * sums[0] / count, dx)
+                dx = dx - _per_channel(invstd * first / count, dx)
             dx = _weighted(dx, mask)
         dx = dx + self.dz * _per_channel(_scale(self.statistics, self.weight), dx)
         return dx.to(self.input.dtype), None if self.dtype_of_dz is None else self.dz.to(self.dtype_of_dz)

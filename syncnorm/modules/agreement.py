@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import transforms
 from ..communicators import Communicator, uncounted
 from ..errors import DesyncError
+from ..exchange import Exchange, Layer, is_compiled
 
 __all__ = ["History"]
 
@@ -57,15 +58,24 @@ class _Place(NamedTuple):
         longer, shorter = sorted((f".{self.path}", f".{other.path}"), key=len, reverse=True)
         return shorter == "." or longer.endswith(shorter)
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
+        """The layer, for reports."""
         layer = f"{self.layer} no. {self.number}"
-        name = f"{self.path} of {self.model} ({layer})" if self.path else f"{layer}, called outside a model"
+        return f"{self.path} of {self.model} ({layer})" if self.path else f"{layer}, called outside a model"
+
+    @property
+    def identity(self) -> str:
+        """What tells this layer from all other layers that this rank has."""
+        return f"{self.layer} no. {self.number}: {self.path} of {self.model}"
+
+    def __str__(self) -> str:
         sizes = f"sizes {tuple(self.sizes)}" if self.is_split else f"C = {self.sizes[0]}"
-        return f"call {self.call} of {name}: {sizes}, {self.dtype}, input {tuple(self.shape)}"
+        return f"call {self.call} of {self.name}: {sizes}, {self.dtype}, input {tuple(self.shape)}"
 
 
 class History:
-    """What the ranks have already compared of one norm. They compare each thing once.
+    """The calls of one norm in a group, and what the ranks have already compared of it. They compare each thing once.
 
     Collectives of `check_call` and `check_sizes`, if they compare: one all-gather of 512 bytes by all ranks of the
     group. A `CountingCommunicator` does not count it. The forward of the norm calls them, after it has checked its
@@ -77,13 +87,27 @@ class History:
     def __init__(self) -> None:
         History.constructed += 1
         self.number = self.constructed
-        self.group: Communicator | None = None  # the group whose ranks have compared
-        self.calls = 0
+        self.group: Communicator | None = None  # whose ranks have compared
+        self.calls = self.compared = 0
         self.sizes: set[tuple[int, ...]] = set()
+        self.layer: Layer | None = None  # as its messages name it, since the first comparison
+
+    def count(self, group: Communicator) -> None:
+        """Count a call of the norm, before anything of it can fail. Another group starts anew."""
+        if group is not self.group:
+            self.group, self.calls, self.compared, self.sizes, self.layer = group, 0, 0, set(), None
+        self.calls += 1
+
+    def exchange(self, layer: nn.Module, group: Communicator) -> Exchange:
+        """Return the exchange of the call that was counted last."""
+        if self.layer is None:  # nothing could be compared, on no rank
+            name = type(layer).__name__
+            self.layer = Layer(f"{name} no. {self.number}", name)
+        return Exchange(group, self.layer, self.calls)
 
     def is_complete(self, group: Communicator) -> bool:
         """Return whether `check_call` has nothing left to compare in this group."""
-        return group is self.group and self.calls == COMPARED_CALLS
+        return group is self.group and self.compared == COMPARED_CALLS
 
     def check_call(self, layer: nn.Module, input: Tensor, group: Communicator) -> None:
         """Raise unless all ranks of the group are in this call of this SyncBatchNorm.
@@ -91,12 +115,11 @@ class History:
         Raises:
             DesyncError: on every rank, if they are in different layers or calls, or differ in C or dtype.
         """
-        self._register(group)
         if group.size == 1:
-            self.calls = COMPARED_CALLS
+            self.compared = COMPARED_CALLS
         elif not _is_recorded(input):
             self._compare(layer, input, [input.shape[1] if input.dim() > 1 else 0], group, is_split=False)
-            self.calls += 1
+            self.compared += 1
 
     def check_sizes(self, layer: nn.Module, input: Tensor, sizes: tuple[int, ...], group: Communicator) -> None:
         """Raise unless all ranks of the group call this norm with these sizes of the axes that are not split.
@@ -107,7 +130,6 @@ class History:
         """
         if group.size == 1 or (group is self.group and sizes in self.sizes) or _is_recorded(input):
             return
-        self._register(group)
         places = self._compare(layer, input, list(sizes), group, is_split=True)
         all_sizes = [tuple(place.sizes) for place in places]
         if len(set(all_sizes)) > 1:
@@ -116,10 +138,6 @@ class History:
                 f"{tuple(sizes)} of {tuple(input.shape)} on rank {group.rank}; all ranks: {all_sizes}"
             )
         self.sizes.add(sizes)
-
-    def _register(self, group: Communicator) -> None:
-        if group is not self.group:
-            self.group, self.calls, self.sizes = group, 0, set()
 
     def _compare(
         self, layer: nn.Module, input: Tensor, sizes: list[int], group: Communicator, *, is_split: bool
@@ -134,7 +152,7 @@ class History:
             number=self.number,
             constructed=self.constructed,
             overtaken=sum(other > self.number for other in earlier),
-            call=self.calls + 1,
+            call=self.calls,
             sizes=sizes,
             is_split=is_split,
             dtype=str(input.dtype).removeprefix("torch."),
@@ -147,12 +165,14 @@ class History:
             raise DesyncError("expected all ranks to call the same layer, got\n" + "\n".join(ranks))
         if self.number not in earlier:
             earlier.append(self.number)
+        if self.layer is None:
+            self.layer = Layer(place.name, places[0].identity, axis="R" if is_split else "C")
         return places
 
 
 def _is_recorded(input: Tensor) -> bool:
-    """Return whether operations are recorded for later, so that no values can be read now."""
-    return transforms.recording() or (input.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Return whether operations are recorded for later, so that no values can be read now, or may be on some rank."""
+    return is_compiled() or transforms.recording() or (input.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _gather(place: _Place, device: torch.device, group: Communicator) -> list[_Place]:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import is_lazy
 
 from .. import arguments, functional
-from ..communicators import ALONE, LocalCommunicator, ProcessGroupLike, communicator
+from ..communicators import ALONE, Communicator, LocalCommunicator, ProcessGroupLike
 from .process_group import ProcessGroupMixin, ProcessGroupReference
 
 __all__ = ["ORIGIN", "LazySyncBatchNorm", "SyncBatchNorm", "class_after_conversion"]
@@ -65,15 +65,17 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
             of a weight well above σ is accurate. If a weight is below σ, the output no longer determines the input. Its
             gradient then tends to 0 with the weight, with an error of at most the sum of |dL/dz| (|x̂| + 1).
 
-    Collectives: in training on a group of more than one rank, one all-reduce of 2C + 1 float64 in forward and one of
-    2C in backward (none if the input needs no gradient). All ranks of the group must issue them, in the same order. The
-    first two forwards also issue one all-gather of 512 bytes, in which the ranks compare which layer they are in.
-    Otherwise none. All ranks must apply the same transforms of torch.func. Forward-mode AD (`torch.func.jvp`, dual
-    tensors) adds one all-reduce of 2C + 1 float64 for the tangents. Under `torch.func.vmap` there is one all-reduce for
-    the whole batch of inputs.
+    Collectives: in training on a group of more than one rank, one all-reduce of 2C + 3 float64 in forward and one of
+    2C + 2 in backward (none if the input needs no gradient). All ranks of the group must issue them, in the same order.
+    Each carries a stamp, by which the ranks see that they are in the same call of the same layer. The first two
+    forwards also issue one all-gather of 512 bytes, in which the ranks compare which layer they are in. Otherwise none.
+    All ranks must apply the same transforms of torch.func. Forward-mode AD (`torch.func.jvp`, dual tensors) adds one
+    all-reduce of 2C + 3 float64 for the tangents. Under `torch.func.vmap` there is one all-reduce for the whole batch
+    of inputs.
 
     Raises:
-        DesyncError: on every rank, if the ranks are in different layers, or if their inputs differ in C or dtype.
+        DesyncError: on every rank, if the ranks are in different layers or calls, or if their inputs differ in C or
+            dtype. On a GPU it is raised at the next step (docs page `collectives`, "Stamps").
         ValueError: the input does not have C channels, the residual has another shape, or the mask does not broadcast;
             the activation is unknown or not supported with inplace; eps is negative, or 0 in training; this rank is not
             in the group; the whole batch has one value per channel. (The last one is not checked for a mask on a GPU,
@@ -163,6 +165,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
         """
         if isinstance(input, fx.Proxy) and self._fits_one_node(input):
             return self._as_node(input, residual=residual, mask=mask)
+        group = self._group.enter(input) if self.training else ALONE  # first: it counts the call
         if isinstance(input, Tensor):
             self._check_input_dim(input)
         tracks = self.track_running_stats or not self.training
@@ -177,20 +180,21 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
             self.momentum,
             self._eps,
             num_batches_tracked=self.num_batches_tracked if tracks else None,
-            process_group=self._group_of_the_batch(input, residual, mask) if self.training else ALONE,
+            process_group=self._exchange(group, input, residual, mask),
             mask=mask,
             residual=residual,
             activation=self.activation,
             inplace=self.inplace,
         )
 
-    def _group_of_the_batch(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> ProcessGroupLike:
-        """Return the ranks that share the batch. In the first calls they compare which layer they are in."""
-        given = self._group.resolve()
-        if torch.compiler.is_compiling():
-            return given
-        group = communicator() if given is None else given
-        if not self._group.history.is_complete(group):
+    def _exchange(
+        self, group: Communicator | None, input: Tensor, residual: Tensor | None, mask: Tensor | None
+    ) -> ProcessGroupLike:
+        """Return the exchange of this call. In the first calls the ranks compare which layer they are in."""
+        if group is None or isinstance(group, LocalCommunicator) or torch.compiler.is_compiling():
+            return group
+        history = self._group.history
+        if not history.is_complete(group):
             arguments.check_batch_norm_arguments(  # before the ranks compare anything
                 *(input, self.running_mean, self.running_var, self.weight, self.bias),
                 *(True, self.momentum, self._eps, self.num_batches_tracked),
@@ -198,8 +202,8 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
             arguments.parse_mask(mask, input)
             arguments.parse_epilogue(input, self.weight, self.bias, residual, self.activation, self.inplace)
             if not functional.without_values(input):
-                self._group.history.check_call(self, input, group)
-        return given if isinstance(group, LocalCommunicator) else group
+                history.check_call(self, input, group)
+        return history.exchange(self, group)  # type: ignore[return-value]  # which functional takes for one
 
     def reset_parameters(self) -> None:
         """Reset the running statistics to mean 0 and var 1, weight to 1 and bias to 0."""

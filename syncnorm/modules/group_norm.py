@@ -37,12 +37,12 @@ class GroupNorm(ProcessGroupMixin, nn.GroupNorm):
             space is split, the gradients of weight and bias are this rank's share, to be summed over the ranks. None:
             the groups are not split.
 
-    Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 1 float64 in forward and
-    one of 2 N num_groups in backward. The first input of each N also issues one all-gather of 512 bytes, in which the
-    ranks compare their layer, N and num_groups. Otherwise none.
+    Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 3 float64 in forward and
+    one of 2 N num_groups + 2 in backward. The first input of each N also issues one all-gather of 512 bytes, in which
+    the ranks compare their layer, N and num_groups. Otherwise none.
 
     Raises:
-        DesyncError: on every rank, if the ranks are in different layers, or if their inputs differ in dtype.
+        DesyncError: on every rank, if the ranks are in different layers or calls, or if their inputs differ in dtype.
         ValueError: the input does not have num_channels channels; num_groups does not divide them; this rank is not in
             the group; on every rank, the ranks differ in N or num_groups at the first input of an N (docs page
             `collectives`, "What is checked across ranks").
@@ -80,8 +80,9 @@ class GroupNorm(ProcessGroupMixin, nn.GroupNorm):
         groups, group = self.num_groups, None
         weight, bias = self._parameters_like(input)
         if self.process_group is not None:
+            communicator = self._group.enter(input)  # first: it counts the call
             arguments.check_groups(input, groups, weight, bias, self.num_channels, split=True)
-            group = self._group.resolve_for(self, input, (len(input), groups))
+            group = self._group.exchange(communicator, self, input, (len(input), groups))
         elif weight is None:  # the function does not know num_channels
             arguments.check_groups(input, groups, weight, bias, self.num_channels, split=False)
         return functional.group_norm(input, groups, weight, bias, self.eps, process_group=group)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, fx, nn
 
-from .. import functional
-from ..communicators import Communicator, ProcessGroupLike, communicator
+from .. import functional, transforms
+from ..communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
 from .agreement import History
 
 __all__ = ["ProcessGroupMixin", "ProcessGroupReference"]
@@ -92,12 +93,36 @@ class ProcessGroupReference:
             self._resolved = communicator(self.given)
         return self._resolved
 
-    def resolve_for(self, layer: nn.Module, input: Tensor, sizes: tuple[int, ...]) -> Communicator | None:
-        """Return the communicator of a group that splits some axes of the input. Compares the sizes of the others."""
+    def enter(self, input: Tensor) -> Communicator | None:
+        """Return the communicator of the group for a call of the norm, and count the call.
+
+        The norm calls this before it checks anything. So a rank that has left a call by an exception, whatever that
+        was, is at another call than the other ranks from then on, and they see it. None: this process alone, or torch
+        is compiling the call for the default group. Calls that communicate on no rank are not counted.
+        """
         group = self.resolve()
-        if group is not None and not functional.without_values(input):
-            self.history.check_sizes(layer, input, sizes, group)
-        return group
+        if torch.compiler.is_compiling():
+            return group
+        chosen = communicator() if group is None else group
+        if isinstance(chosen, LocalCommunicator):
+            return group
+        if isinstance(input, Tensor) and not (functional.without_values(input) or transforms.recording()):
+            self.history.count(chosen)
+        return chosen
+
+    def exchange(
+        self, group: Communicator | None, layer: nn.Module, input: Tensor, sizes: tuple[int, ...]
+    ) -> ProcessGroupLike:
+        """Return the exchange of a call that splits some axes of the input over the group that `enter` returned.
+
+        The ranks compare the sizes of the other axes.
+        """
+        if group is None or isinstance(group, LocalCommunicator) or functional.without_values(input):
+            return group
+        self.history.check_sizes(layer, input, sizes, group)
+        if torch.compiler.is_compiling():
+            return group
+        return self.history.exchange(layer, group)  # type: ignore[return-value]  # which functional takes for one
 
     def __str__(self) -> str:
         """Return the size of the group, or "other ranks" if this rank is not in it."""

@@ -38,12 +38,12 @@ class RMSNorm(ProcessGroupMixin, nn.RMSNorm):
         process_group: the ranks over which the last axes are split, each with a shard of any size, which may be 0. The
             other axes must be the same on all ranks. None: the last axes are not split.
 
-    Collectives: with a process group of more than one rank, one all-reduce of R + 1 float64 in forward, for R
-    positions, and one of R in backward. The first input of each size also issues one all-gather of 512 bytes, in
+    Collectives: with a process group of more than one rank, one all-reduce of R + 3 float64 in forward, for R
+    positions, and one of R + 2 in backward. The first input of each size also issues one all-gather of 512 bytes, in
     which the ranks compare their layer and their other axes. Otherwise none.
 
     Raises:
-        DesyncError: on every rank, if the ranks are in different layers, or if their inputs differ in dtype.
+        DesyncError: on every rank, if the ranks are in different layers or calls, or if their inputs differ in dtype.
         ValueError: the last axes of the input are not normalized_shape; this rank is not in the group; on every rank,
             the ranks' other axes differ at the first input of a size (docs page `collectives`, "What is checked across
             ranks").
@@ -84,8 +84,9 @@ class RMSNorm(ProcessGroupMixin, nn.RMSNorm):
         shape, group = self.normalized_shape, None
         weight, bias = self._parameters_like(x)
         if self.process_group is not None:
+            communicator = self._group.enter(x)  # first: it counts the call
             arguments.parse_normalized_shape(x, shape, weight, bias, split=True)  # before the ranks compare sizes
-            group = self._group.resolve_for(self, x, x.shape[: -len(shape)])
+            group = self._group.exchange(communicator, self, x, x.shape[: -len(shape)])
         return functional.rms_norm(
             x, shape, weight, self.eps, bias=bias, eps_outside=self.eps_outside, process_group=group
         )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..communicators import Communicator, ProcessGroupLike, communicator, uncounted
+from ..communicators.label import Label
 
 __all__ = ["Call", "CountingCommunicator"]
 
@@ -46,10 +47,15 @@ class CountingCommunicator:
         """The size of the wrapped communicator."""
         return self.communicator.size
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the wrapped communicator takes labels. If not, they are dropped."""
+        return getattr(self.communicator, "takes_labels", False)
+
+    def all_reduce(self, tensor: Tensor, label: Label | None = None) -> Tensor:
         """Record and forward."""
         self._record("all_reduce", tensor)
-        return self.communicator.all_reduce(tensor)
+        return self._all_reduce(tensor, label)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Record and forward."""
@@ -77,6 +83,11 @@ class CountingCommunicator:
             raise TypeError(f"expected a communicator that defines split(block), got {self.communicator!r}: add it")
         self._record("split")
         return CountingCommunicator(self.communicator.split(block))
+
+    def _all_reduce(self, tensor: Tensor, label: Label | None) -> Tensor:
+        if label is not None and self.takes_labels:
+            return self.communicator.all_reduce(tensor, label)  # type: ignore[call-arg]
+        return self.communicator.all_reduce(tensor)
 
     def _record(self, name: str, tensor: Tensor | None = None) -> None:
         self.calls.append(Call(name, 0 if tensor is None else tensor.numel() * tensor.element_size()))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..communicators import ProcessGroupLike
+from ..communicators.label import Label
 from .counting import CountingCommunicator
 
 __all__ = ["TimedCommunicator"]
@@ -29,10 +30,10 @@ class TimedCommunicator(CountingCommunicator):
         super().__init__(process_group)
         self._spans: list[tuple[Any, Any]] = []  # start and end of each call: seconds, or CUDA events
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor, label: Label | None = None) -> Tensor:
         """Note, time and pass on."""
         stop = self.start("all_reduce", tensor)
-        result = self.communicator.all_reduce(tensor)
+        result = self._all_reduce(tensor, label)
         stop()
         return result
 

@@ -6,6 +6,8 @@
 
 namespace {
 
+enum Failure { NO_MEMORY = 1, MISMATCH };  // what a function returns that fails, before it writes anything
+
 enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum Activation : int64_t { NONE, RELU, LEAKY_RELU, SILU, GELU_TANH };
 
@@ -26,12 +28,26 @@ struct Epilogue {
     int64_t inplace;       // x is y
 };
 
+struct Stamp {  // of a message; see ../vectors.py
+    int64_t number;
+    int64_t ranks;  // 0: there is no stamp
+
+    explicit operator bool() const { return ranks; }
+    void write(double *tail) const {  // (2,)
+        tail[0] = static_cast<double>(number), tail[1] = static_cast<double>(number * number);
+    }
+    bool holds(const double *tail) const {  // of the sum over the ranks
+        return !ranks || (tail[0] == static_cast<double>(ranks * number) &&
+                          tail[1] == static_cast<double>(ranks * number * number));
+    }
+};
+
 struct MomentsArguments {
     Shape shape;
     const void *x;
     const void *mask;  // (N, S) in the type of the arithmetic, or null
-    double *moments;   // (2C + 1,)
-    int64_t packed;    // moments are [n mean, M2 + n mean², n], else [mean, M2, n]
+    double *moments;   // [mean, M2, n]; with a stamp [n mean, M2 + n mean², n, number, number²]
+    Stamp stamp;
 };
 
 struct Running {  // statistics, (C,) each
@@ -46,8 +62,8 @@ struct NormalizeArguments {
     Shape shape;
     const void *x;
     void *y;
-    const double *moments;  // (2C + 1,)
-    int64_t packed;
+    const double *moments;  // as above, with a stamp their sums over its ranks
+    Stamp stamp;
     Parameters parameters;
     double eps;
     int64_t eps_outside;
@@ -69,12 +85,14 @@ struct ReduceGradArguments {
     BackwardArguments of;
     int64_t dtype;  // of the next two
     void *grad_weight, *grad_bias;  // (C,)
-    double *sums;  // (2, C)
+    double *sums;  // (2C,); with a stamp [sums, number, number²]
+    Stamp stamp;
 };
 
 struct GradInputArguments {
     BackwardArguments of;
-    const double *sums;  // (2, C), or null
+    const double *sums;  // as above, with a stamp their sums over its ranks; or null
+    Stamp stamp;
     int64_t centered;
     double eps_outside;
     void *dx;

@@ -102,6 +102,7 @@ template <class T, class M> int reduce_grad(const ReduceGradArguments &a) {
     using R = typename Arithmetic<T>::type;
     const BackwardArguments &of = a.of;
     int64_t channels = of.shape.c;
+    if (a.stamp) a.stamp.write(a.sums + 2 * channels);
     if (of.shape.values() == 0) {
         memset(a.sums, 0, 2 * channels * sizeof(double));
         to_parameter(a.sums, a.dtype, channels, a.grad_weight);
@@ -111,7 +112,7 @@ template <class T, class M> int reduce_grad(const ReduceGradArguments &a) {
     Walk walk(of.shape, false);
     Sums<M> sums(walk);
     Scratch scratch(Affine<R>::bytes(walk) + Backward<T, M>::bytes(walk));
-    if (!sums.scratch || !scratch) return 1;
+    if (!sums.scratch || !scratch) return NO_MEMORY;
     Affine<R> map(scratch, walk);
     map.template fill<T>(scratch, walk, of);
     Backward<T, M> segment(of, walk, map, scratch, false);
@@ -167,7 +168,7 @@ template <class T, class M> int grad_input(const GradInputArguments &a) {
     int64_t channels = of.shape.c;
     Walk walk(of.shape, false);
     Scratch scratch(Affine<R>::bytes(walk) + Backward<T, M>::bytes(walk) + Scratch::bytes<M>(4 * walk.threads * SEGMENT));
-    if (!scratch) return 1;
+    if (!scratch) return NO_MEMORY;
     Affine<R> map(scratch, walk);
     map.template fill<T>(scratch, walk, of);
     double *slope = scratch.array<double>(channels), *offset = scratch.array<double>(channels);
@@ -205,6 +206,7 @@ template <class T, class M> int grad_input(const GradInputArguments &a) {
 }
 
 template <class T> int grad_input(const GradInputArguments &a) {
+    if (a.sums && !a.stamp.holds(a.sums + 2 * a.of.shape.c)) return MISMATCH;
     if (takes_x_and_dy(a.of, a.dz)) return grad_input<T, typename InRegisters<T>::type>(a);
     return grad_input<T, typename Arithmetic<T>::type>(a);
 }

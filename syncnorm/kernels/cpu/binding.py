@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..epilogue import ACTIVATIONS, PLAIN, Epilogue, Saved
 from ..layout import channels_last, in_dense_format
-from ..vectors import Packed, RawMoments, Running, Statistics
+from ..vectors import Packed, RawMoments, Running, Stamp, StampError, Statistics
 from .library import check_layouts, load
 
 __all__ = ["ISA", "Backward", "moments", "normalize"]
@@ -35,18 +35,20 @@ if ISA not in ("avx512", "avx2", "base"):
 
 # The structs of arguments.h. Arguments travel as one of them: a ctypes call of 16 arguments costs more than to pack it.
 _SHAPE, _PARAMETERS, _EPILOGUE = "6q", "PPq", "qPPq"
+_STAMP = "2q"
 _RUNNING = "PPqPqd"
 _BACKWARD = _SHAPE + "PPP" + _PARAMETERS + _EPILOGUE + "P"
 _LAYOUTS = {
     "Shape": _SHAPE,
     "Parameters": _PARAMETERS,
     "Epilogue": _EPILOGUE,
+    "Stamp": _STAMP,
     "Running": _RUNNING,
-    "MomentsArguments": _SHAPE + "PPPq",
-    "NormalizeArguments": _SHAPE + "PPPq" + _PARAMETERS + "dq" + _EPILOGUE + "P" + _RUNNING,
+    "MomentsArguments": _SHAPE + "PPP" + _STAMP,
+    "NormalizeArguments": _SHAPE + "PPP" + _STAMP + _PARAMETERS + "dq" + _EPILOGUE + "P" + _RUNNING,
     "BackwardArguments": _BACKWARD,
-    "ReduceGradArguments": _BACKWARD + "qPPP",
-    "GradInputArguments": _BACKWARD + "PqdPP",
+    "ReduceGradArguments": _BACKWARD + "qPPP" + _STAMP,
+    "GradInputArguments": _BACKWARD + "P" + _STAMP + "qdPP",
 }
 
 
@@ -59,24 +61,35 @@ def _function(name: str, arguments: str) -> Callable[..., None]:
     pack = struct.Struct(_LAYOUTS[arguments]).pack
 
     def function(*values: float) -> None:
-        if call(pack(*values)):
-            raise MemoryError(f"expected memory for the intermediate sums of {name}, got none")
+        failure = call(pack(*values))
+        if failure:
+            raise _error(failure, name)
 
     return function
 
 
+def _error(failure: int, name: str) -> Exception:
+    """Return the exception for what a function of the library returns if it fails."""
+    if failure == _MISMATCH:
+        return StampError()
+    return MemoryError(f"expected memory for the intermediate sums of {name}, got none")
+
+
+_MISMATCH = 2  # Failure in arguments.h
+_NO_STAMP = 0, 0
 _moments = _function("moments", "MomentsArguments")
 _normalize = _function("normalize", "NormalizeArguments")
 _reduce_grad = _function("reduce_grad", "ReduceGradArguments")
 _grad_input = _function("grad_input", "GradInputArguments")
 
 
-def moments(input: Tensor, mask: Tensor | None = None, *, packed: bool = False) -> RawMoments | Packed:
+def moments(input: Tensor, mask: Tensor | None = None, *, stamp: Stamp | None = None) -> RawMoments | Packed:
     """See `reference.moments`."""
     x, shape = _dense(input)
     weights = _weights(mask, x)
-    result = RawMoments(torch.empty(2 * shape[1] + 1, dtype=torch.float64, device="cpu"))
-    _moments(*shape, x.data_ptr(), _pointer(weights), result.data_ptr(), packed)
+    length = 2 * shape[1] + (1 if stamp is None else 3)
+    result = RawMoments(torch.empty(length, dtype=torch.float64, device="cpu"))
+    _moments(*shape, x.data_ptr(), _pointer(weights), result.data_ptr(), *(stamp or _NO_STAMP))
     return result
 
 
@@ -88,7 +101,7 @@ def normalize(
     residual: Tensor | None,
     eps: float,
     *,
-    packed: bool = False,
+    stamp: Stamp | None = None,
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
     running: Running | None = None,
@@ -102,8 +115,8 @@ def normalize(
         if epilogue.saves_signs:
             signs = torch.empty((1, (x.numel() + 7) // 8), dtype=torch.uint8, device="cpu")
     y = x if inplace else torch.empty_like(x)
-    statistics = Statistics(torch.empty_like(moments))
-    pointers = (x.data_ptr(), y.data_ptr(), moments.data_ptr(), packed)
+    statistics = Statistics(torch.empty(2 * shape[1] + 1, dtype=torch.float64, device="cpu"))
+    pointers = (x.data_ptr(), y.data_ptr(), moments.data_ptr(), *(stamp or _NO_STAMP))
     what_follows = (_ACTIVATIONS[epilogue.activation], _pointer(residual), _pointer(signs), inplace)
     moved = None if running is None else _that_kernels_can_move(running)
     _normalize(
@@ -146,22 +159,31 @@ class Backward:
         self.x, self.channels, self.has_residual = x, shape[1], saved.has_residual
         self.alive = dy, statistics, weight, bias, residual, saved.signs, weights  # as long as the pointers
 
-    def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    def reduce_grad(
+        self, dtype: torch.dtype = torch.float64, *, stamp: Stamp | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `reference.Backward.reduce_grad`."""
-        sums = torch.empty(2, self.channels, dtype=torch.float64, device="cpu")
+        length = 2 * self.channels + (0 if stamp is None else 2)
+        sums = torch.empty(length, dtype=torch.float64, device="cpu")
         grad_weight = torch.empty(self.channels, dtype=dtype, device="cpu")
         grad_bias = torch.empty_like(grad_weight)
         pointers = (grad_weight.data_ptr(), grad_bias.data_ptr(), sums.data_ptr())
-        _reduce_grad(*self.arguments, DTYPES[dtype], *pointers)
+        _reduce_grad(*self.arguments, DTYPES[dtype], *pointers, *(stamp or _NO_STAMP))
         return grad_weight, grad_bias, sums
 
     def grad_input(
-        self, sums: Tensor | None, *, centered: bool = True, eps_outside: float = 0.0
+        self,
+        sums: Tensor | None,
+        *,
+        stamp: Stamp | None = None,
+        centered: bool = True,
+        eps_outside: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
         """See `reference.Backward.grad_input`."""
         dx = torch.empty_like(self.x)
         dz = torch.empty_like(self.x) if self.has_residual else None
-        _grad_input(*self.arguments, _pointer(sums), centered, eps_outside, dx.data_ptr(), _pointer(dz))
+        options = (*(stamp or _NO_STAMP), centered, eps_outside)
+        _grad_input(*self.arguments, _pointer(sums), *options, dx.data_ptr(), _pointer(dz))
         return dx, dz
 
 

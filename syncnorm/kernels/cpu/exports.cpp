@@ -52,6 +52,7 @@ EXPORT_ONCE uint32_t syncnorm_source() { return SYNCNORM_SOURCE; }
 EXPORT_SIZE(Shape)
 EXPORT_SIZE(Parameters)
 EXPORT_SIZE(Epilogue)
+EXPORT_SIZE(Stamp)
 EXPORT_SIZE(Running)
 EXPORT_SIZE(MomentsArguments)
 EXPORT_SIZE(NormalizeArguments)

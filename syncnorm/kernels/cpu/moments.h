@@ -85,6 +85,7 @@ template <class T> int moments(const MomentsArguments &a) {
         for (int64_t i = 0; i < positions; ++i) count += mask[i];
     }
     a.moments[2 * channels] = count;
+    if (a.stamp) a.stamp.write(a.moments + 2 * channels + 1);
     if (!(count > 0) || channels == 0) {
         memset(a.moments, 0, 2 * channels * sizeof(double));
         return 0;
@@ -92,7 +93,7 @@ template <class T> int moments(const MomentsArguments &a) {
     Walk walk(a.shape, false);
     Sums<M> sums(walk);
     Scratch scratch(Scratch::bytes<R>(walk.entries()) + 2 * walk.threads * Scratch::bytes<R>(SEGMENT));
-    if (!sums.scratch || !scratch) return 1;
+    if (!sums.scratch || !scratch) return NO_MEMORY;
     R *high = scratch.array<R>(walk.entries());
     M *values = scratch.array<M>(walk.threads * SEGMENT);
     R *weight = scratch.array<R>(walk.threads * SEGMENT);
@@ -112,7 +113,7 @@ template <class T> int moments(const MomentsArguments &a) {
         if (attempt == 0)
             for (int64_t c = 0; c < channels; ++c) mean[c] = in_memory<T>(mean[c]);
     }
-    if (a.packed) pack(a.moments, channels);
+    if (a.stamp) pack(a.moments, channels);
     return 0;
 }
 

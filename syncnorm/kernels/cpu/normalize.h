@@ -108,7 +108,7 @@ template <class M> AffineSegment<M> affine_segment(int64_t activation, bool by_p
 inline void to_statistics(const NormalizeArguments &a) {
     int64_t channels = a.shape.c;
     double *invstd = a.statistics + channels;
-    if (a.packed) unpack(a.moments, channels, a.statistics);
+    if (a.stamp) unpack(a.moments, channels, a.statistics);
     else memcpy(a.statistics, a.moments, (2 * channels + 1) * sizeof(double));
     if (a.running.dtype >= 0) {
         a.running.dtype == FLOAT64 ? update_running<double>(a.running, a.statistics, channels)
@@ -132,7 +132,7 @@ template <class T, class M> int normalize(const NormalizeArguments &a) {
     uint8_t *signs = a.epilogue.signs;
     Walk walk(a.shape, signs);
     Scratch scratch(Affine<R>::bytes(walk) + 4 * walk.threads * Scratch::bytes<M>(SEGMENT));
-    if (!scratch) return 1;
+    if (!scratch) return NO_MEMORY;
     to_statistics(a);
     Affine<R> map(scratch, walk);
     map.fill(scratch, walk, a.statistics, a.statistics + channels, a.parameters);
@@ -157,6 +157,7 @@ template <class T, class M> int normalize(const NormalizeArguments &a) {
 }
 
 template <class T> int normalize(const NormalizeArguments &a) {
+    if (!a.stamp.holds(a.moments + 2 * a.shape.c + 1)) return MISMATCH;
     if (a.epilogue.signs) return normalize<T, typename Arithmetic<T>::type>(a);  // of z before it is rounded
     return normalize<T, typename InRegisters<T>::type>(a);
 }

@@ -10,10 +10,12 @@ arguments, each a pointer into contiguous memory:
     signs            (R, ⌈V / 8⌉) uint8, one bit for each value, for R runs of V contiguous values
     mask             (N * S,) uint8 or floating point, the weight of each position; None: ones
     weight, bias     (C,) of any floating dtype, or None
-    moments          (2C + 1,) = [mean, M2, count], or packed [n·mean, M2 + n·mean², n]
+    moments          (2C + 1,) = [mean, M2, count], or packed with a stamp (2C + 3,) = [n·mean, M2 + n·mean², n, h, h²]
+    flag             (2,) int64, the first is written where a stamp does not match: see `flags`
+    number, ranks    of the stamp
     statistics       (2C + 1,) = [mean, invstd, count]
     grad_weight      (C,) = Σ dz * x̂ of any floating dtype; grad_bias = Σ dz
-    sums             (2, C) = [Σ weight * dz, Σ weight * dz * x̂]
+    sums             (2C,) = [Σ weight * dz, Σ weight * dz * x̂], with a stamp (2C + 2,) = [sums, h, h²]
     partial          per block of channels (W, 2, BC): mean and M2, with counts (W,), or Σ dz and Σ dz * x̂
     counters         one int32 per block of channels, 0
 
@@ -33,10 +35,11 @@ import struct
 import torch
 from torch import Tensor
 
+from .. import flags
 from ..epilogue import PLAIN, Epilogue, Saved, rounding
 from ..layout import in_dense_format
 from ..signs import from_bits, to_bits
-from ..vectors import Packed, RawMoments, Running, Statistics
+from ..vectors import Packed, RawMoments, Running, Stamp, Statistics
 from . import plan
 from .backward import grad_input_kernel, reduce_grad_kernel
 from .launch import launch
@@ -46,19 +49,22 @@ from .workspace import counters
 
 __all__ = ["Backward", "moments", "normalize"]
 
+_NO_STAMP = 0, 0
 
-def moments(input: Tensor, mask: Tensor | None = None, *, packed: bool = False) -> RawMoments | Packed:
-    """Return [mean, M2, count], (2C + 1,), or packed. One kernel."""
+
+def moments(input: Tensor, mask: Tensor | None = None, *, stamp: Stamp | None = None) -> RawMoments | Packed:
+    """Return [mean, M2, count], (2C + 1,), or with a stamp packed, (2C + 3,). One kernel."""
     x = in_dense_format(input)
     division = plan.for_reduction(x)
-    result = RawMoments(_empty_float64(x, 2 * x.shape[1] + 1))
+    result = RawMoments(_empty_float64(x, 2 * x.shape[1] + (1 if stamp is None else 3)))
     tensors = (x, _positions(mask, x), result, *_workspace(x, division, counts=1))
     launch(
         moments_kernel,
         division.programs,
         tensors,
         division.sizes,
-        (*division.constants, plan.UNROLL, division.rows, packed),
+        (*division.constants, plan.UNROLL, division.rows, stamp is not None),
+        (0 if stamp is None else stamp.number,),
     )
     return result
 
@@ -71,7 +77,7 @@ def normalize(
     residual: Tensor | None,
     eps: float,
     *,
-    packed: bool = False,
+    stamp: Stamp | None = None,
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
     running: Running | None = None,
@@ -83,7 +89,7 @@ def normalize(
     x = in_dense_format(input)
     division = plan.for_map(x)
     y = x if epilogue.inplace else torch.empty_like(x)
-    statistics = Statistics(torch.empty_like(moments))
+    statistics = Statistics(_empty_float64(x, 2 * x.shape[1] + 1))
     signs = None
     if epilogue.saves_signs:
         signs = torch.empty(division.lines, division.bytes, dtype=torch.uint8, device=x.device)
@@ -103,17 +109,18 @@ def normalize(
             mean,
             var,
             batches,
+            _flag(stamp, x),
         ),
         division.sizes,
         (
             *division.constants,
-            packed,
+            stamp is not None,
             eps_outside,
             epilogue.activation,
             running is not None and momentum is None,
             plan.RUNNING_CHANNELS,
         ),
-        (_bits(eps), _bits(momentum or 0.0)),
+        (_bits(eps), _bits(momentum or 0.0), *(stamp or _NO_STAMP)),
     )
     if running is not None and moved is not None:
         running.take(moved)
@@ -144,20 +151,28 @@ class Backward:
         relative, least = rounding(x.dtype, epilogue.activation) if epilogue.inplace else (None, None)
         self.constants = (epilogue.activation, saved.signs is not None, relative, least)
 
-    def reduce_grad(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    def reduce_grad(
+        self, dtype: torch.dtype = torch.float64, *, stamp: Stamp | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `reference.Backward.reduce_grad`. One kernel."""
         x = self.x
         division = plan.for_reduction(x)
-        sums = _empty_float64(x, 2, x.shape[1])
+        sums = _empty_float64(x, 2 * x.shape[1] + (0 if stamp is None else 2))
         grad_weight = torch.empty(x.shape[1], dtype=dtype, device=x.device)
         grad_bias = torch.empty_like(grad_weight)
         tensors = (*self.read, grad_weight, grad_bias, sums, *_workspace(x, division))
-        constants = (*division.constants, plan.UNROLL, division.rows, *self.constants)
-        launch(reduce_grad_kernel, division.programs, tensors, division.sizes, constants)
+        constants = (*division.constants, plan.UNROLL, division.rows, *self.constants, stamp is not None)
+        number = 0 if stamp is None else stamp.number
+        launch(reduce_grad_kernel, division.programs, tensors, division.sizes, constants, (number,))
         return grad_weight, grad_bias, sums
 
     def grad_input(
-        self, sums: Tensor | None, *, centered: bool = True, eps_outside: float = 0.0
+        self,
+        sums: Tensor | None,
+        *,
+        stamp: Stamp | None = None,
+        centered: bool = True,
+        eps_outside: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
         """See `reference.Backward.grad_input`. One kernel."""
         dx = torch.empty_like(self.x)
@@ -166,12 +181,17 @@ class Backward:
         launch(
             grad_input_kernel,
             division.programs,
-            (*self.read, *_contiguous(sums), dx, dz),
+            (*self.read, *_contiguous(sums), dx, dz, _flag(stamp, self.x)),
             division.sizes,
             (*division.constants, *self.constants, centered),
-            (_bits(eps_outside),),
+            (_bits(eps_outside), *(stamp or _NO_STAMP)),
         )
         return dx, dz
+
+
+def _flag(stamp: Stamp | None, x: Tensor) -> Tensor | None:
+    """Return the flag that a kernel sets if the stamp does not match."""
+    return None if stamp is None else flags.of_device(x.get_device())
 
 
 def _workspace(x: Tensor, division: plan.Division, counts: int = 0) -> tuple[Tensor | None, Tensor | None]:

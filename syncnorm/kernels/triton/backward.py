@@ -16,10 +16,12 @@ from .device import (
     load_rows,
     load_statistics,
     load_weights,
+    matches,
     or_one,
     place,
     store_cast,
     store_pair,
+    store_stamp,
     through_activation,
     tile_offsets,
 )
@@ -37,11 +39,13 @@ def reduce_grad_kernel(
     sums,
     partial,  # None if there is one run
     counters,
+    number: tl.int64,  # of the stamp
     C, S, tiles, blocks,
     ALIGN: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
     UNROLL: tl.constexpr, ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
     ROUNDING: tl.constexpr, LEAST_ROUNDING: tl.constexpr,  # of y; None: not in place
+    STAMPED: tl.constexpr,
 ):  # fmt: skip
     """Of dy and x: grad_weight, grad_bias and sums."""
     C, S, block, run, runs = place(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST, WIDE)
@@ -63,13 +67,13 @@ def reduce_grad_kernel(
     low = mean - mean.to(ACC).to(tl.float64)
     second = (tl.sum(sum_dz_x.to(tl.float64), 1) - low * first) * invstd
     if partial is None:
-        _store_sums(grad_weight, grad_bias, sums, first, second, weight, channels, C)
+        _store_sums(grad_weight, grad_bias, sums, first, second, weight, channels, C, block, number, STAMPED)
     else:
         of_block = partial + block.to(tl.int64) * runs * (2 * BC)  # (runs, 2, BC)
         store_pair(of_block + run * (2 * BC), first, second, tl.arange(0, BC), BC)
         if is_last(counters + block, runs):
             first, second = _merge(of_block, runs, BC, ROWS)
-            _store_sums(grad_weight, grad_bias, sums, first, second, weight, channels, C)
+            _store_sums(grad_weight, grad_bias, sums, first, second, weight, channels, C, block, number, STAMPED)
 
 
 @triton.jit
@@ -92,7 +96,9 @@ def grad_input_kernel(
     sums,  # of all shards; None: the statistics are constants
     dx,
     dz,  # or None
+    flag,  # of the device, or None without a stamp
     eps_bits: tl.int64,  # 0 with epsilon inside of the root
+    number: tl.int64, ranks: tl.int64,
     C, S, tiles, blocks,
     ALIGN: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
     ACTIVATION: tl.constexpr, KEPT_SIGNS: tl.constexpr,
@@ -105,6 +111,9 @@ def grad_input_kernel(
     mean, invstd, high, scale, shift, inverse = _maps(
         statistics, weight, bias, channels, C, ACC, ROUNDING, LEAST_ROUNDING
     )
+    if flag is not None:
+        wrong = not matches(sums + 2 * C, number, ranks)
+        tl.store(flag, number + 1, mask=(tl.program_id(0) == 0) & wrong)
     if sums is not None:
         n = or_one(tl.load(statistics + 2 * C))
         inside_root = 1 - from_bits(eps_bits) * invstd  # 0 where all values are, at which x is too
@@ -131,12 +140,14 @@ def grad_input_kernel(
 
 
 @triton.jit
-def _store_sums(grad_weight, grad_bias, sums, first, second, weight, channels, C):
-    """Store of Σ dz and Σ dz * x̂ the gradients, in their dtype, and both times weight."""
+def _store_sums(grad_weight, grad_bias, sums, first, second, weight, channels, C, block, number, STAMPED: tl.constexpr):
+    """Store of Σ dz and Σ dz * x̂ the gradients, in their dtype, and both times weight, with the stamp."""
     store_cast(grad_weight + channels, second, channels < C)
     store_cast(grad_bias + channels, first, channels < C)
     w = load_channels(weight, channels, C, 1.0)
     store_pair(sums, first * w, second * w, channels, C)
+    if STAMPED:
+        store_stamp(sums + 2 * C, number, block == 0)
 
 
 @triton.jit

@@ -7,8 +7,8 @@ from ..epilogue import NEGATIVE_SLOPE as _NEGATIVE_SLOPE
 
 NEGATIVE_SLOPE = tl.constexpr(_NEGATIVE_SLOPE)
 
-# Sizes change with every batch of images of other sizes: they are no reason to compile again.
-jit_pass = triton.jit(do_not_specialize=["C", "S", "tiles", "blocks", "eps_bits", "momentum_bits"])
+# Sizes change with every batch of images of other sizes, and stamps with every call: no reason to compile again.
+jit_pass = triton.jit(do_not_specialize=["C", "S", "tiles", "blocks", "eps_bits", "momentum_bits", "number", "ranks"])
 
 
 @triton.jit
@@ -88,11 +88,11 @@ def load_statistics(statistics, channels, C):
 
 
 @triton.jit
-def load_moments(moments, channels, C, PACKED: tl.constexpr):
-    """Return mean, M2 and the count, of moments or packed moments."""
+def load_moments(moments, channels, C, STAMPED: tl.constexpr):
+    """Return mean, M2 and the count, of moments or packed moments, which have a stamp."""
     mean, m2 = load_statistics(moments, channels, C)
     count = tl.load(moments + 2 * C)
-    if PACKED:
+    if STAMPED:
         total, total_square = mean, m2
         mean = total / or_one(count)
         m2 = tl.fma(-total, mean, total_square)  # explicit: the same bits in each compiled kernel
@@ -105,6 +105,22 @@ def store_pair(pair, first, second, channels, C):
     """Store two rows, (2, C)."""
     tl.store(pair + channels, first, mask=channels < C)
     tl.store(pair + C + channels, second, mask=channels < C)
+
+
+@triton.jit
+def store_stamp(tail, number, inside):
+    """Store the last two values of a message, h and h²."""
+    number = number.to(tl.int64)
+    tl.store(tail, number.to(tl.float64), mask=inside)
+    tl.store(tail + 1, (number * number).to(tl.float64), mask=inside)
+
+
+@triton.jit
+def matches(tail, number, ranks):
+    """Return whether the last two values of a sum over the ranks are those of one stamp: see `vectors.Stamp`."""
+    number = number.to(tl.int64)
+    first = ranks * number
+    return (tl.load(tail) == first.to(tl.float64)) & (tl.load(tail + 1) == (first * number).to(tl.float64))
 
 
 @triton.jit

@@ -27,9 +27,9 @@ def launch(
     tensors: tuple[Tensor | None, ...],
     sizes: tuple[int, ...],
     constants: tuple[Any, ...],
-    bits: tuple[int, ...] = (),
+    integers: tuple[int, ...] = (),
 ) -> None:
-    """Launch a kernel on the device of its first tensor. Its parameters are tensors, bits, sizes and constants.
+    """Launch a kernel on the device of its first tensor. Its parameters are tensors, integers, sizes and constants.
 
     Triton looks at each argument of a launch to find the compiled kernel, which takes longer than the launch itself.
     Here the dtypes and the constants tell which one it will find, unless an address is not aligned or a size is large.
@@ -41,16 +41,16 @@ def launch(
         tensors: on one device, contiguous in the kernel's sense.
         sizes: not negative; Triton passes them as int32 or int64.
         constants: compile-time constants.
-        bits: float64 values as integers, which the kernel declares as int64.
+        integers: what the kernel declares as int64, such as float64 values by their bits.
     """
     assert tensors[0] is not None
     device = tensors[0].get_device()
     if device < 0:  # in the interpreter
-        kernel[(programs,)](*tensors, *bits, *sizes, *constants, **OPTIONS)
+        kernel[(programs,)](*tensors, *integers, *sizes, *constants, **OPTIONS)
         return
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            launch(kernel, programs, tensors, sizes, constants, bits)
+            launch(kernel, programs, tensors, sizes, constants, integers)
         return
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     usual = reduce(or_, addresses) % _ALIGNMENT == 0 and max(sizes) <= _LARGEST
@@ -58,8 +58,8 @@ def launch(
     compiled = _compiled.get(key) if usual else None
     if compiled is not None:
         stream = torch._C._cuda_getCurrentRawStream(device)
-        compiled[programs, 1, 1](*addresses, *bits, *sizes, *constants, stream=stream)
+        compiled[programs, 1, 1](*addresses, *integers, *sizes, *constants, stream=stream)
         return
-    found = kernel[(programs,)](*tensors, *bits, *sizes, *constants, **OPTIONS)
+    found = kernel[(programs,)](*tensors, *integers, *sizes, *constants, **OPTIONS)
     if usual and _CALLS_WITH_CONSTANTS:
         _compiled[key] = found

@@ -11,6 +11,7 @@ from .device import (
     or_one,
     place,
     store_pair,
+    store_stamp,
     tile_offsets,
 )
 
@@ -20,10 +21,11 @@ def moments_kernel(
     x, mask, moments,
     partial,  # None if there is one run
     counters,
+    number: tl.int64,  # of the stamp
     C, S, tiles, blocks,
     ALIGN: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
     UNROLL: tl.constexpr, ROWS: tl.constexpr,
-    PACKED: tl.constexpr,
+    STAMPED: tl.constexpr,
 ):  # fmt: skip
     """Of x and mask: moments, or packed.
 
@@ -64,7 +66,7 @@ def moments_kernel(
     m2 = tl.sum(total_square - correction * total + total_weight * difference * difference, 1)
     mean, m2 = middle.to(tl.float64) + center, m2.to(tl.float64)
     if partial is None:
-        _store_moments(moments, mean, m2, count, channels, C, block, PACKED)
+        _store_moments(moments, mean, m2, count, channels, C, block, number, STAMPED)
     else:
         of_block = partial + block.to(tl.int64) * runs * (2 * BC + 1)  # (runs, 2, BC), then the counts (runs,)
         counts = of_block + runs * (2 * BC)
@@ -72,7 +74,7 @@ def moments_kernel(
         tl.store(counts + run, count)
         if is_last(counters + block, runs):
             mean, m2, count = _merge(of_block, counts, runs, BC, ROWS)
-            _store_moments(moments, mean, m2, count, channels, C, block, PACKED)
+            _store_moments(moments, mean, m2, count, channels, C, block, number, STAMPED)
 
 
 @triton.jit
@@ -97,11 +99,12 @@ def _merge(partial, counts, runs, BC: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _store_moments(moments, mean, m2, count, channels, C, block, PACKED: tl.constexpr):
-    """Store moments, M2 not below 0, or packed; the count with the first block of channels."""
+def _store_moments(moments, mean, m2, count, channels, C, block, number, STAMPED: tl.constexpr):
+    """Store moments, M2 not below 0, or packed with a stamp; the count with the first block of channels."""
     m2 = tl.where(m2 < 0, 0.0, m2)
-    if PACKED:
+    if STAMPED:
         store_pair(moments, count * mean, m2 + count * mean * mean, channels, C)
+        store_stamp(moments + 2 * C + 1, number, block == 0)
     else:
         store_pair(moments, mean, m2, channels, C)
     tl.store(moments + 2 * C, count, mask=block == 0)

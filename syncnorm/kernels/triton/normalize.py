@@ -8,6 +8,7 @@ from .device import (
     from_bits,
     jit_pass,
     load_moments,
+    matches,
     or_one,
     place,
     store_bits,
@@ -22,15 +23,18 @@ def normalize_kernel(
     x, moments, weight, bias, residual, y, statistics,
     signs,  # or None, as all tensors before and after may be but x, moments, y and statistics
     running_mean, running_var, num_batches_tracked,
-    eps_bits: tl.int64, momentum_bits: tl.int64,
+    flag,  # of the device, or None without a stamp
+    eps_bits: tl.int64, momentum_bits: tl.int64, number: tl.int64, ranks: tl.int64,
     C, S, tiles, blocks,
     ALIGN: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
-    PACKED: tl.constexpr,  # of the moments
+    STAMPED: tl.constexpr,  # the moments, which are packed
     EPS_OUTSIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,  # a name or None
     CUMULATIVE: tl.constexpr, CHANNELS: tl.constexpr,  # of the running statistics
 ):  # fmt: skip
     """Of x, moments and residual: y, statistics and the signs of z. The first program moves the running statistics.
+
+    A stamp that does not match sets the flag, and the running statistics do not move.
 
     It walks backwards, since the L2 cache has what `moments` read last.
     """
@@ -39,14 +43,19 @@ def normalize_kernel(
         program -= 1
         programs -= 1
     C, S, block, run, runs = place(program, programs, C, S, blocks, ALIGN, LAST, WIDE)
+    right = True
+    if STAMPED:
+        right = matches(moments + 2 * C + 1, number, ranks)
+        tl.store(flag, number + 1, mask=(tl.program_id(0) == 0) & (not right))
     if program < 0:
         if running_mean is not None:
             update_running(
-                running_mean, running_var, num_batches_tracked, moments, momentum_bits, C, PACKED, CUMULATIVE, CHANNELS
-            )
+                running_mean, running_var, num_batches_tracked, moments, momentum_bits, right, C,
+                STAMPED, CUMULATIVE, CHANNELS,
+            )  # fmt: skip
     else:
         channels = block * BC + tl.arange(0, BC)
-        mean, m2, count = load_moments(moments, channels, C, PACKED)
+        mean, m2, count = load_moments(moments, channels, C, STAMPED)
         variance, eps = m2 / or_one(count), from_bits(eps_bits)
         invstd = 1 / (tl.sqrt(variance) + eps) if EPS_OUTSIDE else 1 / tl.sqrt(variance + eps)
         if run == 0:

@@ -13,8 +13,9 @@ def update_running(
     num_batches_tracked,  # () integer, moved; or None
     moments,
     momentum_bits,
+    moves,  # bool: false where the moments are a wrong sum
     C,
-    PACKED: tl.constexpr, CUMULATIVE: tl.constexpr, CHANNELS: tl.constexpr,
+    STAMPED: tl.constexpr, CUMULATIVE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Move the buffers, all channels by one program: each needs the counter before it moves.
 
@@ -24,16 +25,16 @@ def update_running(
     count = tl.load(moments + 2 * C)
     factor = from_bits(momentum_bits)
     if num_batches_tracked is not None:
-        batches = tl.load(num_batches_tracked) + (count > 0).to(tl.int64)
+        batches = tl.load(num_batches_tracked) + (moves & (count > 0)).to(tl.int64)
         if CUMULATIVE:
             factor = 1 / or_one(batches.to(tl.float64))
         tl.debug_barrier()  # every warp has read it
         tl.store(num_batches_tracked, batches)
-    moved = tl.where(count > 0, C, 0)
+    moved = tl.where(moves & (count > 0), C, 0)
     for first in range(0, C, CHANNELS):
         channels = first + tl.arange(0, CHANNELS)
         inside = channels < moved
-        mean, m2, _ = load_moments(moments, channels, C, PACKED)
+        mean, m2, _ = load_moments(moments, channels, C, STAMPED)
         _move(running_mean + channels, mean, factor, inside)
         _move(running_var + channels, m2 / or_one(count - 1), factor, inside)
 
