@@ -44,6 +44,7 @@ class ProcessGroupCommunicator:
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = group
+        self._is_traced = False  # whether torch.compile has traced an all-reduce
         # The group, and the memory that its ranks share. Both end when the group is destroyed.
         self._known: tuple[weakref.ref[dist.ProcessGroup], weakref.ref[SharedMemory] | None] | None = None
 
@@ -69,8 +70,14 @@ class ProcessGroupCommunicator:
         return write_back(tensor, message)
 
     def _all_reduce_in_memory(self, tensor: Tensor, label: Label | None) -> bool:
-        """Sum the tensor in shared memory. Return False if the backend of the group has to sum it."""
+        """Sum the tensor in shared memory. Return False if the backend of the group has to sum it.
+
+        torch.compile cannot trace it, and a rank may stop to compile before another. So once it has traced a call, the
+        backend sums.
+        """
         if torch.compiler.is_compiling():
+            self._is_traced = True
+        if self._is_traced:
             return False
         self._check()
         try:
