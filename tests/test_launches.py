@@ -29,10 +29,13 @@ def of_two_ranks():
     return {name: of_cpu(step) for name, step in steps.items()}
 
 
-def test_two_ranks_call_the_library_twice_each_way():
-    """The all-reduces of the process group are operations of torch's too."""
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_two_ranks_call_the_library_twice_each_way(monkeypatch, in_memory):
+    """The all-reduces of Gloo are operations of torch's too. Those in the memory of the host are not."""
+    monkeypatch.setenv("SYNCNORM_SHARED_MEMORY", str(int(in_memory)))
     moments, normalize, reduce_grad, grad_input = STEP
     expected = [moments, "allreduce_", normalize, reduce_grad, "allreduce_", grad_input]
+    expected = [name for name in expected if not (in_memory and name == "allreduce_")]
     assert testing.run_ranks(of_two_ranks, 2) == [dict.fromkeys(LAYERS, expected)] * 2
 
 
