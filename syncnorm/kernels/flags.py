@@ -38,8 +38,9 @@ def of_device(device: int) -> Tensor:
 def set_unless(matches: Tensor, stamp: Stamp, device: int) -> None:
     """Set the flag of a CUDA device by torch's operations, unless `matches`, () bool on that device, is true."""
     flag = _of_device(device)
-    torch.maximum(flag.on_device, torch.where(matches, 0, stamp.number + 1), out=flag.on_device)
-    flag.host[1:].copy_(flag.on_device, non_blocking=True)
+    with torch._C._DisableFuncTorch():  # the transforms have nothing to do with it
+        torch.maximum(flag.on_device, torch.where(matches, 0, stamp.number + 1), out=flag.on_device)
+        flag.host[1:].copy_(flag.on_device, non_blocking=True)
 
 
 def take(device: int) -> int | None:
