@@ -124,7 +124,7 @@ def layer_norm(
     """
     arguments.check_numbers(eps=eps)
     shape = arguments.parse_normalized_shape(input, normalized_shape, weight, bias, split=process_group is not None)
-    exchange = _sharing(input, process_group, input.shape[: -len(shape)].numel(), "layer_norm")
+    exchange = _sharing(input, process_group, input.shape[: -len(shape)], "layer_norm")
     if exchange.size == 1:
         return F.layer_norm(input, shape, weight, bias, eps)
     y = _normalize_rows(_rows(input, len(shape)), eps, exchange).view_as(input)
@@ -162,7 +162,7 @@ def rms_norm(
     shape = arguments.parse_normalized_shape(input, normalized_shape, weight, bias, split=process_group is not None)
     if eps_outside:
         arguments.check_dense("input", input)
-    exchange = _sharing(input, process_group, input.shape[: -len(shape)].numel(), "rms_norm")
+    exchange = _sharing(input, process_group, input.shape[: -len(shape)], "rms_norm")
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
     if exchange.size == 1 and not eps_outside:
@@ -200,7 +200,7 @@ def group_norm(
     """
     arguments.check_numbers(eps=eps)
     arguments.check_groups(input, num_groups, weight, bias, split=process_group is not None)
-    exchange = _sharing(input, process_group, len(input) * num_groups, "group_norm")
+    exchange = _sharing(input, process_group, torch.Size([len(input), num_groups]), "group_norm")
     if exchange.size == 1:
         return F.group_norm(input, num_groups, weight, bias, eps)
     rows = input.reshape(1, len(input) * num_groups, input.shape[1:].numel() // num_groups)
@@ -227,11 +227,11 @@ def _sharing_batch(input: Tensor, process_group: ProcessGroupLike) -> Exchange:
     return _exchange(input, process_group, input.shape[1], "sync_batch_norm", "C")
 
 
-def _sharing(input: Tensor, process_group: ProcessGroupLike, rows: int, name: str) -> Exchange:
+def _sharing(input: Tensor, process_group: ProcessGroupLike, rows: torch.Size, name: str) -> Exchange:
     """Return the exchange with the ranks that share a sample: none without a process group or without values."""
     if process_group is None or without_values(input):
         return NO_EXCHANGE
-    return _exchange(input, process_group, rows, name, "R")
+    return _exchange(input, process_group, rows.numel(), name, "R")
 
 
 def _exchange(input: Tensor, process_group: ProcessGroupLike, channels: int, name: str, axis: str) -> Exchange:

@@ -72,7 +72,10 @@ class Moments:
         """What the ranks sum, of packed moments: (2C + 3,), or (C + 3,) about zero."""
         if self.centered:
             return self.values
-        return self.values[(len(self.values) - 3) // 2 :]
+        _, total_square = kernels.halves(
+            RawMoments(self.values[:-2])
+        )  # a tracer would record other slices as constants
+        return torch.cat([total_square, self.values[-3:]])
 
     def with_sums(self, sums: Tensor) -> Moments:
         """Return the moments of the whole batch from the sums over the ranks."""

@@ -559,7 +559,7 @@ def test_huge_values_have_gradients(activation):
 
 def test_a_residual_alone_may_need_a_gradient():
     group = CountingCommunicator(Unreachable())  # none in backward
-    group.communicator.all_reduce = lambda tensor: tensor
+    group.communicator.all_reduce = lambda tensor: tensor.mul_(2)  # another rank with the same
     group.communicator.all_gather = lambda tensor: [tensor, tensor]  # by which the ranks compare their layers
     residual = torch.randn(4, 3, requires_grad=True)
     for activation in ACTIVATE:
