@@ -67,36 +67,20 @@ def normalize(
         DesyncError: the ranks have summed messages of different calls. Nothing has been written.
     """
     try:
-        return _normalized(input, moments, weight, bias, eps, exchange, mask, residual, running, eps_outside, epilogue)
+        if moments.followed:
+            output = _composed(input, moments.raw, weight, bias, residual, eps, eps_outside, epilogue)
+            move(running, moments)
+            return output
+        traced = moments.kernels is kernels.reference  # torch.compile follows no update of buffers inside the Function
+        of_moments = moments.kernels, moments.stamp, moments.centered, moments.constant
+        config = Config(*of_moments, eps, eps_outside, exchange, epilogue, None if traced else running)
+        written = memory_of(input) if epilogue.inplace else input
+        output, _ = Normalize.apply(written, weight, bias, residual, moments.values, mask, config)  # type: ignore[no-untyped-call]
+        if traced:
+            move(running, moments)
+        return output if written is input else input
     except StampError:
         raise exchange.mismatch(backward=False) from None
-
-
-def _normalized(
-    input: Tensor,
-    moments: Moments,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    exchange: Exchange,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    running: Running | None,
-    eps_outside: bool,
-    epilogue: Epilogue,
-) -> Tensor:
-    if moments.followed:
-        output = _composed(input, moments.raw, weight, bias, residual, eps, eps_outside, epilogue)
-        move(running, moments)
-        return output
-    traced = moments.kernels is kernels.reference  # torch.compile follows no update of buffers inside the Function
-    of_moments = moments.kernels, moments.stamp, moments.centered, moments.constant
-    config = Config(*of_moments, eps, eps_outside, exchange, epilogue, None if traced else running)
-    written = memory_of(input) if epilogue.inplace else input
-    output, _ = Normalize.apply(written, weight, bias, residual, moments.values, mask, config)  # type: ignore[no-untyped-call]
-    if traced:
-        move(running, moments)
-    return output if written is input else input
 
 
 def _composed(

@@ -72,9 +72,7 @@ class Moments:
         """What the ranks sum, of packed moments: (2C + 3,), or (C + 3,) about zero."""
         if self.centered:
             return self.values
-        _, total_square = kernels.halves(
-            RawMoments(self.values[:-2])
-        )  # a tracer would record other slices as constants
+        _, total_square = kernels.halves(RawMoments(self.values[:-2]))  # whose slices a tracer can follow
         return torch.cat([total_square, self.values[-3:]])
 
     def with_sums(self, sums: Tensor) -> Moments:

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from hosts import move_to
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from virtual_cluster import need_namespaces
 
 import syncnorm
+from syncnorm import testing
 from syncnorm.communicators import LocalCommunicator
 from syncnorm.testing import CountingCommunicator, run_ranks
 
@@ -156,6 +159,26 @@ def keep_all():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_contract(run, world_size):
     assert run(keep_all, world_size) == [PROMISES] * world_size
+
+
+def keep_all_on(hosts):
+    group = syncnorm.communicator()
+    move_to(hosts[group.rank])
+    return keep_all(), group.route()
+
+
+@pytest.mark.parametrize("hosts", ["aaaa", "aaaaaaaa", "aabb", "aaab"])
+def test_contract_in_shared_memory(hosts):
+    """Also of more ranks than cores, and of two hosts."""
+    need_namespaces()
+    for promises, route in testing.run_ranks(keep_all_on, len(hosts), hosts):
+        assert promises == PROMISES
+        assert route.startswith("in shared memory")
+
+
+def test_contract_without_shared_memory(monkeypatch):
+    monkeypatch.setenv("SYNCNORM_SHARED_MEMORY", "0")
+    assert testing.run_ranks(keep_all, 3) == [PROMISES] * 3
 
 
 @pytest.mark.parametrize("promise", PROMISES)
