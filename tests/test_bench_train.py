@@ -12,6 +12,22 @@ CPU = torch.device("cpu")
 ALONE = job.Job(LocalCommunicator(), CPU)
 
 
+@pytest.mark.parametrize(
+    ("calls", "share", "memory", "met", "cell"),
+    [
+        (0, 0.0, None, None, "0.0%"),
+        (10, 0.1, None, True, "10.0% (<= 10%: met)"),
+        (10, 0.11, None, False, "11.0% (<= 10%: MISSED)"),
+        (10, 0.11, 1, None, "11.0%"),  # a GPU
+    ],
+)
+def test_the_target_of_the_share(calls, share, memory, met, cell):
+    time = timing.Timing(1.0, 1.0, 1.0)
+    row = train.Row(train.SYNC, 4, 8, time, time, calls, share, memory)
+    assert row.met is row.numbers()["met"] is met
+    assert row.cells()[-1] == cell
+
+
 def test_the_share_of_collectives(monkeypatch):
     clock, group = Stopwatch(), LocalCommunicator()
     monkeypatch.setattr("syncnorm.testing.time.perf_counter", clock)

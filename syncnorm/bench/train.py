@@ -85,6 +85,9 @@ class Training:
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
+SHARE = 0.1  # of a step on CPUs: what the collectives of the norms may take
+
+
 class Row(NamedTuple):
     """How long a step took with one kind of norm, and the `share` of it that its `calls` of collectives took."""
 
@@ -102,6 +105,11 @@ class Row(NamedTuple):
         """Whether the machine had other things to do."""
         return self.timing.noisy or self.batch_norm.noisy
 
+    @property
+    def met(self) -> bool | None:
+        """Whether the target of the share is met. None: there is none, without collectives or on a GPU."""
+        return None if self.calls == 0 or self.memory is not None else self.share <= SHARE
+
     def numbers(self) -> dict[str, Any]:
         """Return the row as it is written to JSON."""
         median, low, high = self.timing
@@ -116,6 +124,7 @@ class Row(NamedTuple):
             "peak_memory_mb": None if self.memory is None else self.memory / 1e6,
             "norm_collectives_per_step": self.calls,
             "norm_collectives_share": self.share,
+            "met": self.met,
             "noisy": self.noisy,
         }
 
@@ -125,7 +134,8 @@ class Row(NamedTuple):
         rate, ratio = self.images / self.timing.median, self.timing.median / self.batch_norm.median
         memory = [] if self.memory is None else [f"{self.memory / 1e6:,.0f}"]
         times = [median, f"{low} to {high}", f"{rate:.1f}", f"{ratio:.2f}"]
-        return [str(self.batch), self.norm, *times, *memory, f"{self.calls:g}", f"{self.share:.1%}"]
+        target = {None: "", True: f" (<= {SHARE:.0%}: met)", False: f" (<= {SHARE:.0%}: MISSED)"}[self.met]
+        return [str(self.batch), self.norm, *times, *memory, f"{self.calls:g}", f"{self.share:.1%}{target}"]
 
 
 class Failure(NamedTuple):
