@@ -98,7 +98,6 @@ class Exchange:
         layer, dtype = self.layer, input.dtype
         if layer is not None:
             key = layer.key
-            channels = int(channels)  # torch.jit.trace has sizes that are tensors
             if key[0] is not dtype or key[1] != channels:
                 key = layer.key = layer.key_for(dtype, channels)
             self.dtype, self.channels, self.factor, self.offset = key

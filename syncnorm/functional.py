@@ -237,14 +237,19 @@ def _sharing(input: Tensor, process_group: ProcessGroupLike, rows: torch.Size, n
 def _exchange(input: Tensor, process_group: ProcessGroupLike, channels: int, name: str, axis: str) -> Exchange:
     """Return the exchange that a module has passed as its process group, or that of the call of this function."""
     if isinstance(process_group, Exchange):
-        return process_group.on(input, channels)
+        return _on(process_group, input, channels)
     group = communicator(process_group)
     if isinstance(group, LocalCommunicator):
         return NO_EXCHANGE
     if torch.compiler.is_compiling():
         note_compilation()
         return Exchange(group)
-    return Exchange(group, of_function(name, axis)).on(input, channels)
+    return _on(Exchange(group, of_function(name, axis)), input, channels)
+
+
+def _on(exchange: Exchange, input: Tensor, channels: int) -> Exchange:
+    """Set the input of an exchange, unless a tracer records it: that sends nothing, and its sizes may be tensors."""
+    return exchange if transforms.recording() else exchange.on(input, channels)
 
 
 def _one_value(input: Tensor, mask: Tensor | None, moments: Moments) -> bool:
