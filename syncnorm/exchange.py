@@ -108,7 +108,7 @@ class Exchange:
         """Return the stamp of the message in a direction. None: there is one rank, and no message."""
         if self.size == 1:
             return None
-        return Stamp((self.offset + self.factor * (2 * self.call + backward)) % NUMBERS, self.size)
+        return Stamp(self._number(backward), self.size)
 
     def all_reduce(self, tensor: Tensor, *, backward: bool) -> Tensor:
         """Sum the message of a direction over the ranks, in place, and return it.
@@ -118,7 +118,7 @@ class Exchange:
         """
         if self.layer is None:
             return self.group.all_reduce(tensor)
-        number = (self.offset + self.factor * (2 * self.call + backward)) % NUMBERS
+        number = self._number(backward)
         label = Label(number, self.call, backward, self.layer.name)
         if flags.in_use:
             _raise_if_flagged(tensor, self.group)
@@ -144,6 +144,9 @@ class Exchange:
             )
         places = [t[len(MARK) :].decode(errors="ignore") if t.startswith(MARK) else ELSEWHERE for t in received]
         return DesyncError("\n".join([EXPECTED, *(f"  rank {i}: {printable(p)}" for i, p in enumerate(places))]))
+
+    def _number(self, backward: bool) -> int:
+        return (self.offset + self.factor * (2 * self.call + backward)) % NUMBERS
 
     def _remember(self, device: int, number: int, backward: bool) -> None:
         if len(_recent) >= RECENT:

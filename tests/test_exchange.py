@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from reports import check_report
 from torch import nn
 
 import syncnorm
@@ -159,14 +160,9 @@ CASES = [  # what rank 0 was in, and rank 1
 @pytest.mark.parametrize(("train", "of_rank_0", "of_rank_1"), CASES, ids=[train.__name__ for train, *_ in CASES])
 def test_every_rank_reports_who_was_where(run, world_size, train, of_rank_0, of_rank_1):
     found = run(error_of, world_size, train, Unlabelled)
-    assert len(set(found)) == 1, "other ranks say otherwise"
-    text, goes_on = found[0]
-    assert goes_on
-    title, *ranks = text.splitlines()
-    assert title == "expected all ranks to be in the same call of the same layer, got"
-    assert len(ranks) == world_size
-    assert re.fullmatch(f"  rank 0: .*{of_rank_0}.*", ranks[0])
-    assert re.fullmatch(f"  rank 1: .*{of_rank_1}.*", ranks[1])
+    check_report(
+        found, "expected all ranks to be in the same call of the same layer, got", world_size, of_rank_0, of_rank_1
+    )
 
 
 @pytest.mark.parametrize("train", [train for train, *_ in CASES], ids=lambda train: train.__name__)

@@ -89,9 +89,8 @@ class ProcessGroupCommunicator:
             self._raise("all_reduce", error)
 
     def _shared_memory(self) -> SharedMemory | None:
-        group = dist.group.WORLD if self.group is None else self.group
+        group = self._current_group()
         if self._known is None or self._known[0]() is not group:
-            assert group is not None
             shared = shared_memory_of(group)
             self._known = weakref.ref(group), None if shared is None else weakref.ref(shared)
         memory = self._known[1]
@@ -103,9 +102,12 @@ class ProcessGroupCommunicator:
         Raises:
             RuntimeError: the other ranks do not join the first call.
         """
+        return route_of(self._current_group())
+
+    def _current_group(self) -> dist.ProcessGroup:
         group = dist.group.WORLD if self.group is None else self.group
         assert group is not None
-        return route_of(group)
+        return group
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Overwrite `tensor` with that of `root` (a rank of this group): one `dist.broadcast`."""

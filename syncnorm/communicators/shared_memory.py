@@ -220,10 +220,8 @@ class _Message(NamedTuple):
         dtype = next((dtype for dtype, value in VALUES.items() if value == self.dtype), None)
         name = str(dtype).removeprefix("torch.")
         values = f"{self.size} bytes" if dtype is None else f"{self.size // dtype.itemsize} {name}"
-        layer = printable(self.layer.rstrip(b"\0").decode(errors="replace"))
-        call = f"call {self.call} of " * bool(self.call)
-        direction = "backward" if self.backward else "forward"
-        return f"{values} of {call}{layer}, {direction}" if layer else f"{values}, outside of a layer"
+        label = Label(self.number, self.call, bool(self.backward), self.layer.rstrip(b"\0"))
+        return f"{values} of {printable(str(label))}" if label.layer else f"{values}, outside of a layer"
 
 
 class _Progress(NamedTuple):

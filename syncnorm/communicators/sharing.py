@@ -119,19 +119,15 @@ def _share(
 
     segment, problem, size = None, "", bytes_of_segment(len(here))
     name = ranks[here[0]]["segment"]
+    is_first = board.rank == here[0]
     try:
         try:
-            if board.rank == here[0]:
-                segment = Segment.create(name, size, len(here))
+            if is_first or board.get("created", here[0]):
+                segment = (Segment.create if is_first else Segment.open)(name, size, len(here))
         except OSError as error:
             problem = str(error)
-        if board.rank == here[0]:
+        if is_first:
             board.put("created", "yes" if segment else "")
-        elif board.get("created", here[0]):
-            try:
-                segment = Segment.open(name, size, len(here))
-            except OSError as error:
-                problem = str(error)
         problems = board.exchange("problem", problem)
     finally:
         unlink(name)  # each rank does, since the others may have been killed
