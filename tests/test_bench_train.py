@@ -13,19 +13,23 @@ ALONE = job.Job(LocalCommunicator(), CPU)
 
 
 @pytest.mark.parametrize(
-    ("calls", "share", "memory", "met", "cell"),
+    ("calls", "share", "device", "met", "cell"),
     [
-        (0, 0.0, None, None, "0.0%"),
-        (10, 0.1, None, True, "10.0% (<= 10%: met)"),
-        (10, 0.11, None, False, "11.0% (<= 10%: MISSED)"),
-        (10, 0.11, 1, None, "11.0%"),  # a GPU
+        (0, 0.0, "cpu", None, "0.0%"),  # BatchNorm, or one rank
+        (10, 0.1, "cpu", True, "10.0% (<= 10%: met)"),
+        (10, 0.11, "cpu", False, "11.0% (<= 10%: MISSED)"),
+        (10, 0.11, "cuda", None, "11.0%"),
     ],
 )
-def test_the_target_of_the_share(calls, share, memory, met, cell):
+def test_the_target_of_the_share(calls, share, device, met, cell):
     time = timing.Timing(1.0, 1.0, 1.0)
-    row = train.Row(train.SYNC, 4, 8, time, time, calls, share, memory)
-    assert row.met is row.numbers()["met"] is met
+    row = train.Row(train.SYNC, 4, 8, time, time, calls, share, None, torch.device(device))
     assert row.cells()[-1] == cell
+    wanted = {"target": "norms' collectives / step", "value": share, "limit": 0.1, "noisy": False, "met": met}
+    assert row.numbers()["target"] == (None if met is None else wanted)
+    if met is not None:
+        row = row._replace(timing=timing.Timing(1.0, 1.0, 2.0))
+        assert row.cells()[-1] == cell.replace(")", ", noisy)")
 
 
 def test_the_share_of_collectives(monkeypatch):
@@ -171,7 +175,7 @@ def test_a_norm_that_fails_is_told_and_the_others_are_timed():
 
 def test_a_row_with_memory_has_a_cell_for_it():
     time = timing.Timing(0.002, 0.001, 0.003)
-    row = train.Row(train.SYNC, 4, 8, time, time, 0, 0.0, memory=1_234_567_890)
+    row = train.Row(train.SYNC, 4, 8, time, time, 0, 0.0, 1_234_567_890, torch.device("cuda"))
     assert row.numbers()["peak_memory_mb"] == pytest.approx(1234.56789)
     assert dict(zip(train._columns(True), row.cells(), strict=True))["peak memory MB"] == "1,235"
     assert row._replace(memory=None).numbers()["peak_memory_mb"] is None
@@ -201,4 +205,8 @@ def test_train(tmp_path, launcher, ranks):
         assert row["peak_memory_mb"] is None
         synchronizes = ranks > 1 and row["norm"] != "BN"
         assert row["norm_collectives_per_step"] == 2 * norms * synchronizes
+        if synchronizes:
+            assert row["target"]["met"] is (row["norm_collectives_share"] <= row["target"]["limit"] == 0.1)
+        else:
+            assert row["target"] is None
         assert 0 < row["norm_collectives_share"] < 1 if synchronizes else row["norm_collectives_share"] == 0

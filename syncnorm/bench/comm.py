@@ -1,13 +1,15 @@
 """`python -m syncnorm bench comm`: all-reduces by syncnorm against bare ones on the same memory.
 
-Under mpirun the bare one is mpi4py's `Allreduce`, else torch.distributed's on Gloo. A Gloo group of the same ranks sums
-in the memory of their host. Messages are what a SyncBatchNorm of C channels sends in forward, 2C + 3 float64, and one
-gradient bucket of DistributedDataParallel.
+Under mpirun the bare one is mpi4py's `Allreduce`, else torch.distributed's on Gloo. Messages are what a SyncBatchNorm
+of C channels sends in forward, 2C + 3 float64, and one gradient bucket of DistributedDataParallel.
+
+"Shared memory" is a communicator on a Gloo group, which is what torchrun gives a job on CPUs. Under torchrun it is the
+only communicator there is. Under mpirun it is beside that of MPI, so that one run tells what the two take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,33 +17,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import info
-from ..communicators import Communicator, communicator
-from ..communicators.segment import MOST_BYTES
+from ..communicators import Communicator
+from ..communicators.process_group import ProcessGroupCommunicator
 from ..job.init import init
 from . import copy_baseline, report
 from .timing import FULL, QUICK, Candidates, Effort, Timing, interleave
 
 __all__ = ["MESSAGES", "Message", "Row", "Target", "check", "main", "measure"]
 
+RAW_MPI = "raw mpi4py"
 COMMUNICATOR = "Communicator"
 MPI4PY = "torch on mpi4py"  # torch.distributed
+SHARED = "shared memory"  # a communicator on Gloo
 GLOO = "torch on gloo"
-SHARED = "shared memory"  # syncnorm's communicator of a Gloo group
 COLUMNS = ("message", "all-reduce by", "median µs", "quartiles", "x raw", "µs over raw", "target", "")
 
 
 class Target(NamedTuple):
-    """What a path may cost: a factor (`ratio`) or a time (`extra_us`) over the raw call, or a factor over `of_mpi`."""
+    """What a path may cost over another one: a factor (`ratio`) or a time (`extra_us`)."""
 
     quantity: str
     limit: float
+    path: str | None = None  # the other one. None: the raw call
 
     def __str__(self) -> str:
-        return {
-            "ratio": f"<= {self.limit:g} x raw",
-            "extra_us": f"<= raw + {self.limit:g} µs",
-            "of_mpi": f"<= {self.limit:g} x {COMMUNICATOR}",
-        }[self.quantity]
+        path = self.path or "raw"
+        return f"<= {self.limit:g} x {path}" if self.quantity == "ratio" else f"<= {path} + {self.limit:g} µs"
 
 
 class Message(NamedTuple):
@@ -53,7 +54,11 @@ class Message(NamedTuple):
     targets: dict[str, Target]
 
 
-STATISTICS = {COMMUNICATOR: Target("ratio", 1.3), MPI4PY: Target("extra_us", 25), SHARED: Target("of_mpi", 1.3)}
+STATISTICS = {
+    COMMUNICATOR: Target("ratio", 1.3),
+    MPI4PY: Target("extra_us", 25),
+    SHARED: Target("ratio", 1.3, COMMUNICATOR),
+}
 MESSAGES = [
     *(Message(f"C = {c}", 2 * c + 3, torch.float64, STATISTICS) for c in (64, 256, 1024, 2048)),
     Message("25 MB bucket", 25 * 2**20 // 4, torch.float32, {MPI4PY: Target("ratio", 1.2)}),
@@ -61,26 +66,40 @@ MESSAGES = [
 
 
 class Row(NamedTuple):
-    """One path's time for one message, beside that of the raw call, and that of syncnorm's communicator of MPI."""
+    """One path's time for one message, beside those of the other paths. The first of them is the raw call."""
 
     message: Message
     path: str
-    timing: Timing
-    raw: Timing
-    mpi: Timing | None = None
+    timings: Mapping[str, Timing]
+
+    @property
+    def target(self) -> Target | None:
+        """What this path may cost."""
+        return self.message.targets.get(self.path)
+
+    @property
+    def raw(self) -> str:
+        """The path of the raw call."""
+        return next(iter(self.timings))
 
     @property
     def noisy(self) -> bool:
         """Whether the machine had other things to do."""
-        return self.timing.noisy or self.raw.noisy
+        paths = {self.path, self.raw, (self.target and self.target.path) or self.raw}
+        return any(self.timings[path].noisy for path in paths)
+
+    def over(self, path: str) -> dict[str, float]:
+        """Return what this path costs over another one: the quantities of `Target`."""
+        own, other = self.timings[self.path].median, self.timings[path].median
+        return {"ratio": own / other, "extra_us": 1e6 * (own - other)}
 
     def numbers(self) -> dict[str, Any]:
         """Return the row as it is written to JSON."""
-        median, low, high = self.timing.micros()
-        over = {"ratio": self.timing.median / self.raw.median, "extra_us": median - 1e6 * self.raw.median}
-        if self.mpi is not None:
-            over["of_mpi"] = self.timing.median / self.mpi.median
-        target = self._target()
+        median, low, high = self.timings[self.path].micros()
+        target = self.target
+        if target is not None:
+            path = target.path or self.raw
+            value = self.over(path)[target.quantity]
         return {
             "message": self.message.name,
             "elements": self.message.elements,
@@ -88,21 +107,16 @@ class Row(NamedTuple):
             "path": self.path,
             "median_us": median,
             "quartiles_us": [low, high],
-            **over,
-            "target": target and target._asdict(),
-            "met": target and over[target.quantity] <= target.limit,
+            **self.over(self.raw),
+            "target": target and {**target._asdict(), "path": path, "value": value},
+            "met": target and value <= target.limit,
             "noisy": self.noisy,
         }
-
-    def _target(self) -> Target | None:
-        target = self.message.targets.get(self.path)
-        return None if target is not None and target.quantity == "of_mpi" and self.mpi is None else target
 
     def cells(self) -> list[str]:
         """Return the row as it is printed."""
         n = self.numbers()
         low, high = n["quartiles_us"]
-        target = self._target()
         return [
             n["message"],
             n["path"],
@@ -110,8 +124,8 @@ class Row(NamedTuple):
             f"{report.digits(low)} to {report.digits(high)}",
             f"{n['ratio']:.2f}",
             report.digits(n["extra_us"]),
-            str(target or ""),
-            {None: "", True: "met", False: "MISSED"}[n["met"]] + ", noisy" * n["noisy"] * (target is not None),
+            str(self.target or ""),
+            {None: "", True: "met", False: "MISSED"}[n["met"]] + ", noisy" * n["noisy"] * (self.target is not None),
         ]
 
 
@@ -126,28 +140,28 @@ def main(files: report.Files, quick: bool = False) -> None:
         raise RuntimeError(
             "expected a group of several ranks, got this process alone: mpirun -n 2 python -m syncnorm bench comm"
         )
-    sections = list(measure(group, QUICK if quick else FULL))
-    job = info.job()
+    gloo = ProcessGroupCommunicator(dist.new_group(backend="gloo"))
+    facts, route = report.header(info.job()), gloo.route()
+    if dist.get_backend() != "gloo":
+        facts["sums on a gloo group"] = route
+    sections = list(measure(group, gloo, QUICK if quick else FULL))
     if group.rank == 0:
         title = f"all-reduce on {report.ranks(group.size)}" + report.WARNING * quick
         rows = [row.numbers() for rows in sections for row in rows]
-        report.publish_rows(report.header(job), report.Table(title, COLUMNS, []), sections, {"rows": rows}, files)
+        report.publish_rows(facts, report.Table(title, COLUMNS, []), sections, {"rows": rows}, files)
 
 
-def measure(group: Communicator, effort: Effort) -> Iterator[list[Row]]:
+def measure(group: Communicator, gloo: ProcessGroupCommunicator, effort: Effort) -> Iterator[list[Row]]:
     """Time every message on every path; yield the rows of each message. Collective on all ranks of the job."""
-    gloo = dist.new_group(backend="gloo")
     for message in MESSAGES:
         tensor = torch.empty(message.elements, dtype=message.dtype, device="cpu")  # one memory for all paths
         timings: dict[str, Timing] = {}
-        for candidates in paths(tensor, group, gloo):
+        for candidates in paths(message, tensor, group, gloo):
             for name, run in candidates.items():
                 check(name, run, tensor, group.size)
             tensor.zero_()  # whose sums stay finite
             timings |= interleave(candidates, group, effort)
-        raw = next(iter(timings.values()))
-        mpi = timings[COMMUNICATOR] if MPI4PY in timings else None
-        yield [Row(message, name, timing, raw, mpi) for name, timing in timings.items()]
+        yield [Row(message, name, timings) for name in timings]
 
 
 def check(name: str, run: Callable[[], object], tensor: Tensor, size: int) -> None:
@@ -158,20 +172,20 @@ def check(name: str, run: Callable[[], object], tensor: Tensor, size: int) -> No
         raise RuntimeError(f"expected {name} to sum ones over {size} ranks, got {tensor}")
 
 
-def paths(tensor: Tensor, group: Communicator, gloo: dist.ProcessGroup) -> list[Candidates]:
+def paths(message: Message, tensor: Tensor, group: Communicator, gloo: ProcessGroupCommunicator) -> list[Candidates]:
     """Return the ways to sum the tensor's memory over the ranks, by name: those that take turns in one mapping.
 
-    The first is the raw one. Gloo takes no turns with the others, which are slower after it, since Gloo's ranks sleep.
+    The first is the raw one. Gloo takes no turns with MPI and memory, which are slower after it, since Gloo's ranks
+    sleep.
     """
-    over_gloo = {GLOO: lambda: dist.all_reduce(tensor, group=gloo)}
-    own = communicator(gloo)
+    over_gloo: Candidates = {GLOO: lambda: dist.all_reduce(tensor, group=gloo.group)}
     if dist.get_backend() != "mpi4py":
-        return [over_gloo, {COMMUNICATOR: lambda: own.all_reduce(tensor)}]
-    over_mpi = {
-        "raw mpi4py": copy_baseline.all_reduce(tensor),
+        return [over_gloo, {COMMUNICATOR: lambda: gloo.all_reduce(tensor)}]
+    awake = {
+        RAW_MPI: copy_baseline.all_reduce(tensor),
         COMMUNICATOR: lambda: group.all_reduce(tensor),
         MPI4PY: lambda: dist.all_reduce(tensor),
     }
-    if tensor.nbytes <= MOST_BYTES:
-        over_mpi[SHARED] = lambda: own.all_reduce(tensor)
-    return [over_mpi, over_gloo]
+    if SHARED in message.targets and gloo.route().startswith("in shared memory"):
+        awake[SHARED] = lambda: gloo.all_reduce(tensor)
+    return [awake, over_gloo]

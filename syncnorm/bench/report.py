@@ -71,7 +71,7 @@ def header(job: Mapping[str, str]) -> dict[str, str]:
         "machine": f"{_cpu()}, {os.cpu_count()} cores, of which rank 0 may use {len(os.sched_getaffinity(0))}",
         **({**gpu, "L2 cache": _l2_cache()} if torch.cuda.is_available() else triton),
         **{name: machine[name] for name in ("syncnorm", "python", "torch", "mpi4py", "mpi", "kernels on cpu")},
-        **{name: job[name] for name in ("launcher", "communicator", "torch.distributed", "hosts")},
+        **{name: fact for name, fact in job.items() if name not in ("rank", "local rank")},
         "threads per rank": str(torch.get_num_threads()),
     }
 

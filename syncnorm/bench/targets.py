@@ -1,4 +1,4 @@
-"""What a layer may cost, as ratios of times within one run; a ratio above its limit is a target that was missed.
+"""What a layer or a step may cost, as ratios of times within one run. A ratio above its limit misses its target.
 
 In their words `one` is the layer with each rank a group of one, `all` the layer synchronized over all ranks, and
 `all-reduces` are two bare ones, of what forward and backward send. One after the other they meet ranks and threads that
@@ -33,6 +33,7 @@ __all__ = [
     "TORCH_SYNC",
     "WORDS",
     "Verdict",
+    "of_collectives",
     "verdicts",
 ]
 
@@ -53,6 +54,7 @@ OVER_COPY = "one / copy"  # the target that the figure shows
 ON_CPU = {LARGE: 1.1, SMALL: 1.4}  # float32, over the copy baseline
 ON_GPU = 1.25
 HOST_ON_GPU = 0.5  # of the host's time that torch.nn.SyncBatchNorm takes
+COLLECTIVES_ON_CPU = 0.1  # of a training step
 
 WORDS = "targets (one: each rank alone; all: synchronized; all-reduces: two bare ones, in place: between passes)"
 
@@ -136,3 +138,17 @@ def verdicts(case: Case, timings: Mapping[str, Timing], device: torch.device) ->
     for target, name in (("one, relu / one", RELU), ("one, add, relu / one", ADD_RELU)):
         if name in timings:
             yield verdict(target, time(name) / one, 1.05, name, ALONE)
+
+
+def of_collectives(share: float, calls: float, device: torch.device, noisy: bool) -> Verdict | None:
+    """Return the target of the norms' collectives in a training step, if there is one: of several ranks on CPUs.
+
+    Args:
+        share: of the step that a rank spends in them.
+        calls: how many there are in a step. A process alone has none, and neither has plain BatchNorm.
+        device: of the model.
+        noisy: whether the machine had other things to do.
+    """
+    if device.type != "cpu" or not calls:
+        return None
+    return Verdict("norms' collectives / step", share, COLLECTIVES_ON_CPU, noisy)

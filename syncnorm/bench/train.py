@@ -28,6 +28,7 @@ from ..testing import TimedCommunicator
 from . import baselines, report
 from .job import Job, join
 from .resnet import BLOCKS, InPlace, NormFactory, ResNet, Separate
+from .targets import Verdict, of_collectives
 from .timing import Budget, Effort, Timing, clock_of, interleave, wall
 
 __all__ = ["CANDIDATES", "Failure", "Row", "Training", "candidates", "main", "measure", "peak_memory", "waiting"]
@@ -85,9 +86,6 @@ class Training:
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
-SHARE = 0.1  # of a step on CPUs: what the collectives of the norms may take
-
-
 class Row(NamedTuple):
     """How long a step took with one kind of norm, and the `share` of it that its `calls` of collectives took."""
 
@@ -99,6 +97,7 @@ class Row(NamedTuple):
     calls: float
     share: float
     memory: int | None  # bytes at the peak, on a GPU
+    device: torch.device
 
     @property
     def noisy(self) -> bool:
@@ -106,9 +105,9 @@ class Row(NamedTuple):
         return self.timing.noisy or self.batch_norm.noisy
 
     @property
-    def met(self) -> bool | None:
-        """Whether the target of the share is met. None: there is none, without collectives or on a GPU."""
-        return None if self.calls == 0 or self.memory is not None else self.share <= SHARE
+    def target(self) -> Verdict | None:
+        """What the collectives may take of a step, and whether they do."""
+        return of_collectives(self.share, self.calls, self.device, self.noisy)
 
     def numbers(self) -> dict[str, Any]:
         """Return the row as it is written to JSON."""
@@ -124,7 +123,7 @@ class Row(NamedTuple):
             "peak_memory_mb": None if self.memory is None else self.memory / 1e6,
             "norm_collectives_per_step": self.calls,
             "norm_collectives_share": self.share,
-            "met": self.met,
+            "target": self.target and self.target.numbers(),
             "noisy": self.noisy,
         }
 
@@ -134,8 +133,9 @@ class Row(NamedTuple):
         rate, ratio = self.images / self.timing.median, self.timing.median / self.batch_norm.median
         memory = [] if self.memory is None else [f"{self.memory / 1e6:,.0f}"]
         times = [median, f"{low} to {high}", f"{rate:.1f}", f"{ratio:.2f}"]
-        target = {None: "", True: f" (<= {SHARE:.0%}: met)", False: f" (<= {SHARE:.0%}: MISSED)"}[self.met]
-        return [str(self.batch), self.norm, *times, *memory, f"{self.calls:g}", f"{self.share:.1%}{target}"]
+        target = self.target
+        share = f"{self.share:.1%}" + (f" (<= {target.limit:.0%}: {target.cells()[-1]})" if target else "")
+        return [str(self.batch), self.norm, *times, *memory, f"{self.calls:g}", share]
 
 
 class Failure(NamedTuple):
@@ -252,7 +252,9 @@ def measure(
         share, calls = waiting(training, training.timed, effort.rounds if job.group.size > 1 else 1, clock)
         share = sum(job.group.all_gather_object(share)) / job.group.size
         memory = peak_memory(training, job.device) if on_gpu else None
-        yield Row(name, shape[0], job.group.size * shape[0], timings[name], timings[BN], calls, share, memory)
+        yield Row(
+            name, shape[0], job.group.size * shape[0], timings[name], timings[BN], calls, share, memory, job.device
+        )
 
 
 def peak_memory(training: Training, device: torch.device) -> int:
