@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import _C, Tensor, fx
 
-from .kernels import ACTIVATIONS, PLAIN, Epilogue
+from .kernels import ACTIVATIONS, PLAIN, Epilogue, quick_check
 
 __all__ = [
     "check_activation",
@@ -85,15 +85,35 @@ def check_batch_norm_arguments(
     num_batches_tracked: Tensor | None,
 ) -> None:
     """Raise ValueError, TypeError or RuntimeError if the arguments are inconsistent."""
-    vectors = running_mean, running_var, weight, bias
-    shape, device = (_parse_channels(input, vectors),), input.device
-    check_flags(training=training)
-    check_numbers(eps=eps)
-    check_numbers_or_none(momentum=momentum)
+    tensors = input, running_mean, running_var, weight, bias, num_batches_tracked
+    if torch.compiler.is_dynamo_compiling() or not quick_check()(*tensors):
+        _check_tensors(*tensors)
+    if not (type(training) is bool and type(eps) is type(momentum) is float):  # which is quick to see
+        check_flags(training=training)
+        check_numbers(eps=eps)
+        check_numbers_or_none(momentum=momentum)
     if training and eps <= 0:
         raise ValueError(f"expected a positive eps in training, got {eps}")
     if eps < 0:
         raise ValueError(f"expected an eps of at least 0, got {eps}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("expected running_mean and running_var together, got only one of them")
+    if not training and running_mean is None:
+        raise ValueError("expected running_mean and running_var outside training, got None")
+    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
+        raise ValueError("expected num_batches_tracked with momentum=None (cumulative average), got None")
+
+
+def _check_tensors(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    vectors = running_mean, running_var, weight, bias
+    shape, device = (_parse_channels(input, vectors),), input.device
     for vector in vectors:
         if vector is not None and not (
             isinstance(vector, Tensor)
@@ -106,12 +126,6 @@ def check_batch_norm_arguments(
             )
     if num_batches_tracked is not None and (num_batches_tracked.device != device or num_batches_tracked.numel() != 1):
         raise _counter_error(num_batches_tracked, input)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("expected running_mean and running_var together, got only one of them")
-    if not training and running_mean is None:
-        raise ValueError("expected running_mean and running_var outside training, got None")
-    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
-        raise ValueError("expected num_batches_tracked with momentum=None (cumulative average), got None")
 
 
 def _parse_channels(input: Tensor, vectors: tuple[Tensor | None, ...]) -> int:

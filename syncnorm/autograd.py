@@ -73,9 +73,10 @@ def normalize(
             return output
         traced = moments.kernels is kernels.reference  # torch.compile follows no update of buffers inside the Function
         of_moments = moments.kernels, moments.stamp, moments.centered, moments.constant
-        config = Config(*of_moments, eps, eps_outside, exchange, epilogue, None if traced else running)
+        config = Config(*of_moments, eps, eps_outside, exchange, epilogue)
         written = memory_of(input) if epilogue.inplace else input
-        output, _ = Normalize.apply(written, weight, bias, residual, moments.values, mask, config)  # type: ignore[no-untyped-call]
+        arguments = (written, weight, bias, residual, moments.values, mask, config, None if traced else running)
+        output, _ = Normalize.apply(*arguments) if traced else _apply(*arguments)  # type: ignore[no-untyped-call]
         if traced:
             move(running, moments)
         return output if written is input else input
@@ -111,11 +112,10 @@ class Config(NamedTuple):
     eps_outside: bool
     exchange: Exchange
     epilogue: Epilogue
-    running: Running | None
 
 
 class Normalize(Function):
-    """See `normalize`. Inputs that are not tensors with gradients: moments (2C + 1,) or (2C + 3,), mask, config."""
+    """See `normalize`. Inputs without gradients: moments (2C + 1,) or (2C + 3,), mask, config, running statistics."""
 
     @staticmethod
     def forward(
@@ -127,6 +127,7 @@ class Normalize(Function):
         moments: RawMoments | Packed,
         mask: Tensor | None,
         config: Config,
+        running: Running | None,
     ) -> tuple[Tensor, Statistics]:
         """Return y = activation(x̂ * weight + bias + residual), and [mean, invstd, count]."""
         epilogue = config.epilogue
@@ -140,16 +141,21 @@ class Normalize(Function):
             stamp=config.stamp,
             eps_outside=config.eps_outside,
             epilogue=epilogue,
-            running=config.running,
+            running=running,
         )
         if epilogue.inplace:
             ctx.mark_dirty(input)
         if config.constant:
             ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        saved = Saved(output if epilogue.inplace else input, signs, residual if epilogue.saves_residual else None)
-        ctx.save_for_backward(*saved, statistics, weight, bias if epilogue.needs_bias else None, mask)
-        ctx.config, ctx.dtype = config._replace(running=None), _common_dtype(weight, bias)
+        of_epilogue = (
+            output if epilogue.inplace else input,
+            signs,
+            residual if residual is not None and epilogue.saves_residual else None,
+        )
+        bias_or_none = bias if epilogue is not PLAIN and epilogue.needs_bias else None
+        ctx.save_for_backward(*of_epilogue, statistics, weight, bias_or_none, mask)
+        ctx.config, ctx.dtype = config, _common_dtype(weight, bias)
         ctx.channels_last = signs is not None and bool(channels_last(input))
         return output, statistics
 
@@ -163,7 +169,9 @@ class Normalize(Function):
         config: Config = ctx.config
         followed = torch.is_grad_enabled() or transforms.active(grad_output, grad_statistics)
         chosen = kernels.reference if followed else kernels.select(*tensors, grad_output)
-        kept = _in_saved_order(Saved(*saved), ctx.channels_last)
+        kept = Saved(*saved)
+        if kept.signs is not None:
+            kept = _in_saved_order(kept, ctx.channels_last)
         if grad_output is None:
             grad_output = torch.zeros_like(kept.input)
         passes = chosen.Backward(grad_output, kept, statistics, weight, bias, mask=mask, epilogue=config.epilogue)
@@ -176,7 +184,7 @@ class Normalize(Function):
             if through_statistics:
                 if grad_statistics is not None:  # of a backward pass through this backward pass
                     sums = _added(sums, _sums_of(grad_statistics, statistics))
-                summed = _sum_over_ranks(sums, config, followed)
+                summed = sums if config.exchange.size == 1 else _sum_over_ranks(sums, config, followed)
         grad_residual = grad_output
         if needs_input or (needs_residual and kept.has_residual):
             eps_outside = config.eps if config.eps_outside else 0.0
@@ -192,8 +200,11 @@ class Normalize(Function):
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
             grad_residual if needs_residual else None,
-            *[None] * 3,
+            *[None] * 4,
         )
+
+
+_apply = super(Function, Normalize).apply  # without what torch.func needs: `normalize` knows that it is not active
 
 
 def _in_saved_order(saved: Saved, is_channels_last: bool) -> Saved:
@@ -202,7 +213,7 @@ def _in_saved_order(saved: Saved, is_channels_last: bool) -> Saved:
     A hook of autograd such as `save_on_cpu` may have given it another memory format.
     """
     input = saved.input
-    if saved.signs is None or bool(channels_last(input)) == is_channels_last:
+    if bool(channels_last(input)) == is_channels_last:
         return saved
     restored = input.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last else input.contiguous()
     return saved._replace(input=restored)
@@ -232,7 +243,7 @@ def _added(sums: Tensor, others: Tensor) -> Tensor:
 def _sum_over_ranks(sums: Tensor, config: Config, followed: bool) -> Tensor:
     """Return the sums of all ranks, as in a message. Of moments about zero only the second one is needed, and sent."""
     exchange = config.exchange
-    if config.centered or exchange.size == 1:
+    if config.centered:
         return sum_over_ranks(sums, exchange, backward=True, followed=followed)
     channels = (len(sums) - 2) // 2
     second = sum_over_ranks(sums[channels:].clone(), exchange, backward=True, followed=followed)  # (C + 2,)

@@ -22,7 +22,7 @@ from .autograd import normalize
 from .communicators import LocalCommunicator, ProcessGroupLike, communicator
 from .exchange import NO_EXCHANGE, Exchange, note_compilation, of_function
 from .job.launcher import warn_if_not_joined
-from .kernels import Stamp, StampError, plain
+from .kernels import PLAIN, Stamp, StampError, plain
 from .moments import Moments
 
 __all__ = ["group_norm", "layer_norm", "rms_norm", "sync_batch_norm"]
@@ -71,8 +71,11 @@ def sync_batch_norm(
     arguments.check_batch_norm_arguments(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
     )
-    mask = arguments.parse_mask(mask, input)
-    epilogue = arguments.parse_epilogue(input, weight, bias, residual, activation, inplace)
+    if mask is not None:
+        mask = arguments.parse_mask(mask, input)
+    epilogue = PLAIN
+    if residual is not None or activation is not None or inplace:
+        epilogue = arguments.parse_epilogue(input, weight, bias, residual, activation, inplace)
     if input.dim() == 1:  # of shape (0,)
         return input if inplace else input.clone()
     if not training:
@@ -80,10 +83,13 @@ def sync_batch_norm(
         assert running_var is not None
         moments = Moments.given(running_mean, running_var, input, weight, bias, residual)
         return normalize(input, moments, weight, bias, eps, NO_EXCHANGE, residual=residual, epilogue=epilogue)
-    exchange = _sharing_batch(input, process_group)
+    alone = process_group is NO_EXCHANGE  # type: ignore[comparison-overlap]  # as a module passes it
+    exchange = NO_EXCHANGE if alone else _sharing_batch(input, process_group)
 
     others = weight, bias, residual, running_mean, running_var, num_batches_tracked
-    moments = _of_all_ranks(Moments.of(input, mask, *others, stamp=exchange.stamp(backward=False)), exchange)
+    moments = Moments.of(input, mask, *others, stamp=exchange.stamp(backward=False))
+    if exchange.size > 1:
+        moments = _of_all_ranks(moments, exchange)
     if _one_value(input, mask, moments):
         _check(moments, exchange)
         raise ValueError(
@@ -280,14 +286,14 @@ def _normalize_rows(
     rows = rows if rows.dtype == torch.float64 else rows.float()
     stamp = exchange.stamp(backward=False)
     moments = Moments.of(rows, stamp=stamp if centered or stamp else Stamp(0, 1))  # about zero they are packed
-    moments = _of_all_ranks(moments if centered else moments.about_zero(), exchange)
+    moments = moments if centered else moments.about_zero()
+    if exchange.size > 1:
+        moments = _of_all_ranks(moments, exchange)
     return normalize(rows, moments, None, None, eps, exchange, eps_outside=eps_outside)
 
 
 def _of_all_ranks(moments: Moments, exchange: Exchange) -> Moments:
     """Return the moments of all ranks from packed ones of this rank. Issues one all-reduce."""
-    if exchange.size == 1:
-        return moments
     summands = moments.summands  # [n·mean, M2 + n·mean², n, h, h²], (2C + 3,) float64; about zero (C + 3,)
     return moments.with_sums(sum_over_ranks(summands, exchange, backward=False, followed=moments.followed))
 

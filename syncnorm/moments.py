@@ -51,7 +51,8 @@ class Moments:
         """
         followed = transforms.active()
         chosen = kernels.reference if followed else kernels.select(input, mask, *others)
-        values = chosen.moments(input if followed else input.detach(), mask, stamp=stamp)
+        detached = input.detach() if chosen is kernels.reference and not followed else input
+        values = chosen.moments(detached, mask, stamp=stamp)
         return cls(values, stamp, chosen, followed=followed)
 
     @classmethod

@@ -50,4 +50,4 @@ def move(running: Running | None, moments: Moments) -> None:
 
 def _recomputing() -> bool:
     """Return whether this forward runs inside a backward pass, as in activation checkpointing."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1

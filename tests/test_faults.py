@@ -115,7 +115,8 @@ def test_a_rank_that_stalls(fail, assert_resumes, launcher):
     assert errors.keys() == {0, 1, 2}
     for rank, error in errors.items():
         assert re.match(rf"DesyncError: (MPI_Allreduce|all_reduce) on rank {rank} of 4", error)
-        assert re.search(r"ranks 0, 1, 2 on node1, node2: in all_reduce of \d+ float64, at ", error)
+        layer = r"call \d+ of .+ \(SyncBatchNorm no\. \d+\), forward"
+        assert re.search(rf"ranks 0, 1, 2 on node1, node2: in all_reduce of \d+ float64 of {layer}, at ", error)
         assert re.search(
             r"rank 3 on node2: in no collective, at .*faulty_cnn.py:\d+ in before_forward: time.sleep", error
         )

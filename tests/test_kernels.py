@@ -1,6 +1,7 @@
 """The compiled kernels of the CPU, held against the reference: every pass, dtype, layout and instruction set."""
 
 import contextlib
+import itertools
 import shutil
 import subprocess
 import sys
@@ -145,20 +146,29 @@ def test_instruction_sets(isa):
     assert best in have
     if isa not in have[best]:
         pytest.skip(f"NOT TESTED: this CPU has no {isa}")
-    code = f"""
-    import os, sys
-    os.environ["SYNCNORM_ISA"] = {isa!r}
-    sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent / "helpers")]!r}
-    import torch
-    from test_kernels import EPSILON, SHAPES, check, check_in_place, cpu
-    for name in ("planes", "small-planes", "odd-planes", "no-space"):
-        for dtype in EPSILON:
-            for layout in ("contiguous", "channels_last"):
-                check(SHAPES[name], dtype, layout, name == "planes")
-                check_in_place(SHAPES[name], dtype, layout, name == "planes")
-    print(cpu.ISA)
-    """
-    assert run_python(code).strip() == isa
+    assert run_python(CHECKS, SYNCNORM_ISA=isa).split() == [isa, "True"]
+
+
+CHECKS = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent / "helpers")]!r}
+from test_kernels import EPSILON, SHAPES, check, check_in_place, check_vectors, cpu
+import torch
+for name in ("planes", "small-planes", "odd-planes", "no-space"):
+    for dtype in EPSILON:
+        for layout in ("contiguous", "channels_last"):
+            check(SHAPES[name], dtype, layout, name == "planes")
+            check_in_place(SHAPES[name], dtype, layout, name == "planes")
+check_vectors()
+print(cpu.ISA, cpu.agree(torch.ones(2, 3)))
+"""
+
+
+def test_a_torch_that_is_older_than_the_exchange_api():
+    """Then the kernels ask Python for each property of a tensor, and `agree` cannot tell."""
+    assert hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    older = "import torch; del torch.Tensor.__dlpack_c_exchange_api__\n"
+    assert run_python(older + CHECKS, SYNCNORM_ISA=cpu.ISA).split() == [cpu.ISA, "False"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="NOT TESTED: memory is not poisoned where a CUDA device is")
@@ -225,6 +235,74 @@ def test_an_infinite_gradient_stops_at_a_relu():
         dy = torch.full((2, 1), torch.inf)
         dx, _ = cpu.Backward(dy, Saved(x, signs), statistics, None, None, epilogue=epilogue).grad_input(None)
         assert dx.flatten().tolist() == [torch.inf, 0]
+
+
+def check_vectors():
+    """Parameters and buffers of any dtype and stride."""
+    x, dy = (random((5, 3, 7), torch.float64, "contiguous", seed) for seed in (0, 1))
+    for dtypes in itertools.product(EPSILON, repeat=2):
+        for stride in (1, 2):
+            one, other = (random((3, 2), dtype, "contiguous", 2)[:, 0].abs() for dtype in dtypes)
+            if stride == 2:
+                one, other = (torch.stack([t, t], 1)[:, 0] for t in (one, other))
+            assert one.stride() == (stride,)
+            found = []
+            for implementation in (cpu, reference):
+                mean, var = (torch.stack([t, t], 1)[:, 0] if stride == 2 else t.clone() for t in (one, other))
+                running = Running(mean, var, torch.tensor(0), 0.1)
+                y, statistics, _ = implementation.normalize(
+                    x, implementation.moments(x), one, other, None, 1e-5, running=running
+                )
+                passes = implementation.Backward(dy, Saved(x), statistics, one, other, epilogue=Epilogue("relu"))
+                found.append((y, mean, var, *passes.reduce_grad(dtypes[0])))
+                assert running.batches == 1
+            for a, b in zip(*found, strict=True):
+                torch.testing.assert_close(a, b, rtol=4 * EPSILON[a.dtype], atol=4 * EPSILON[a.dtype])
+
+
+def test_parameters_and_buffers_of_any_dtype_and_stride():
+    check_vectors()
+
+
+def test_a_vector_that_holds_the_negative_of_its_values_is_refused():
+    x = torch.randn(4, 3)
+    negative = torch.complex(torch.zeros(3), torch.ones(3)).conj().imag
+    assert negative.is_neg()
+    with pytest.raises(RuntimeError, match=r"expected vectors without the negative bit, got one with it"):
+        cpu.normalize(x, cpu.moments(x), negative, None, None, 1e-5)
+    y, _, _ = cpu.normalize(x, cpu.moments(x), negative.resolve_neg(), None, None, 1e-5)
+    torch.testing.assert_close(y, -cpu.normalize(x, cpu.moments(x), None, None, None, 1e-5)[0])
+
+
+MISFITS = {  # what is wrong, with other tensors
+    "channels": {"weight": torch.ones(4)},
+    "axes": {"bias": torch.ones(3, 1)},
+    "a scalar": {"bias": torch.tensor(1.0)},
+    "integers": {"running_mean": torch.ones(3, dtype=torch.int32)},
+    "complex numbers": {"running_mean": torch.ones(3, dtype=torch.complex64)},
+    "two counters": {"num_batches_tracked": torch.zeros(2)},
+    "no channels": {"input": torch.ones(3)},
+    "integers in": {"input": torch.ones(2, 3, dtype=torch.int32)},
+    "sparse": {"input": torch.ones(2, 3).to_sparse()},
+    "meta": {"weight": torch.ones(3, device="meta")},
+    "no tensor": {"weight": [1.0, 1.0, 1.0]},
+    "a subclass": {"weight": torch.ones(3).as_subclass(type("Other", (torch.Tensor,), {}))},
+}
+
+
+@pytest.mark.parametrize("wrong", [None, *MISFITS])
+def test_the_quick_check_accepts_what_fits_alone(wrong):
+    fitting = dict(zip(("running_mean", "running_var", "weight", "bias"), torch.rand(4, 3), strict=True))
+    tensors = {"input": torch.ones(2, 3, 5), **fitting, "num_batches_tracked": torch.tensor(0)}
+    assert cpu.agree(*(tensors | MISFITS.get(wrong, {})).values()) is (wrong is None)
+    assert cpu.agree(*(tensors | dict.fromkeys(fitting)).values())
+
+
+def test_the_quick_check_does_not_look_into_transforms():
+    seen = []
+    torch.func.grad(lambda x: (seen.append(cpu.agree(x)), x.sum())[1])(torch.ones(2, 3))
+    torch.func.vmap(lambda x: (seen.append(cpu.agree(x)), x)[1])(torch.ones(4, 2, 3))
+    assert seen == [False, False]
 
 
 def test_buffers_and_parameters_of_any_dtype():
@@ -420,22 +498,39 @@ def test_an_outdated_library_is_refused(package):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="NOT TESTED: there is no g++ to compile another library with")
-def test_a_library_with_other_structs_is_refused(package):
-    """A field more would let it read beyond what it is passed. Compiled without optimization, to take less time."""
-    header = package / "cpu" / "arguments.h"
-    fields = header.read_text()
-    assert "    void *y;\n" in fields
-    header.write_text(fields.replace("    void *y;\n", "    void *y;\n    int64_t more;\n"))
-    code = """
+@pytest.mark.parametrize(
+    ("name", "line", "more", "code", "said"),
+    [
+        (
+            *("calls.h", "    arguments.y = values.pointer<void>();\n", "    values.integer();\n"),
+            "import torch, syncnorm; syncnorm.SyncBatchNorm(3)(torch.randn(2, 3))",
+            "expected the arguments that the compiled kernels read, got others: ",
+        ),
+        (
+            *("shared_memory.h", "    int64_t patience;     // ns\n", "    int64_t more;\n"),
+            "import syncnorm.communicators.shared_memory",
+            "to have 248 bytes, as Python packs it, got 256 bytes: ",
+        ),
+        (*("exports.cpp", "EXPORT PyObject *NAME(", "another_"), SELECT, "expected functions for base in "),
+    ],
+    ids=["arguments", "structs", "functions"],
+)
+def test_a_library_of_another_version_is_refused(package, name, line, more, code, said):
+    """It would read beyond what it is passed. Compiled without optimization, to take less time."""
+    source = package / "cpu" / name
+    text = source.read_text()
+    assert line in text
+    source.write_text(text.replace(line, line + more))
+    build = """
     import build
     build.FLAGS = build.FLAGS.replace("-O3", "-O0")
     build.INSTRUCTION_SETS = {"base": build.INSTRUCTION_SETS["base"]}
     build.compile_library(build.LIBRARY)
     """
-    run_python(code, PYTHONPATH=str(package / "cpu"))
-    message = error_of(package, {})
-    assert message.startswith("RuntimeError: expected NormalizeArguments in ")
-    assert "to have 216 bytes, as Python packs it, got 224 bytes" in message
+    run_python(build, PYTHONPATH=str(package / "cpu"))
+    message = error_of(package, {"SYNCNORM_ISA": "base"}, code)
+    assert message.startswith("RuntimeError: expected ")
+    assert said in message
     assert message.endswith("Reinstall syncnorm, or in a checkout run python -m syncnorm.kernels.cpu.build")
 
 

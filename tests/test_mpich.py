@@ -107,8 +107,9 @@ def test_cnn_losses_are_those_of_one_process(run, tmp_path):
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "alone"), rtol=0, atol=1e-5)
 
 
+@pytest.mark.timeout(420)
 @pytest.mark.parametrize(("ranks", "paths"), [(2, []), (4, ["tests/test_mpi_backend.py"])])
 def test_what_runs_under_open_mpi(run, ranks, paths):
     options = ["--with-mpi", "-m", "mpi", "--color=no", "-p", "no:cacheprovider"]
-    output = succeeded(run(ranks, "-m", "pytest", *options, *paths))
+    output = succeeded(run(ranks, "-m", "pytest", *options, *paths, timeout=400))
     assert len(re.findall(r"\d+ passed", output)) == ranks

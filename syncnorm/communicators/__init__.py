@@ -33,6 +33,7 @@ __all__ = [
 
 ProcessGroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | MPI.Comm | Collectives | None"
 
+_AVAILABLE = dist.is_available()
 _default: Communicator | None = None  # made by syncnorm.init(), if not torch.distributed's default group
 _default_group: dist.ProcessGroup | None = None  # torch.distributed's default group when _default was set
 ALONE = LocalCommunicator()  # this process, which communicates with no other
@@ -87,9 +88,9 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
         made = _current_default()
         if made is not None:
             return made
-        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        world = dist.group.WORLD if _AVAILABLE else None
         return ALONE if world is None else _of_process_group(world)
-    if dist.is_available():
+    if _AVAILABLE:
         if isinstance(process_group, dist.ProcessGroup):
             return _of_process_group(process_group)
         if process_group is dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..job import desync
 from .between_hosts import Leaders
 from .host import host_of_this_process, start_of
 from .segment import Segment, new_name, unlink
@@ -33,6 +34,7 @@ class _Decision(NamedTuple):
     route: str
 
 
+LOOK = 0.25  # seconds between two looks at whether a rank that is waited for has ended
 SWITCHED_OFF = "SYNCNORM_SHARED_MEMORY=0"
 _decided: weakref.WeakKeyDictionary[dist.ProcessGroup, _Decision] = weakref.WeakKeyDictionary()
 
@@ -70,7 +72,7 @@ def _decide(group: dist.ProcessGroup) -> _Decision:
     _, store = dist.distributed_c10d._world.pg_map.get(group, (None, None))
     if store is None or group.size() == 1:  # no store: a group that another library has made
         return _Decision(None, backend)
-    board = _Board(store, group.rank(), group.size(), _timeout_of(group))
+    board = _Board(store, group.rank(), dist.get_process_group_ranks(group), _timeout_of(group))
     ranks = [json.loads(place) for place in board.exchange("place", json.dumps(_place()))]
     if refusals := {rank: place["refusal"] for rank, place in enumerate(ranks) if place["refusal"]}:
         _warn(group, {rank: why for rank, why in refusals.items() if why != SWITCHED_OFF})
@@ -173,10 +175,15 @@ class _Board:
     """What the ranks of a group tell each other, in its store.
 
     It polls, because waiting in a store would block the other threads of this process that use it.
+
+    Args:
+        rank: of this process in the group.
+        ranks: of the group in the job.
+        timeout: seconds to wait for a rank.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: float):
-        self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
+    def __init__(self, store: Any, rank: int, ranks: list[int], timeout: float):
+        self.store, self.rank, self.ranks, self.timeout = store, rank, ranks, timeout
         # A group that was destroyed and made again may find the same store.
         self.round = store.add(f"syncnorm sharing {rank}", 1)
 
@@ -186,10 +193,15 @@ class _Board:
 
     def get(self, key: str, rank: int) -> str:
         """Return the value of a rank, once it has told it."""
-        name, deadline, interval = self._key(key, rank), time.monotonic() + self.timeout, 1e-4
+        name, start, interval, looks = self._key(key, rank), time.monotonic(), 1e-4, 1
         while not self.store.check([name]):
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - start
+            if waited > self.timeout:
                 raise RuntimeError(f"waited {self.timeout:g} s for rank {rank} until the timeout expired")
+            if waited > looks * LOOK:
+                looks += 1
+                if (end := desync.end_of(self.ranks[rank])) and not self.store.check([name]):
+                    raise RuntimeError(f"rank {rank} does not come: {end}")
             time.sleep(interval)
             interval = min(2 * interval, 0.02)
         value: bytes = self.store.get(name)
@@ -198,7 +210,7 @@ class _Board:
     def exchange(self, key: str, value: str) -> list[str]:
         """Tell the others a value, and return those of all ranks."""
         self.put(key, value)
-        return [self.get(key, rank) for rank in range(self.size)]
+        return [self.get(key, rank) for rank in range(len(self.ranks))]
 
     def _key(self, key: str, rank: int) -> str:
         return f"syncnorm sharing {self.round}: {key} of {rank}"

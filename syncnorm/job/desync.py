@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import linecache
 import os
 import reprlib
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from ..communicators.host import has_ended, host_of_this_process, start_of
 from ..communicators.label import Label
 from ..errors import DesyncError, printable
 from .launcher import detect_launcher
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "collect",
     "current_location",
+    "end_of",
     "fails_by_arguments",
     "is_peer_failure",
     "is_started",
@@ -119,6 +122,24 @@ def collect(ranks: Iterable[int], here: str | None = None) -> str:
     return report[0] if report else _responder.unreachable()
 
 
+def end_of(rank: int) -> str | None:
+    """Return how a rank of the job has ended, or None as long as it may go on.
+
+    A rank leaves the reason in the store when it exits. One that was killed does not, but on this host its process is
+    gone. None also if queries are not started.
+    """
+    if _responder is None:
+        return None
+    store = _responder.store()
+    if store.check([f"exit reason of {rank}"]):
+        return printable(store.get(f"exit reason of {rank}").decode(errors="backslashreplace")[:MAX_LENGTH])
+    if store.check([f"process of {rank}"]):
+        host, process, start = json.loads(store.get(f"process of {rank}"))
+        if host == _responder.process[0] != "" and has_ended(process, start):
+            return f"its process {process} has ended"
+    return None
+
+
 def post_exit_reason(error: BaseException | str | None = None) -> None:
     """Tell the other ranks why this one ends. None stands for a normal end or sys.exit."""
     if _responder is not None:
@@ -172,6 +193,7 @@ class _Responder:
         self.reason = ""  # why this rank ended, or where its collective failed
         self.ended = False
         self.exit = "ended normally"
+        self.process = _this_process()
         self.leaving = threading.Event()
         self.thread = threading.Thread(target=self._answer, name="syncnorm desync", daemon=True)
         self.thread.start()
@@ -195,13 +217,13 @@ class _Responder:
             self.reason = f"ended with {type(error).__name__}: {error}".splitlines()[0]
         self.ended = True
         with contextlib.suppress(RuntimeError):
-            _write_once(self._store(), f"exit reason of {self.rank}", self.reason)
+            _write_once(self.store(), f"exit reason of {self.rank}", self.reason)
 
     def query(self, ranks: list[int], here: str, report: list[str]) -> None:
         """Post a query and append to `report` where each rank is. This rank is at `here`."""
         try:
             self.reason = here
-            store = self._store()
+            store = self.store()
             _write_once(store, f"failure of {self.rank}", here)
             number = store.add("queries", 1)
             _write_once(store, f"{number} of {self.rank}", here)
@@ -229,7 +251,7 @@ class _Responder:
             who, server = self._name([0]), "rank 0 serves. Rank 0 was ended, or its host is unreachable"
         return f"  MISSING: {who}: no answer from the job's store at {where}, which {server}"
 
-    def _store(self) -> Store:
+    def store(self) -> Store:
         """Return the job's store; RuntimeError if its server has ended, in which case the thread has ended too."""
         if not self.thread.is_alive():
             raise RuntimeError("the job's store does not answer")
@@ -241,6 +263,7 @@ class _Responder:
     def _answer(self) -> None:
         with contextlib.suppress(RuntimeError):  # the server of the store has ended
             store = connect()
+            store.set(f"process of {self.rank}", json.dumps(self.process))
             answered = heartbeats = 0
             while True:
                 heartbeats += 1
@@ -274,6 +297,15 @@ class _Responder:
     def _name(self, ranks: Sequence[int]) -> str:
         hosts = dict.fromkeys(printable(self.hosts[rank]) for rank in ranks)
         return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} on {', '.join(hosts)}"
+
+
+def _this_process() -> tuple[str, int, str]:
+    """Return the host, the id and the start of this process, the host as "" if its other processes are not seen."""
+    process = os.getpid()
+    try:
+        return host_of_this_process(), process, start_of(process)
+    except OSError:
+        return "", process, ""
 
 
 def _write_once(store: Store, key: str, value: str) -> None:

@@ -29,7 +29,14 @@ import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = ["RENDEZVOUS", "LaunchInfo", "check_world_size", "detect_launcher", "warn_if_not_joined"]
+__all__ = [
+    "RENDEZVOUS",
+    "LaunchInfo",
+    "check_world_size",
+    "detect_launcher",
+    "names_several_ranks",
+    "warn_if_not_joined",
+]
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torch.distributed reads
 STEP = ("JOB_ID", "STEP_ID", "STEP_NODELIST", "STEP_TASKS_PER_NODE", "NODEID", "LOCALID")  # of Slurm's variables
@@ -120,14 +127,18 @@ def check_world_size(backend: str) -> None:
 
 
 @functools.cache
+def names_several_ranks() -> str:
+    """Return the variable of the environment that names several ranks, "NAME=ranks", or ""."""
+    sizes = ((name, os.environ.get(name, "")) for name in SIZES)
+    return next((f"{name}={ranks}" for name, ranks in sizes if ranks.isdecimal() and int(ranks) > 1), "")
+
+
+@functools.cache
 def warn_if_not_joined() -> None:
     """Warn once if the environment names several ranks and no process group was joined."""
-    for name in SIZES:
-        ranks = os.environ.get(name, "")
-        if ranks.isdecimal() and int(ranks) > 1:
-            warnings.warn(
-                f"{name}={ranks}, but no process group was joined: SyncBatchNorm uses the statistics of this process "
-                "only. Call syncnorm.init() or torch.distributed.init_process_group() before the first step",
-                stacklevel=2,
-            )
-            return
+    if variable := names_several_ranks():
+        warnings.warn(
+            f"{variable}, but no process group was joined: SyncBatchNorm uses the statistics of this process "
+            "only. Call syncnorm.init() or torch.distributed.init_process_group() before the first step",
+            stacklevel=2,
+        )

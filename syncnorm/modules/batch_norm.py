@@ -13,10 +13,12 @@ from torch.nn.parameter import is_lazy
 
 from .. import arguments, functional
 from ..communicators import ALONE, Communicator, LocalCommunicator, ProcessGroupLike
+from ..exchange import NO_EXCHANGE
 from .process_group import ProcessGroupMixin, ProcessGroupReference
 
 __all__ = ["ORIGIN", "LazySyncBatchNorm", "SyncBatchNorm", "class_after_conversion"]
 
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 ORIGIN = "_converted_from"  # attribute of a converted layer: its original class and torch process group
 
 
@@ -168,18 +170,19 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
         group = self._group.enter(input) if self.training else ALONE  # first: it counts the call
         if isinstance(input, Tensor):
             self._check_input_dim(input)
-        tracks = self.track_running_stats or not self.training
-        running_mean = self.running_mean if tracks else None
+        weight, bias, running_mean, running_var, batches = self._tensors()
+        if self.training and not self.track_running_stats:
+            running_mean = running_var = batches = None
         return functional.sync_batch_norm(
             input,
             running_mean,
-            self.running_var if tracks else None,
-            self.weight,
-            self.bias,
+            running_var,
+            weight,
+            bias,
             self.training or running_mean is None,
             self.momentum,
             self._eps,
-            num_batches_tracked=self.num_batches_tracked if tracks else None,
+            num_batches_tracked=batches,
             process_group=self._exchange(group, input, residual, mask),
             mask=mask,
             residual=residual,
@@ -187,11 +190,18 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
             inplace=self.inplace,
         )
 
+    def _tensors(self) -> list[Tensor | None]:
+        """Return the layer's parameters and buffers, without nn.Module's lookup of attributes, which takes its time."""
+        registered = {**self._parameters, **self._buffers}
+        return [registered[name] if name in registered else getattr(self, name) for name in _TENSORS]
+
     def _exchange(
         self, group: Communicator | None, input: Tensor, residual: Tensor | None, mask: Tensor | None
     ) -> ProcessGroupLike:
         """Return the exchange of this call. In the first calls the ranks compare which layer they are in."""
-        if group is None or isinstance(group, LocalCommunicator) or torch.compiler.is_compiling():
+        if isinstance(group, LocalCommunicator):
+            return NO_EXCHANGE  # type: ignore[return-value]  # which functional takes for a process group
+        if group is None or torch.compiler.is_compiling():
             return group
         history = self._group.history
         if not history.is_complete(group):

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from .. import functional, transforms
 from ..communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
+from ..job.launcher import names_several_ranks, warn_if_not_joined
 from .agreement import History
 
 __all__ = ["ProcessGroupMixin", "ProcessGroupReference"]
@@ -97,16 +98,17 @@ class ProcessGroupReference:
         """Return the communicator of the group for a call of the norm, and count the call.
 
         The norm calls this before it checks anything. So a rank that has left a call by an exception, whatever that
-        was, is at another call than the other ranks from then on, and they see it. None: this process alone, or torch
-        is compiling the call for the default group. Calls that communicate on no rank are not counted.
+        was, is at another call than the other ranks from then on, and they see it. None: torch is compiling the call
+        for the default group. Calls that communicate on no rank are not counted.
         """
         group = self.resolve()
         if torch.compiler.is_compiling():
             return group
         chosen = communicator() if group is None else group
         if isinstance(chosen, LocalCommunicator):
-            return group
-        if isinstance(input, Tensor) and not (functional.without_values(input) or transforms.recording()):
+            if group is None and names_several_ranks() and not functional.without_values(input):
+                warn_if_not_joined()
+        elif isinstance(input, Tensor) and not (functional.without_values(input) or transforms.recording()):
             self.history.count(chosen)
         return chosen
 

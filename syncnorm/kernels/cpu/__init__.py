@@ -9,6 +9,6 @@ import sys
 
 # `python -m syncnorm.kernels.cpu.build` imports this package first, when there is no library yet.
 if f"{__name__}.build" not in sys.orig_argv:
-    from .binding import ISA, Backward, moments, normalize
+    from .binding import ISA, Backward, agree, moments, normalize
 
-__all__ = ["ISA", "Backward", "moments", "normalize"]
+__all__ = ["ISA", "Backward", "agree", "moments", "normalize"]

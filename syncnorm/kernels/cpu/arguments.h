@@ -1,5 +1,4 @@
-// The arguments of the exported functions, one struct each. binding.py packs them by the same
-// layouts. The sizes of both are compared when the library is loaded.
+// The arguments of the passes, one struct each.
 #pragma once
 
 #include <stdint.h>
@@ -8,7 +7,7 @@ namespace {
 
 enum Failure { NO_MEMORY = 1, MISMATCH };  // what a function returns that fails, before it writes anything
 
-enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, OTHER };
 enum Activation : int64_t { NONE, RELU, LEAKY_RELU, SILU, GELU_TANH };
 
 struct Shape {
@@ -16,9 +15,12 @@ struct Shape {
     int64_t values() const { return n * c * s; }
 };
 
-struct Parameters {  // of the layer: (C,) each, or null
-    const void *weight, *bias;
-    int64_t dtype;
+struct PerChannel {  // a vector (C,)
+    void *data;  // or null
+    int64_t dtype, stride;
+};
+struct Parameters {  // of the layer
+    PerChannel weight, bias;
 };
 
 struct Epilogue {
@@ -50,11 +52,11 @@ struct MomentsArguments {
     Stamp stamp;
 };
 
-struct Running {  // statistics, (C,) each
-    void *mean, *var;
-    int64_t dtype;  // of these two; -1: there are none
+struct Running {  // statistics
+    bool given;
+    PerChannel mean, var;
     int64_t *batches;  // or null
-    int64_t cumulative;
+    bool cumulative;
     double momentum;
 };
 
@@ -83,8 +85,7 @@ struct BackwardArguments {  // what both passes of the backward read
 
 struct ReduceGradArguments {
     BackwardArguments of;
-    int64_t dtype;  // of the next two
-    void *grad_weight, *grad_bias;  // (C,)
+    PerChannel grad_weight, grad_bias;
     double *sums;  // (2C,); with a stamp [sums, number, number²]
     Stamp stamp;
 };

@@ -105,8 +105,8 @@ template <class T, class M> int reduce_grad(const ReduceGradArguments &a) {
     if (a.stamp) a.stamp.write(a.sums + 2 * channels);
     if (of.shape.values() == 0) {
         memset(a.sums, 0, 2 * channels * sizeof(double));
-        to_parameter(a.sums, a.dtype, channels, a.grad_weight);
-        to_parameter(a.sums, a.dtype, channels, a.grad_bias);
+        store(a.sums, channels, a.grad_weight);
+        store(a.sums, channels, a.grad_bias);
         return 0;
     }
     Walk walk(of.shape, false);
@@ -120,7 +120,7 @@ template <class T, class M> int reduce_grad(const ReduceGradArguments &a) {
     else if (through_relu(of, false)) sums.template add_up<GRADIENT_THROUGH_RELU>(segment);
     else sums.template add_up<GRADIENT>(segment);
     double *weight = sums.sums;  // no longer needed; (entries,) holds (C,)
-    parameter(of.parameters.weight, of.parameters.dtype, channels, 1, weight);
+    load(of.parameters.weight, channels, 1, weight);
     const double *mean = map.mean, *invstd = of.statistics + channels;
     double *sum = sums.sum, *product = sums.product;
     SIMD for (int64_t c = 0; c < channels; ++c) {
@@ -129,8 +129,8 @@ template <class T, class M> int reduce_grad(const ReduceGradArguments &a) {
         a.sums[c] = sum[c] * weight[c];
         a.sums[channels + c] = product[c] * weight[c];
     }
-    to_parameter(product, a.dtype, channels, a.grad_weight);
-    to_parameter(sum, a.dtype, channels, a.grad_bias);
+    store(product, channels, a.grad_weight);
+    store(sum, channels, a.grad_bias);
     return 0;
 }
 

@@ -10,87 +10,48 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..epilogue import ACTIVATIONS, PLAIN, Epilogue, Saved
 from ..layout import channels_last, in_dense_format
 from ..vectors import Packed, RawMoments, Running, Stamp, StampError, Statistics
-from .library import check_layouts, load
+from .library import LIBRARY, OTHER_VERSION, load_with_lock
 
-__all__ = ["ISA", "Backward", "moments", "normalize"]
+__all__ = ["ISA", "Backward", "agree", "moments", "normalize"]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
-_library = load()
+_library = load_with_lock()
 _library.syncnorm_isa.restype = ctypes.c_char_p
 ISA: str = os.environ.get("SYNCNORM_ISA") or _library.syncnorm_isa().decode()
 if ISA not in ("avx512", "avx2", "base"):
     raise RuntimeError(f"expected SYNCNORM_ISA to be one of avx512, avx2, base, got {ISA}")
 
-# The structs of arguments.h. Arguments travel as one of them: a ctypes call of 16 arguments costs more than to pack it.
-_SHAPE, _PARAMETERS, _EPILOGUE = "6q", "PPq", "qPPq"
-_STAMP = "2q"
-_RUNNING = "PPqPqd"
-_BACKWARD = _SHAPE + "PPP" + _PARAMETERS + _EPILOGUE + "P"
-_LAYOUTS = {
-    "Shape": _SHAPE,
-    "Parameters": _PARAMETERS,
-    "Epilogue": _EPILOGUE,
-    "Stamp": _STAMP,
-    "Running": _RUNNING,
-    "MomentsArguments": _SHAPE + "PPP" + _STAMP,
-    "NormalizeArguments": _SHAPE + "PPP" + _STAMP + _PARAMETERS + "dq" + _EPILOGUE + "P" + _RUNNING,
-    "BackwardArguments": _BACKWARD,
-    "ReduceGradArguments": _BACKWARD + "qPPP" + _STAMP,
-    "GradInputArguments": _BACKWARD + "P" + _STAMP + "qdPP",
-}
+_CPU = torch.device("cpu")  # which torch.set_default_device does not change
 
 
-check_layouts(_LAYOUTS)
-
-
-def _function(name: str, arguments: str) -> Callable[..., None]:
-    call = getattr(_library, f"syncnorm_{ISA}_{name}")
-    call.argtypes = [ctypes.c_char_p]
-    pack = struct.Struct(_LAYOUTS[arguments]).pack
-
-    def function(*values: float) -> None:
-        failure = call(pack(*values))
-        if failure:
-            raise _error(failure, name)
-
-    return function
-
-
-def _error(failure: int, name: str) -> Exception:
-    """Return the exception for what a function of the library returns if it fails."""
-    if failure == _MISMATCH:
-        return StampError()
-    return MemoryError(f"expected memory for the intermediate sums of {name}, got none")
-
-
-_MISMATCH = 2  # Failure in arguments.h
-_NO_STAMP = 0, 0
-_moments = _function("moments", "MomentsArguments")
-_normalize = _function("normalize", "NormalizeArguments")
-_reduce_grad = _function("reduce_grad", "ReduceGradArguments")
-_grad_input = _function("grad_input", "GradInputArguments")
+_function = getattr(_library, f"syncnorm_function_{ISA}", None)
+if _function is None:
+    raise RuntimeError(f"expected functions for {ISA} in {LIBRARY}, got none: {OTHER_VERSION}")
+_function.argtypes, _function.restype = [ctypes.py_object, ctypes.c_int64], ctypes.py_object
+_API = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # of DLPack, from torch 2.10 on
+_KNOWN = (_API, None, True, Tensor, Parameter, MemoryError, StampError, RuntimeError, *DTYPES)
+_moments, _normalize, _reduce_grad, _grad_input, agree = (_function(_KNOWN, number) for number in range(5))
 
 
 def moments(input: Tensor, mask: Tensor | None = None, *, stamp: Stamp | None = None) -> RawMoments | Packed:
     """See `reference.moments`."""
-    x, shape = _dense(input)
-    weights = _weights(mask, x)
-    length = 2 * shape[1] + (1 if stamp is None else 3)
-    result = RawMoments(torch.empty(length, dtype=torch.float64, device="cpu"))
-    _moments(*shape, x.data_ptr(), _pointer(weights), result.data_ptr(), *(stamp or _NO_STAMP))
-    return result
+    x, last = _dense(input)
+    length = 2 * x.shape[1] + (1 if stamp is None else 3)
+    result = torch.empty(length, dtype=torch.float64, device=_CPU)
+    weights = None if mask is None else _weights(mask, x)
+    _moments(x, last, torch.get_num_threads(), weights, result, stamp)
+    return RawMoments(result)
 
 
 def normalize(
@@ -107,27 +68,24 @@ def normalize(
     running: Running | None = None,
 ) -> tuple[Tensor, Statistics, Tensor | None]:
     """See `reference.normalize`."""
-    x, shape = _dense(input)
-    weight, bias, parameters = _parameters(weight, bias)
+    x, last = _dense(input)
     signs, inplace = None, epilogue.inplace
     if residual is not None:
         residual = in_dense_format(residual, like=x)
         if epilogue.saves_signs:
-            signs = torch.empty((1, (x.numel() + 7) // 8), dtype=torch.uint8, device="cpu")
+            signs = torch.empty((1, (x.numel() + 7) // 8), dtype=torch.uint8, device=_CPU)
     y = x if inplace else torch.empty_like(x)
-    statistics = Statistics(torch.empty(2 * shape[1] + 1, dtype=torch.float64, device="cpu"))
-    pointers = (x.data_ptr(), y.data_ptr(), moments.data_ptr(), *(stamp or _NO_STAMP))
-    what_follows = (_ACTIVATIONS[epilogue.activation], _pointer(residual), _pointer(signs), inplace)
-    moved = None if running is None else _that_kernels_can_move(running)
+    statistics = moments.new_empty(2 * x.shape[1] + 1)
+    moved = None if running is None else _counted_in_int64(running)
     _normalize(
-        *(*shape, *pointers, *parameters, eps, eps_outside, *what_follows, statistics.data_ptr()),
-        *(_NOT_RUNNING if moved is None else _running(moved)),
+        *(x, last, torch.get_num_threads(), y, moments, stamp, weight, bias, eps, eps_outside),
+        *(_ACTIVATIONS[epilogue.activation], residual, signs, inplace, statistics, moved),
     )
     if running is not None and moved is not None and moved is not running:
         running.take(moved)
     if inplace:
         y = input if x is input else input.copy_(x)
-    return y, statistics, signs
+    return y, Statistics(statistics), signs
 
 
 class Backward:
@@ -144,31 +102,30 @@ class Backward:
         mask: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
     ):
-        x, shape = _dense(saved.input)
+        input, signs, residual = saved
+        x, last = _dense(input)
         dy = grad_output
-        if dy.stride() != x.stride() or dy.dtype != x.dtype:
+        same_layout = dy.stride() == x.stride() if last else dy.is_contiguous()
+        if not same_layout or dy.dtype is not x.dtype:
             dy = torch.empty_like(x).copy_(dy)
-        weight, bias, parameters = _parameters(weight, bias)
-        residual = None if saved.residual is None else in_dense_format(saved.residual, like=x)
-        weights = _weights(mask, x)
+        if residual is not None:
+            residual = in_dense_format(residual, like=x)
         self.arguments = (
-            *(*shape, dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), *parameters),
-            *(_ACTIVATIONS[epilogue.activation], _pointer(residual), _pointer(saved.signs), epilogue.inplace),
-            _pointer(weights),
+            *(x, last, torch.get_num_threads(), dy, statistics, weight, bias),
+            *(_ACTIVATIONS[epilogue.activation], residual, signs, epilogue.inplace),
+            None if mask is None else _weights(mask, x),
         )
-        self.x, self.channels, self.has_residual = x, shape[1], saved.has_residual
-        self.alive = dy, statistics, weight, bias, residual, saved.signs, weights  # as long as the pointers
+        self.x, self.statistics, self.has_residual = x, statistics, residual is not None or signs is not None
 
     def reduce_grad(
         self, dtype: torch.dtype = torch.float64, *, stamp: Stamp | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `reference.Backward.reduce_grad`."""
-        length = 2 * self.channels + (0 if stamp is None else 2)
-        sums = torch.empty(length, dtype=torch.float64, device="cpu")
-        grad_weight = torch.empty(self.channels, dtype=dtype, device="cpu")
+        channels = self.x.shape[1]
+        sums = self.statistics.new_empty(2 * channels + (0 if stamp is None else 2))
+        grad_weight = torch.empty(channels, dtype=dtype, device=_CPU)
         grad_bias = torch.empty_like(grad_weight)
-        pointers = (grad_weight.data_ptr(), grad_bias.data_ptr(), sums.data_ptr())
-        _reduce_grad(*self.arguments, DTYPES[dtype], *pointers, *(stamp or _NO_STAMP))
+        _reduce_grad(self.arguments, grad_weight, grad_bias, sums, stamp)
         return grad_weight, grad_bias, sums
 
     def grad_input(
@@ -182,74 +139,24 @@ class Backward:
         """See `reference.Backward.grad_input`."""
         dx = torch.empty_like(self.x)
         dz = torch.empty_like(self.x) if self.has_residual else None
-        options = (*(stamp or _NO_STAMP), centered, eps_outside)
-        _grad_input(*self.arguments, _pointer(sums), *options, dx.data_ptr(), _pointer(dz))
+        _grad_input(self.arguments, sums, stamp, centered, eps_outside, dx, dz)
         return dx, dz
 
 
-def _dense(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, bool, int, int]]:
-    """Return the tensor, dense, and its Shape: N, C, S, channels_last, dtype, threads."""
-    last = False if tensor.is_contiguous() else channels_last(tensor)
-    if last is None:
-        tensor, last = tensor.contiguous(), False
-    shape, values = tensor.shape, tensor.numel()
-    n, c = shape[0], shape[1]
-    s = values // (n * c) if values else shape[2:].numel()
-    return tensor, (n, c, s, last, DTYPES[tensor.dtype], torch.get_num_threads())
+def _dense(tensor: Tensor) -> tuple[Tensor, bool]:
+    """Return the tensor, dense, and whether its channels are last."""
+    if tensor.is_contiguous():
+        return tensor, False
+    last = channels_last(tensor)
+    return (tensor.contiguous(), False) if last is None else (tensor, last)
 
 
-def _parameters(
-    weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, tuple[int, int, int]]:
-    """Return weight and bias, contiguous and of one dtype, and their Parameters."""
-    if weight is not None:
-        weight = weight.contiguous()
-        if bias is None:
-            return weight, None, (weight.data_ptr(), 0, DTYPES[weight.dtype])
-        if bias.dtype != weight.dtype:
-            both = torch.promote_types(weight.dtype, bias.dtype)
-            weight, bias = weight.to(both), bias.to(both)
-        bias = bias.contiguous()
-        return weight, bias, (weight.data_ptr(), bias.data_ptr(), DTYPES[weight.dtype])
-    if bias is None:
-        return None, None, (0, 0, 0)
-    bias = bias.contiguous()
-    return None, bias, (0, bias.data_ptr(), DTYPES[bias.dtype])
+def _counted_in_int64(running: Running) -> Running:
+    batches = running.batches
+    return running if batches is None or batches.dtype is torch.int64 else running._replace(batches=batches.long())
 
 
-_NOT_RUNNING = (0, 0, -1, 0, False, 0.0)
-
-
-def _that_kernels_can_move(running: Running) -> Running:
-    """Return the buffers, or copies of them if they are not contiguous and of the usual dtypes."""
-    mean, var, batches, momentum = running
-    if (
-        mean.dtype in (torch.float32, torch.float64)
-        and mean.dtype == var.dtype
-        and mean.is_contiguous()
-        and var.is_contiguous()
-        and (batches is None or batches.dtype == torch.int64)
-    ):
-        return running
-    counted = None if batches is None else batches.to(torch.int64, copy=True)
-    return Running(mean.double().contiguous().clone(), var.double().contiguous().clone(), counted, momentum)
-
-
-def _running(running: Running) -> tuple[int, int, int, int, bool, float]:
-    mean, var, batches, momentum = running
-    return (
-        *(mean.data_ptr(), var.data_ptr(), DTYPES[mean.dtype], _pointer(batches)),
-        *(momentum is None, momentum or 0.0),
-    )
-
-
-def _weights(mask: Tensor | None, x: Tensor) -> Tensor | None:
+def _weights(mask: Tensor, x: Tensor) -> Tensor:
     """Return the mask as (N, S) weights in the dtype of the arithmetic."""
-    if mask is None:
-        return None
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return mask.expand(len(x), 1, *x.shape[2:]).to(dtype).contiguous()
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -121,38 +121,44 @@ inline void convert(const float *from, fp16 *to, int64_t n) {
 #endif
 }
 
-template <class P> void parameter(const P *from, int64_t channels, double *to) {
-    for (int64_t c = 0; c < channels; ++c) {
-        if constexpr (sizeof(P) == 2) {
-            float buffer;
-            to[c] = *load(from + c, &buffer, 1);
-        } else {
-            to[c] = from[c];
-        }
+inline double number(float value) { return value; }
+inline double number(double value) { return value; }
+template <class T> double number(T value) {
+    float buffer;
+    return *load(&value, &buffer, 1);
+}
+
+inline void assign(double value, float &to) { to = static_cast<float>(value); }
+inline void assign(double value, double &to) { to = value; }
+inline void assign(double value, bf16 &to) { to = to_bf16(static_cast<float>(value)); }
+inline void assign(double value, fp16 &to) {
+    const float single_value = static_cast<float>(value);
+    convert(&single_value, &to, 1);
+}
+
+// Calls a function with the data of a vector in their type.
+template <class Function> void with_type(const PerChannel &of, const Function &function) {
+    switch (of.dtype) {
+        case FLOAT32: return function(static_cast<float *>(of.data));
+        case FLOAT64: return function(static_cast<double *>(of.data));
+        case BFLOAT16: return function(static_cast<bf16 *>(of.data));
+        default: return function(static_cast<fp16 *>(of.data));
     }
 }
 
-inline void parameter(const void *from, int64_t dtype, int64_t channels, double otherwise, double *to) {
-    if (!from)
+inline void load(const PerChannel &from, int64_t channels, double otherwise, double *to) {
+    if (!from.data)
         for (int64_t c = 0; c < channels; ++c) to[c] = otherwise;
-    else if (dtype == FLOAT32)
-        parameter(static_cast<const float *>(from), channels, to);
-    else if (dtype == FLOAT64)
-        parameter(static_cast<const double *>(from), channels, to);
-    else if (dtype == BFLOAT16)
-        parameter(static_cast<const bf16 *>(from), channels, to);
     else
-        parameter(static_cast<const fp16 *>(from), channels, to);
+        with_type(from, [&](const auto *values) {
+            for (int64_t c = 0; c < channels; ++c) to[c] = number(values[c * from.stride]);
+        });
 }
 
-inline void to_parameter(const double *from, int64_t dtype, int64_t channels, void *to) {
-    for (int64_t c = 0; c < channels; ++c) {
-        float single_value = static_cast<float>(from[c]);
-        if (dtype == FLOAT32) static_cast<float *>(to)[c] = single_value;
-        else if (dtype == FLOAT64) static_cast<double *>(to)[c] = from[c];
-        else if (dtype == BFLOAT16) static_cast<bf16 *>(to)[c] = to_bf16(single_value);
-        else convert(&single_value, static_cast<fp16 *>(to) + c, 1);
-    }
+inline void store(const double *from, int64_t channels, const PerChannel &to) {
+    with_type(to, [&](auto *values) {
+        for (int64_t c = 0; c < channels; ++c) assign(from[c], values[c * to.stride]);
+    });
 }
 
 }  // namespace

@@ -19,69 +19,74 @@
 
 #include "arguments.h"
 #include "backward.h"
+#include "calls.h"
 #include "moments.h"
 #include "normalize.h"
 #include "shared_memory.h"
 
-#define JOIN(a, b, c) a##b##c
-#define NAME(prefix, isa, function) JOIN(prefix, isa, _##function)
-#define EXPORT(function) \
-    extern "C" __attribute__((visibility("default"))) int NAME(syncnorm_, SYNCNORM_ISA, function)
+// A pass over tensors of any dtype, as a function of Python.
+#define PASS(function, Arguments, dtype) \
+    {#function, [](PyObject *, PyObject *const *given, intptr_t count) { \
+        return call<Arguments>(given, count, [](const Arguments &a) { \
+            switch (dtype) { \
+                case FLOAT32: return function<float>(a); \
+                case FLOAT64: return function<double>(a); \
+                case BFLOAT16: return function<bf16>(a); \
+                default: return function<fp16>(a); \
+            } \
+        }); \
+    }, METH_FASTCALL, nullptr}
 
-#define BY_DTYPE(function, arguments, of) \
-    switch ((of).dtype) { \
-        case FLOAT32: return function<float>(*(arguments)); \
-        case FLOAT64: return function<double>(*(arguments)); \
-        case BFLOAT16: return function<bf16>(*(arguments)); \
-        default: return function<fp16>(*(arguments)); \
-    }
+namespace {
+PyMethodDef functions[] = {
+    PASS(moments, MomentsArguments, a.shape.dtype),
+    PASS(normalize, NormalizeArguments, a.shape.dtype),
+    PASS(reduce_grad, ReduceGradArguments, a.of.shape.dtype),
+    PASS(grad_input, GradInputArguments, a.of.shape.dtype),
+    {"agree", [](PyObject *, PyObject *const *given, intptr_t count) { return PyBool_FromLong(agree(given, count)); },
+     METH_FASTCALL, nullptr},
+};
+}  // namespace
 
-EXPORT(moments)(const MomentsArguments *arguments) { BY_DTYPE(moments, arguments, arguments->shape) }
-EXPORT(normalize)(const NormalizeArguments *arguments) { BY_DTYPE(normalize, arguments, arguments->shape) }
-EXPORT(reduce_grad)(const ReduceGradArguments *arguments) { BY_DTYPE(reduce_grad, arguments, arguments->of.shape) }
-EXPORT(grad_input)(const GradInputArguments *arguments) { BY_DTYPE(grad_input, arguments, arguments->of.shape) }
+#define JOIN(a, b) a##b
+#define NAME(prefix, isa) JOIN(prefix, isa)
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Returns one of the functions, by its number, as a function of Python. `objects` are those that they have to know.
+EXPORT PyObject *NAME(syncnorm_function_, SYNCNORM_ISA)(PyObject *objects, int64_t number) {
+    know(objects);
+    return PyCFunction_NewEx(&functions[number], nullptr, nullptr);
+}
 
 #ifdef SYNCNORM_DISPATCH
-#define EXPORT_ONCE extern "C" __attribute__((visibility("default")))
-
-EXPORT_ONCE uint32_t syncnorm_source() { return SYNCNORM_SOURCE; }
+EXPORT uint32_t syncnorm_source() { return SYNCNORM_SOURCE; }
 
 // Python compares these with the layouts by which it packs the structs.
 #define EXPORT_SIZE(Struct) \
-    EXPORT_ONCE int64_t syncnorm_sizeof_##Struct() { return sizeof(Struct); }
-EXPORT_SIZE(Shape)
-EXPORT_SIZE(Parameters)
-EXPORT_SIZE(Epilogue)
-EXPORT_SIZE(Stamp)
-EXPORT_SIZE(Running)
-EXPORT_SIZE(MomentsArguments)
-EXPORT_SIZE(NormalizeArguments)
-EXPORT_SIZE(BackwardArguments)
-EXPORT_SIZE(ReduceGradArguments)
-EXPORT_SIZE(GradInputArguments)
+    EXPORT int64_t syncnorm_sizeof_##Struct() { return sizeof(Struct); }
 EXPORT_SIZE(SharedArguments)
 EXPORT_SIZE(Progress)
 EXPORT_SIZE(Slot)
 
 // What communicators/shared_memory.py calls.
-EXPORT_ONCE int64_t syncnorm_shared_bytes(int64_t ranks) { return Segment::bytes(ranks); }
-EXPORT_ONCE void *syncnorm_shared_result(const SharedArguments *arguments) {
+EXPORT int64_t syncnorm_shared_bytes(int64_t ranks) { return Segment::bytes(ranks); }
+EXPORT void *syncnorm_shared_result(const SharedArguments *arguments) {
     return &arguments->result(arguments->calls());
 }
-EXPORT_ONCE int64_t syncnorm_shared_all_reduce(const SharedArguments *arguments) { return shared_all_reduce(*arguments); }
-EXPORT_ONCE void syncnorm_shared_post(const SharedArguments *arguments) { post(*arguments); }
-EXPORT_ONCE int64_t syncnorm_shared_collect(const SharedArguments *arguments) { return shared_collect(*arguments); }
-EXPORT_ONCE int64_t syncnorm_shared_lead(const SharedArguments *arguments) { return shared_lead(*arguments); }
-EXPORT_ONCE int64_t syncnorm_shared_take(const SharedArguments *arguments) { return shared_take(*arguments); }
-EXPORT_ONCE void syncnorm_shared_publish(const SharedArguments *arguments, int64_t outcome) {
+EXPORT int64_t syncnorm_shared_all_reduce(const SharedArguments *arguments) { return shared_all_reduce(*arguments); }
+EXPORT void syncnorm_shared_post(const SharedArguments *arguments) { post(*arguments); }
+EXPORT int64_t syncnorm_shared_collect(const SharedArguments *arguments) { return shared_collect(*arguments); }
+EXPORT int64_t syncnorm_shared_lead(const SharedArguments *arguments) { return shared_lead(*arguments); }
+EXPORT int64_t syncnorm_shared_take(const SharedArguments *arguments) { return shared_take(*arguments); }
+EXPORT void syncnorm_shared_publish(const SharedArguments *arguments, int64_t outcome) {
     shared_publish(*arguments, static_cast<Outcome>(outcome));
 }
-EXPORT_ONCE void syncnorm_shared_leave(const SharedArguments *arguments) { shared_leave(*arguments); }
-EXPORT_ONCE void syncnorm_shared_progress(const SharedArguments *arguments, int64_t call, Progress *progress) {
+EXPORT void syncnorm_shared_leave(const SharedArguments *arguments) { shared_leave(*arguments); }
+EXPORT void syncnorm_shared_progress(const SharedArguments *arguments, int64_t call, Progress *progress) {
     *progress = shared_progress(*arguments, static_cast<uint32_t>(call));
 }
 
-EXPORT_ONCE const char *syncnorm_isa() {  // the best of this machine
+EXPORT const char *syncnorm_isa() {  // the best of this machine
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

@@ -7,9 +7,13 @@ import functools
 import struct
 from pathlib import Path
 
-__all__ = ["LIBRARY", "check_layouts", "load"]
+__all__ = ["LIBRARY", "OTHER_VERSION", "check_layouts", "load", "load_with_lock"]
 
 LIBRARY = Path(__file__).with_name("libsyncnorm_cpu.so")
+OTHER_VERSION = (
+    "the library belongs to another version. Reinstall syncnorm, or in a checkout run "
+    "python -m syncnorm.kernels.cpu.build"
+)
 
 
 @functools.cache
@@ -35,6 +39,12 @@ def load() -> ctypes.CDLL:
     return library
 
 
+def load_with_lock() -> ctypes.PyDLL:
+    """Return the library, for functions that take Python's objects. They are called with the GIL, and release it."""
+    load()
+    return ctypes.PyDLL(str(LIBRARY))
+
+
 def check_layouts(layouts: dict[str, str]) -> None:
     """Raise if the library has structs of other sizes: it would read and write beyond what it is passed."""
     library = load()
@@ -45,6 +55,5 @@ def check_layouts(layouts: dict[str, str]) -> None:
         if got != expected:
             raise RuntimeError(
                 f"expected {name} in {LIBRARY} to have {expected} bytes, as Python packs it, got {got} bytes: "
-                "the library belongs to another version. Reinstall syncnorm, or in a checkout run "
-                "python -m syncnorm.kernels.cpu.build"
+                f"{OTHER_VERSION}"
             )

@@ -19,15 +19,19 @@ namespace {
 constexpr int64_t SEGMENT = 1024;         // values
 constexpr int64_t WRITTEN = 256;          // values: a segment of a pass that writes, which is to read meanwhile
 constexpr int64_t LINE = 64;              // bytes
+constexpr int64_t ON_STACK = 64 << 10;    // bytes of scratch memory
 constexpr int64_t STREAMED = 4 << 20;     // bytes: a larger result is written past the caches
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-class Scratch {  // for one call, cut into arrays
+class Scratch {  // for one call, cut into arrays. For a small layer it is on the stack: malloc takes longer than the pass
   public:
-    explicit Scratch(int64_t bytes) : start_(static_cast<char *>(aligned_alloc(64, rounded(bytes) + 64))), next_(start_) {}
-    ~Scratch() { free(start_); }
+    explicit Scratch(int64_t bytes)
+        : start_(bytes <= ON_STACK ? own_ : static_cast<char *>(aligned_alloc(64, rounded(bytes) + 64))), next_(start_) {}
+    ~Scratch() {
+        if (start_ != own_) free(start_);
+    }
     Scratch(const Scratch &) = delete;
     template <class T> T *array(int64_t size) {
         T *array = reinterpret_cast<T *>(next_);
@@ -39,7 +43,9 @@ class Scratch {  // for one call, cut into arrays
 
   private:
     static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-    char *start_, *next_;
+    alignas(64) char own_[ON_STACK];
+    char *const start_;
+    char *next_;
 };
 
 // Copy past the caches: lines that are written whole need not be read before, and evict nothing.

@@ -44,8 +44,8 @@ template <class R> struct Affine {
     void fill(Scratch &scratch, const Walk &walk, const double *mean, const double *invstd, const Parameters &of) {
         int64_t channels = walk.channels;
         double *w = scratch.array<double>(channels), *b = scratch.array<double>(channels);
-        parameter(of.weight, of.dtype, channels, 1, w);
-        parameter(of.bias, of.dtype, channels, 0, b);
+        load(of.weight, channels, 1, w);
+        load(of.bias, channels, 0, b);
         SIMD for (int64_t c = 0; c < channels; ++c) {
             w[c] *= invstd[c];
             b[c] -= (mean[c] - static_cast<R>(mean[c])) * w[c];
@@ -63,8 +63,8 @@ template <class R> struct Affine {
         const double *invstd = of.statistics + channels;
         double least = Precision<T>::tiny / (of.epilogue.activation == LEAKY_RELU ? NEGATIVE_SLOPE : 1);
         double *w = scratch.array<double>(channels), *b = scratch.array<double>(channels);
-        parameter(of.parameters.weight, of.parameters.dtype, channels, 1, w);
-        parameter(of.parameters.bias, of.parameters.dtype, channels, 0, b);
+        load(of.parameters.weight, channels, 1, w);
+        load(of.parameters.bias, channels, 0, b);
         for (int64_t c = 0; c < channels; ++c) {
             double scale = w[c] * invstd[c], noise = Precision<T>::eps / sqrt(12.0) * (fabs(b[c]) + least) * invstd[c];
             if (noise < LEAST_NOISE) noise = LEAST_NOISE;
@@ -110,10 +110,7 @@ inline void to_statistics(const NormalizeArguments &a) {
     double *invstd = a.statistics + channels;
     if (a.stamp) unpack(a.moments, channels, a.statistics);
     else memcpy(a.statistics, a.moments, (2 * channels + 1) * sizeof(double));
-    if (a.running.dtype >= 0) {
-        a.running.dtype == FLOAT64 ? update_running<double>(a.running, a.statistics, channels)
-                                   : update_running<float>(a.running, a.statistics, channels);
-    }
+    if (a.running.given) update_running(a.running, a.statistics, channels);
     double count = a.statistics[2 * channels] > 0 ? a.statistics[2 * channels] : 1;
     SIMD for (int64_t c = 0; c < channels; ++c) {
         double variance = invstd[c] / count;  // of M2, whose place it takes

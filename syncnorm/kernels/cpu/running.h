@@ -29,17 +29,23 @@ inline void unpack(const double *packed, int64_t channels, double *moments) {
     }
 }
 
-template <class P> void update_running(const Running &running, const double *moments, int64_t channels) {
-    double count = moments[2 * channels];
+inline void move(const PerChannel &buffer, const double *batch, double divisor, double factor, int64_t channels) {
+    with_type(buffer, [&](auto *values) {
+        for (int64_t c = 0; c < channels; ++c) {
+            auto &value = values[c * buffer.stride];
+            const double before = number(value);
+            assign(before + factor * (batch[c] / divisor - before), value);
+        }
+    });
+}
+
+inline void update_running(const Running &running, const double *moments, int64_t channels) {
+    const double count = moments[2 * channels];
     if (!(count > 0)) return;
     if (running.batches) ++*running.batches;
-    double factor = running.cumulative ? 1 / static_cast<double>(*running.batches) : running.momentum;
-    P *mean = static_cast<P *>(running.mean), *var = static_cast<P *>(running.var);
-    double divisor = count > 1 ? count - 1 : 1;
-    SIMD for (int64_t c = 0; c < channels; ++c) {
-        mean[c] = static_cast<P>(mean[c] + factor * (moments[c] - mean[c]));
-        var[c] = static_cast<P>(var[c] + factor * (moments[channels + c] / divisor - var[c]));
-    }
+    const double factor = running.cumulative ? 1 / static_cast<double>(*running.batches) : running.momentum;
+    move(running.mean, moments, 1, factor, channels);
+    move(running.var, moments + channels, count > 1 ? count - 1 : 1, factor, channels);
 }
 
 }  // namespace
