@@ -3,6 +3,8 @@
 A file belongs to the tier that `TIERS` names. Tests of a unit file that start ranks belong to the tier `ranks`.
 """
 
+import traceback
+
 import pytest
 import torch
 
@@ -60,6 +62,7 @@ def run_under_mpirun(fn, world_size, *args):
         try:
             outcome = (fn(*args), None)
         except Exception as error:
+            traceback.print_exc()  # the other ranks may be waiting for this one
             outcome = (None, error)
         finally:
             communicators.set_default(None)
@@ -85,6 +88,12 @@ def run(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled(monkeypatch):
+    """Forget what an earlier test has compiled, after which ranks compare nothing."""
+    monkeypatch.setattr("syncnorm.exchange._compiled", False)
 
 
 @pytest.fixture(autouse=True)

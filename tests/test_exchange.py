@@ -267,6 +267,8 @@ def calls_without_a_message(kind):
     return layer.num_batches_tracked.item()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]*` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # as the package does, but pytest undoes it
 def test_calls_that_send_nothing_are_not_counted(run):
     assert run(calls_without_a_message, 2, Unlabelled) == [4, 4]
 

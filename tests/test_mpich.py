@@ -110,6 +110,6 @@ def test_cnn_losses_are_those_of_one_process(run, tmp_path):
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize(("ranks", "paths"), [(2, []), (4, ["tests/test_mpi_backend.py"])])
 def test_what_runs_under_open_mpi(run, ranks, paths):
-    options = ["--with-mpi", "-m", "mpi", "--color=no", "-p", "no:cacheprovider"]
+    options = ["--with-mpi", "-m", "mpi", "--color=no", "-p", "no:cacheprovider", "--timeout-method=thread"]
     output = succeeded(run(ranks, "-m", "pytest", *options, *paths, timeout=400))
     assert len(re.findall(r"\d+ passed", output)) == ranks
