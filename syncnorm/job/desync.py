@@ -133,11 +133,8 @@ def end_of(rank: int) -> str | None:
     store = _responder.store()
     if store.check([f"exit reason of {rank}"]):
         return printable(store.get(f"exit reason of {rank}").decode(errors="backslashreplace")[:MAX_LENGTH])
-    if store.check([f"process of {rank}"]):
-        host, process, start = json.loads(store.get(f"process of {rank}"))
-        if host == _responder.process[0] != "" and has_ended(process, start):
-            return f"its process {process} has ended"
-    return None
+    process = _responder.ended_process(store, rank)
+    return None if process is None else f"its process {process} has ended"
 
 
 def post_exit_reason(error: BaseException | str | None = None) -> None:
@@ -257,6 +254,14 @@ class _Responder:
             raise RuntimeError("the job's store does not answer")
         return connect()
 
+    def ended_process(self, store: Store, rank: int) -> int | None:
+        """Return the process of a rank if it ran on this host and has ended, else None."""
+        if not store.check([f"process of {rank}"]):
+            return None
+        host, process, start = json.loads(store.get(f"process of {rank}"))
+        on_this_host = host == self.process[0] != ""
+        return process if on_this_host and has_ended(process, start) else None
+
     def _all_replied(self, store: Store, number: int, ranks: list[int]) -> bool:
         return all(store.check([f"{number} of {rank}"]) or store.check([f"exit reason of {rank}"]) for rank in ranks)
 
@@ -286,7 +291,9 @@ class _Responder:
                 heartbeat = store.get(key) if store.check([key]) else b""
                 if heartbeat != last:
                     heartbeats[rank] = heartbeat, time.monotonic()
-                elif time.monotonic() - since > HEARTBEAT_TIMEOUT:
+                elif (late := time.monotonic() - since) > HEARTBEAT_TIMEOUT or (
+                    late > INTERVAL and self.ended_process(store, rank) is not None
+                ):
                     del heartbeats[rank]
                 if heartbeat == LEFT:
                     heartbeats.pop(rank, None)
