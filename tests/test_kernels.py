@@ -150,25 +150,25 @@ def test_instruction_sets(isa):
 
 
 CHECKS = f"""
-import sys
-sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent / "helpers")]!r}
-from test_kernels import EPSILON, SHAPES, check, check_in_place, check_vectors, cpu
-import torch
-for name in ("planes", "small-planes", "odd-planes", "no-space"):
-    for dtype in EPSILON:
-        for layout in ("contiguous", "channels_last"):
-            check(SHAPES[name], dtype, layout, name == "planes")
-            check_in_place(SHAPES[name], dtype, layout, name == "planes")
-check_vectors()
-print(cpu.ISA, cpu.agree(torch.ones(2, 3)))
+    import sys
+    sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent / "helpers")]!r}
+    from test_kernels import EPSILON, SHAPES, check, check_in_place, check_vectors, cpu
+    import torch
+    for name in ("planes", "small-planes", "odd-planes", "no-space"):
+        for dtype in EPSILON:
+            for layout in ("contiguous", "channels_last"):
+                check(SHAPES[name], dtype, layout, name == "planes")
+                check_in_place(SHAPES[name], dtype, layout, name == "planes")
+    check_vectors()
+    print(cpu.ISA, cpu.agree(torch.ones(2, 3)))
 """
 
 
 def test_a_torch_that_is_older_than_the_exchange_api():
     """Then the kernels ask Python for each property of a tensor, and `agree` cannot tell."""
     assert hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
-    older = "import torch; del torch.Tensor.__dlpack_c_exchange_api__\n"
-    assert run_python(older + CHECKS, SYNCNORM_ISA=cpu.ISA).split() == [cpu.ISA, "False"]
+    older = "\n    import torch; del torch.Tensor.__dlpack_c_exchange_api__"
+    assert run_python(f"{older}\n{CHECKS}", SYNCNORM_ISA=cpu.ISA).split() == [cpu.ISA, "False"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="NOT TESTED: memory is not poisoned where a CUDA device is")

@@ -158,6 +158,30 @@ def test_ranks_that_never_come_to_their_first_call(run):
     assert "DesyncError: all_reduce on rank 0 of 2: waited 2 s for rank 1 until the timeout expired" in jobs[0].stderr
 
 
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", r"its process \d+ has ended"),
+        ("sys.exit(3)", r"ended by sys\.exit\(3\)"),
+        ("raise ValueError('enough')", r"ended with ValueError: enough"),
+    ],
+    ids=["killed", "left", "raised"],
+)
+def test_a_rank_that_ends_before_its_first_call_is_noticed_long_before_the_timeout(run, end, reason):
+    jobs = run(
+        f"""
+    pair = syncnorm.communicator(dist.new_group([0, 1]))  # with the timeout of the job
+    if last:
+        {end}
+    try:
+        pair.all_reduce(ones)
+    finally:
+        assert time.monotonic() - begin < 30
+    """
+    )
+    assert re.search(rf"DesyncError: all_reduce on rank 0 of 2: rank 1 does not come: {reason}\n", jobs[0].stderr)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("moment", ["put", "get", "exchange"])
 def test_ranks_that_are_killed_while_they_agree_leave_no_file(run, rank, moment):

@@ -34,7 +34,7 @@ class _Decision(NamedTuple):
     route: str
 
 
-LOOK = 0.25  # seconds between two looks at whether a rank that is waited for has ended
+LOOK = 0.5  # seconds between two looks at whether a rank that is waited for has ended
 SWITCHED_OFF = "SYNCNORM_SHARED_MEMORY=0"
 _decided: weakref.WeakKeyDictionary[dist.ProcessGroup, _Decision] = weakref.WeakKeyDictionary()
 

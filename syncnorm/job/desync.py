@@ -191,6 +191,8 @@ class _Responder:
         self.ended = False
         self.exit = "ended normally"
         self.process = _this_process()
+        with contextlib.suppress(RuntimeError):  # no store answers
+            connect().set(f"process of {rank}", json.dumps(self.process))  # now, before anything can end it
         self.leaving = threading.Event()
         self.thread = threading.Thread(target=self._answer, name="syncnorm desync", daemon=True)
         self.thread.start()
@@ -268,7 +270,6 @@ class _Responder:
     def _answer(self) -> None:
         with contextlib.suppress(RuntimeError):  # the server of the store has ended
             store = connect()
-            store.set(f"process of {self.rank}", json.dumps(self.process))
             answered = heartbeats = 0
             while True:
                 heartbeats += 1

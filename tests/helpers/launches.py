@@ -8,7 +8,19 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import syncnorm
 
-NOTHING_RUNS = {"empty", "empty_like", "empty_strided", "detach", "alias", "view", "slice", "select", "expand", "t"}
+NOTHING_RUNS = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "detach",
+    "alias",
+    "view",
+    "slice",
+    "select",
+    "expand",
+    "t",
+}
 STEP = ["moments", "normalize", "reduce_grad", "grad_input"]
 LAYERS = {  # arguments of the layer, of its forward, and the shape of x
     "plain": ({}, False, (6, 5, 4, 7)),

@@ -4,7 +4,8 @@ It needs GCC on Linux. CXX in the environment chooses another compiler than g++.
 standard library, so `python syncnorm/kernels/cpu/build.py [LIBRARY]` does the same where there is no torch.
 
 exports.cpp and the headers it includes are one translation unit, which is compiled once per instruction set. The
-library uses neither Python nor torch, so a wheel is for one platform and for every version of both.
+library is compiled without Python and torch, and uses Python's stable ABI, so a wheel is for one platform and for every
+version of both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// The kernels on CPUs: plain C ABI, OpenMP, no torch. binding.py calls them; ../reference.py defines what they compute.
+// The kernels on CPUs: C++ with OpenMP, without torch. binding.py calls them; ../reference.py defines what they compute.
 //
 // The build compiles this file once per instruction set, SYNCNORM_ISA, into one library; all but the exported functions
 // have internal linkage, so that no code of a wider instruction set stands in for that of a narrower one. For the same

@@ -53,7 +53,7 @@ struct DLTensor {
     uint64_t offset;  // 0, since torch adds it to the data
 };
 enum : uint8_t { FLOATING_POINT = 2, BFLOAT = 4 };  // of kind
-enum : int32_t { CPU = 1 };                           // of device
+enum : int32_t { CPU = 1 };                         // of device[0]
 struct ExchangeApi {
     uint32_t major, minor;
     const void *previous, *others[3];
@@ -62,10 +62,11 @@ struct ExchangeApi {
 
 // The objects that the functions know.
 struct Known {
-    const ExchangeApi *api;                        // null: torch is older than it
-    PyObject *none, *yes, *tensor, *parameter;     // the last two: types
-    PyObject *no_memory, *mismatch, *other_error;  // errors
-    PyObject *dtypes[OTHER];                       // in the order of Dtype
+    const ExchangeApi *api;  // null: torch is older than it
+    PyObject *none, *yes;
+    PyObject *tensor, *parameter;                          // types
+    PyObject *no_memory, *mismatch, *other_error;          // errors
+    PyObject *dtypes[OTHER];                               // in the order of Dtype
     PyObject *data_ptr, *dtype, *shape, *stride, *is_neg;  // names
 } known;
 
