@@ -72,13 +72,15 @@ def normalize(
             move(running, moments)
             return output
         traced = moments.kernels is kernels.reference  # torch.compile follows no update of buffers inside the Function
-        of_moments = moments.kernels, moments.stamp, moments.centered, moments.constant
-        config = Config(*of_moments, eps, eps_outside, exchange, epilogue)
+        config = Config(
+            moments.kernels, moments.stamp, moments.centered, moments.constant, eps, eps_outside, exchange, epilogue
+        )
         written = memory_of(input) if epilogue.inplace else input
-        arguments = (written, weight, bias, residual, moments.values, mask, config, None if traced else running)
-        output, _ = Normalize.apply(*arguments) if traced else _apply(*arguments)  # type: ignore[no-untyped-call]
         if traced:
+            output, _ = Normalize.apply(written, weight, bias, residual, moments.values, mask, config, None)  # type: ignore[no-untyped-call]
             move(running, moments)
+        else:
+            output, _ = _apply(written, weight, bias, residual, moments.values, mask, config, running)  # type: ignore[no-untyped-call]
         return output if written is input else input
     except StampError:
         raise exchange.mismatch(backward=False) from None
@@ -156,7 +158,8 @@ class Normalize(Function):
         bias_or_none = bias if epilogue is not PLAIN and epilogue.needs_bias else None
         ctx.save_for_backward(*of_epilogue, statistics, weight, bias_or_none, mask)
         ctx.config, ctx.dtype = config, _common_dtype(weight, bias)
-        ctx.channels_last = signs is not None and bool(channels_last(input))
+        if signs is not None:
+            ctx.channels_last = bool(channels_last(input))
         return output, statistics
 
     @staticmethod
@@ -164,13 +167,13 @@ class Normalize(Function):
         """Return the gradients of input, weight, bias and residual: dx, Σ dz * x̂, Σ dz, dz."""
         grad_output, grad_statistics = grads
         tensors = ctx.saved_tensors  # once: activation checkpointing computes them again
-        *saved, statistics, weight, bias, mask = tensors
-        needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        input, signs, residual, statistics, weight, bias, mask = tensors
+        needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         config: Config = ctx.config
         followed = torch.is_grad_enabled() or transforms.active(grad_output, grad_statistics)
-        chosen = kernels.reference if followed else kernels.select(*tensors, grad_output)
-        kept = Saved(*saved)
-        if kept.signs is not None:
+        chosen = _kernels_of_backward(config, followed, grad_output, *tensors)
+        kept = Saved(input, signs, residual)
+        if signs is not None:
             kept = _in_saved_order(kept, ctx.channels_last)
         if grad_output is None:
             grad_output = torch.zeros_like(kept.input)
@@ -200,11 +203,22 @@ class Normalize(Function):
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
             grad_residual if needs_residual else None,
-            *[None] * 4,
+            *(None, None, None, None),
         )
 
 
 _apply = super(Function, Normalize).apply  # without what torch.func needs: `normalize` knows that it is not active
+
+
+def _kernels_of_backward(
+    config: Config, followed: bool, grad_output: Tensor | None, input: Tensor, *others: Tensor | None
+) -> Kernels:
+    """Return the implementation: that of the forward, unless a transform or a hook of autograd has come in between."""
+    if followed:
+        return kernels.reference
+    if type(grad_output) is type(input) is Tensor and config.kernels is not kernels.reference:
+        return config.kernels
+    return kernels.select(input, *others, grad_output)
 
 
 def _in_saved_order(saved: Saved, is_channels_last: bool) -> Saved:

@@ -87,10 +87,11 @@ def sync_batch_norm(
     exchange = NO_EXCHANGE if alone else _sharing_batch(input, process_group)
 
     others = weight, bias, residual, running_mean, running_var, num_batches_tracked
-    moments = Moments.of(input, mask, *others, stamp=exchange.stamp(backward=False))
-    if exchange.size > 1:
-        moments = _of_all_ranks(moments, exchange)
-    if _one_value(input, mask, moments):
+    if exchange.size == 1:
+        moments = Moments.of(input, mask, *others)
+    else:
+        moments = _of_all_ranks(Moments.of(input, mask, *others, stamp=exchange.stamp(backward=False)), exchange)
+    if (mask is not None or input.numel() <= input.shape[1]) and _one_value(input, mask, moments):
         _check(moments, exchange)
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
@@ -259,11 +260,12 @@ def _on(exchange: Exchange, input: Tensor, channels: int) -> Exchange:
 
 
 def _one_value(input: Tensor, mask: Tensor | None, moments: Moments) -> bool:
-    """Return whether the whole batch has one value per channel. Reads the device only if this is possible."""
-    few = input.numel() <= input.shape[1] if mask is None else mask.is_cpu
-    if few and without_values(input):
+    """Return whether the whole batch has one value per channel. This rank has no more. Reads the device."""
+    if mask is not None and not mask.is_cpu:
+        return False
+    if without_values(input):
         return mask is None and len(input) * input.shape[2:].numel() == 1
-    return few and bool((plain(moments.count) == 1).any())
+    return bool((plain(moments.count) == 1).any())
 
 
 def _check(moments: Moments, exchange: Exchange) -> None:

@@ -27,8 +27,10 @@ def to_move(
     bitwise identical on every rank, so the buffers are too. A recomputation of the forward pass
     (`torch.utils.checkpoint`) does not update them, since the first forward pass did.
     """
-    if running_mean is None or running_var is None or _recomputing():
+    if running_mean is None or running_var is None:
         return None
+    if not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1:
+        return None  # inside a backward pass
     return Running(running_mean, running_var, num_batches_tracked, momentum)
 
 
@@ -46,8 +48,3 @@ def move(running: Running | None, moments: Moments) -> None:
             "pass them as arguments of the transformed function, with torch.func.functional_call(model, (parameters, "
             "buffers), input), or call model.eval(), or create the layer with track_running_stats=False"
         ) from error
-
-
-def _recomputing() -> bool:
-    """Return whether this forward runs inside a backward pass, as in activation checkpointing."""
-    return not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1

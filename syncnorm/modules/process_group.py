@@ -101,12 +101,12 @@ class ProcessGroupReference:
         was, is at another call than the other ranks from then on, and they see it. None: torch is compiling the call
         for the default group. Calls that communicate on no rank are not counted.
         """
-        group = self.resolve()
-        if torch.compiler.is_compiling():
+        group = self._resolved or self.resolve()
+        if isinstance(group, LocalCommunicator) or torch.compiler.is_compiling():
             return group
         chosen = communicator() if group is None else group
         if isinstance(chosen, LocalCommunicator):
-            if group is None and names_several_ranks() and not functional.without_values(input):
+            if names_several_ranks() and not functional.without_values(input):
                 warn_if_not_joined()
         elif isinstance(input, Tensor) and not (functional.without_values(input) or transforms.recording()):
             self.history.count(chosen)

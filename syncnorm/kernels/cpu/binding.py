@@ -92,6 +92,8 @@ def normalize(
 class Backward:
     """See `reference.Backward`."""
 
+    __slots__ = "arguments", "has_residual", "statistics", "weight", "x"
+
     def __init__(
         self,
         grad_output: Tensor,
@@ -116,7 +118,8 @@ class Backward:
             *(_ACTIVATIONS[epilogue.activation], residual, signs, epilogue.inplace),
             None if mask is None else _weights(mask, x),
         )
-        self.x, self.statistics, self.has_residual = x, statistics, residual is not None or signs is not None
+        self.x, self.statistics, self.weight = x, statistics, weight
+        self.has_residual = residual is not None or signs is not None
 
     def reduce_grad(
         self, dtype: torch.dtype = torch.float64, *, stamp: Stamp | None = None
@@ -124,7 +127,11 @@ class Backward:
         """See `reference.Backward.reduce_grad`."""
         channels = self.x.shape[1]
         sums = self.statistics.new_empty(2 * channels + (0 if stamp is None else 2))
-        grad_weight = torch.empty(channels, dtype=dtype, device=_CPU)
+        weight = self.weight
+        if weight is not None and weight.dtype is dtype:
+            grad_weight = torch.empty_like(weight)
+        else:
+            grad_weight = torch.empty(channels, dtype=dtype, device=_CPU)
         grad_bias = torch.empty_like(grad_weight)
         _reduce_grad(self.arguments, grad_weight, grad_bias, sums, stamp)
         return grad_weight, grad_bias, sums

@@ -31,8 +31,8 @@ struct Walk {
           by_period(shape.channels_last || shape.s < SMALLEST_PLANE), repeats(shape.channels_last || shape.s == 1) {
         if (by_period) {
             int64_t row = repeats ? shape.c : shape.c * shape.s;
-            int64_t rows = row >= SMALLEST_PERIOD ? 1 : (SMALLEST_PERIOD + row - 1) / larger(row, 1);
-            period = row * rows;
+            int64_t least = smaller(SMALLEST_PERIOD, values), rows = (least + row - 1) / larger(row, 1);
+            period = row * larger(rows, 1);
         }
         threads = larger(1, smaller(shape.threads, values / VALUES_PER_THREAD));
         quantum = by_period ? (has_signs && period % 8 ? 8 : 1) : 64;  // no two threads share a byte of signs
