@@ -29,7 +29,7 @@ namespace {
 constexpr int64_t MOST_BYTES = 65536;  // of a message's values
 constexpr int64_t YIELDING = 1000000;  // ns for which a rank gives way to others before it sleeps
 constexpr int64_t CROWDED = 50000;     // the same if there are more ranks than cores
-constexpr int SPINS = 2000;            // some 20 to 60 µs
+constexpr int SPINS = 100;              // some 1 to 3 µs, within which ranks on cores of their own meet
 
 enum Value : int64_t { INT8 = 4, INT16, INT32, INT64, UINT8 };  // beside Dtype
 enum Outcome : int64_t { DONE, WAITING, DIFFERENT, FAILED };
