@@ -83,10 +83,15 @@ def check_batch_norm_arguments(
     momentum: float | None,
     eps: float,
     num_batches_tracked: Tensor | None,
-) -> None:
-    """Raise ValueError, TypeError or RuntimeError if the arguments are inconsistent."""
+) -> bool:
+    """Raise ValueError, TypeError or RuntimeError if the arguments are inconsistent.
+
+    Returns:
+        True if all tensors are plain ones on the CPU. False: they may be.
+    """
     tensors = input, running_mean, running_var, weight, bias, num_batches_tracked
-    if torch.compiler.is_dynamo_compiling() or not quick_check()(*tensors):
+    are_plain = not torch.compiler.is_dynamo_compiling() and quick_check()(*tensors)
+    if not are_plain:
         _check_tensors(*tensors)
     if not (type(training) is bool and type(eps) is type(momentum) is float):  # which is quick to see
         check_flags(training=training)
@@ -102,6 +107,7 @@ def check_batch_norm_arguments(
         raise ValueError("expected running_mean and running_var outside training, got None")
     if training and momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError("expected num_batches_tracked with momentum=None (cumulative average), got None")
+    return are_plain
 
 
 def _check_tensors(

@@ -68,9 +68,11 @@ def sync_batch_norm(
     Unlike the module, the function does not compare which layer and call the ranks are in. For forward-mode AD and vmap
     see the class.
     """
-    arguments.check_batch_norm_arguments(
+    are_plain = arguments.check_batch_norm_arguments(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
     )
+    if not are_plain or residual is not None:
+        input, weight, bias, residual = transforms.unwrapped(input, weight, bias, residual)
     if mask is not None:
         mask = arguments.parse_mask(mask, input)
     epilogue = PLAIN

@@ -11,13 +11,15 @@ These functions run in every step of a layer, so they must be fast.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from torch import _C, Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
-__all__ = ["active", "batched", "recording"]
+__all__ = ["active", "batched", "recording", "unwrapped"]
 
 # torch.jit.trace warns of comparisons of shapes, which it does not record. torch ignores the warning in its own code.
 warnings.filterwarnings("ignore", category=TracerWarning, module=__package__)
@@ -48,6 +50,11 @@ def recording() -> bool:
     if is_dynamo_compiling():
         return False
     return _jit_trace() or (_modes() > 0 and (_mode(_PROXY) is not None or is_compiling()))
+
+
+def unwrapped(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return the tensors without the wrappers of transforms that have ended, as torch's own operations take them."""
+    return tensors if is_dynamo_compiling() else unwrap_dead_wrappers(tensors)
 
 
 def batched(tensor: Tensor) -> bool:

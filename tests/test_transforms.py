@@ -369,3 +369,30 @@ def test_the_root_of_no_variance_has_a_derivative():
 
     assert torch.equal(vjp(norm, x)[1](dy)[0], dy / 0.5)
     assert torch.equal(jvp(norm, (x,), (dy,))[1], dy / 0.5)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+@pytest.mark.parametrize("position", ["input", "weight", "residual"])
+def test_a_tensor_that_outlives_its_transform(transform, position):
+    """It is a wrapper without memory, which torch's operations take off."""
+    kept = []
+    x, residual = torch.randn(2, 4, 3, 5)
+    arguments = {"input": x, "weight": torch.rand(3), "residual": residual}
+
+    def keep(tensor):
+        kept.append(tensor * 1)
+        return tensor.sum()
+
+    given = arguments[position]
+    if transform == "grad":
+        torch.func.grad(keep)(given)
+    else:
+        torch.func.jvp(keep, (given,), (given,))
+    wrapped = arguments | {position: kept[0]}
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        kept[0].data_ptr()
+    y, expected = (
+        syncnorm.functional.sync_batch_norm(a["input"], None, None, a["weight"], None, True, residual=a["residual"])
+        for a in (wrapped, arguments)
+    )
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)

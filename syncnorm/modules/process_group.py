@@ -101,7 +101,7 @@ class ProcessGroupReference:
         was, is at another call than the other ranks from then on, and they see it. None: torch is compiling the call
         for the default group. Calls that communicate on no rank are not counted.
         """
-        group = self._resolved or self.resolve()
+        group = self.resolve() if self._resolved is None else self._resolved
         if isinstance(group, LocalCommunicator) or torch.compiler.is_compiling():
             return group
         chosen = communicator() if group is None else group
