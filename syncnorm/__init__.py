@@ -4,9 +4,10 @@ from . import functional, testing
 from .communicators import Communicator, communicator
 from .communicators.subgroups import new_subgroups
 from .convert import convert_sync_batchnorm, register_conversion, revert_sync_batchnorm
-from .errors import DesyncError, SyncNormError
+from .errors import DesyncError, RunningStatsError, SyncNormError
 from .job.init import init
 from .modules import GroupNorm, LayerNorm, LazySyncBatchNorm, RMSNorm, SyncBatchNorm
+from .statistics import assert_running_stats_agree, sync_running_stats
 
 __version__ = "0.1.0"
 
@@ -17,8 +18,10 @@ __all__ = [
     "LayerNorm",
     "LazySyncBatchNorm",
     "RMSNorm",
+    "RunningStatsError",
     "SyncBatchNorm",
     "SyncNormError",
+    "assert_running_stats_agree",
     "communicator",
     "convert_sync_batchnorm",
     "functional",
@@ -26,6 +29,7 @@ __all__ = [
     "new_subgroups",
     "register_conversion",
     "revert_sync_batchnorm",
+    "sync_running_stats",
     "testing",
 ]
 

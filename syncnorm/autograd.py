@@ -216,7 +216,8 @@ def _kernels_of_backward(
     """Return the implementation: that of the forward, unless a transform or a hook of autograd has come in between."""
     if followed:
         return kernels.reference
-    if type(grad_output) is type(input) is Tensor and config.kernels is not kernels.reference:
+    is_traced = torch.compiler.is_dynamo_compiling()
+    if type(grad_output) is type(input) is Tensor and config.kernels is not kernels.reference and not is_traced:
         return config.kernels
     return kernels.select(input, *others, grad_output)
 

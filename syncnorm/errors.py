@@ -1,6 +1,6 @@
 """The exceptions of this package."""
 
-__all__ = ["DesyncError", "SyncNormError", "printable"]
+__all__ = ["DesyncError", "RunningStatsError", "SyncNormError", "printable"]
 
 
 class SyncNormError(RuntimeError):
@@ -9,6 +9,10 @@ class SyncNormError(RuntimeError):
 
 class DesyncError(SyncNormError):
     """A collective failed or timed out, or the ranks are in different layers. The message says where each rank is."""
+
+
+class RunningStatsError(SyncNormError, AssertionError):
+    """The running statistics of a model differ between the ranks. The message says where, and on which ranks."""
 
 
 def printable(text: str) -> str:

@@ -73,6 +73,8 @@ def sync_batch_norm(
     )
     if not are_plain or residual is not None:
         input, weight, bias, residual = transforms.unwrapped(input, weight, bias, residual)
+        buffers = transforms.unwrapped(running_mean, running_var, num_batches_tracked)
+        running_mean, running_var, num_batches_tracked = buffers
     if mask is not None:
         mask = arguments.parse_mask(mask, input)
     epilogue = PLAIN

@@ -274,6 +274,66 @@ def test_a_vector_that_holds_the_negative_of_its_values_is_refused():
     torch.testing.assert_close(y, -cpu.normalize(x, cpu.moments(x), None, None, None, 1e-5)[0])
 
 
+def test_tensors_that_hooks_of_autograd_have_changed():
+    """They need not keep the dtype or the strides of what was saved, here of the statistics and of the signs, too."""
+    x, residual, dy = (torch.randn(6, 64, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    for hooks in (
+        (lambda t: t.half(), lambda t: t.float()),
+        (lambda t: torch.stack([t, t], -1), lambda t: t[..., 0]),
+    ):
+        grads = []
+        for pack, unpack in (hooks, (lambda t: t, lambda t: t)):
+            layer, leaf = syncnorm.SyncBatchNorm(64, activation="relu"), x.clone().requires_grad_()
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                y = layer(leaf, residual=residual)
+            grads.append(torch.autograd.grad(y, [leaf, *layer.parameters()], dy))
+        for changed, kept in zip(*grads, strict=True):
+            torch.testing.assert_close(changed, kept, rtol=1e-2, atol=1e-2)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written():
+    x, eight = torch.randn(4, 8), torch.zeros(8, dtype=torch.float8_e4m3fn)
+    buffers = torch.ones(8), torch.ones(8)
+    moments = cpu.moments(x)
+    for wrong in (
+        {"weight": eight},
+        {"weight": torch.ones(4)},
+        {"running": Running(eight, buffers[0], None, 0.1)},
+        {"running": Running(*buffers, torch.zeros(2, dtype=torch.int64), 0.1)},
+        {"moments": moments.float()},
+        {"moments": moments[:-1]},
+        {"residual": x.double()},
+    ):
+        arguments = {"moments": moments, "weight": None, "bias": None, "residual": None, "eps": 1e-5}
+        with pytest.raises(RuntimeError, match="expected tensors that fit together"):
+            cpu.normalize(x, **(arguments | {"running": Running(*buffers, None, 0.1)} | wrong))
+    assert all((buffer == 1).all() for buffer in buffers)
+    with pytest.raises(RuntimeError, match="expected tensors that fit together"):
+        syncnorm.functional.sync_batch_norm(x, eight, eight.clone(), training=True)
+
+
+def test_tensors_without_memory():
+    """A gradient of zeros is computed with. With other ones torch computes in a mode that the kernels cannot see."""
+    layer, x = syncnorm.SyncBatchNorm(3), torch.randn(4, 3, requires_grad=True)
+    layer(x).backward(torch._efficientzerotensor((4, 3)))
+    assert not x.grad.any()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(RuntimeError, match="expected tensors with memory, got one without, such as a FakeTensor"):
+            layer(x)
+        with pytest.raises(RuntimeError, match="expected tensors with memory, got one without, such as a FakeTensor"):
+            cpu.moments(x)
+
+
+def test_the_negative_bit_of_a_single_value():
+    negative = torch.complex(torch.zeros(1), torch.ones(1)).conj().imag
+    assert negative.is_neg()
+    x = negative.view(1, 1)
+    assert x.is_neg()
+    assert cpu.moments(x).tolist() == [-1, 0, 1]
+    with pytest.raises(RuntimeError, match="expected vectors without the negative bit"):
+        cpu.normalize(torch.randn(4, 1), cpu.moments(torch.randn(4, 1)), negative, None, None, 1e-5)
+
+
 MISFITS = {  # what is wrong, with other tensors
     "channels": {"weight": torch.ones(4)},
     "axes": {"bias": torch.ones(3, 1)},
@@ -296,6 +356,7 @@ def test_the_quick_check_accepts_what_fits_alone(wrong):
     tensors = {"input": torch.ones(2, 3, 5), **fitting, "num_batches_tracked": torch.tensor(0)}
     assert cpu.agree(*(tensors | MISFITS.get(wrong, {})).values()) is (wrong is None)
     assert cpu.agree(*(tensors | dict.fromkeys(fitting)).values())
+    assert not cpu.agree(*dict.fromkeys(tensors).values())
 
 
 def test_the_quick_check_does_not_look_into_transforms():
@@ -502,7 +563,11 @@ def test_an_outdated_library_is_refused(package):
     ("name", "line", "more", "code", "said"),
     [
         (
-            *("calls.h", "    arguments.y = values.pointer<void>();\n", "    values.integer();\n"),
+            *(
+                "calls.h",
+                "    arguments.y = values.pointer<void>(shape.dtype, shape.values());\n",
+                "    values.integer();\n",
+            ),
             "import torch, syncnorm; syncnorm.SyncBatchNorm(3)(torch.randn(2, 3))",
             "expected the arguments that the compiled kernels read, got others: ",
         ),

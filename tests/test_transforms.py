@@ -396,3 +396,21 @@ def test_a_tensor_that_outlives_its_transform(transform, position):
         for a in (wrapped, arguments)
     )
     torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
+def test_a_layer_that_was_made_inside_a_transform():
+    """Its buffers are wrappers, too."""
+    kept = []
+
+    def build(scale):
+        layer = syncnorm.SyncBatchNorm(3, affine=False)
+        layer.running_mean = torch.zeros(3) * scale
+        kept.append(layer)
+        return scale
+
+    grad(build)(torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        kept[0].running_mean.data_ptr()
+    x = torch.randn(4, 3, 5) + 1
+    kept[0](x)
+    torch.testing.assert_close(kept[0].running_mean * 1, 0.1 * x.mean((0, 2)))

@@ -626,7 +626,7 @@ def test_subclasses_and_compiled_code_get_the_reference():
 
     with chosen("triton"):
         assert syncnorm.kernels.select(torch.zeros(2).as_subclass(Subclass)) is reference
-        with mock.patch("torch.compiler.is_compiling", return_value=True):
+        with mock.patch("torch.compiler.is_dynamo_compiling", return_value=True):
             assert syncnorm.kernels.select(torch.zeros(2)) is reference
 
 

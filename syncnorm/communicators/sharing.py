@@ -7,6 +7,7 @@ host. They all decide alike: if one rank cannot, or SYNCNORM_SHARED_MEMORY=0 is 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import time
@@ -200,7 +201,10 @@ class _Board:
                 raise RuntimeError(f"waited {self.timeout:g} s for rank {rank} until the timeout expired")
             if waited > looks * LOOK:
                 looks += 1
-                if (end := desync.end_of(self.ranks[rank])) and not self.store.check([name]):
+                end = None
+                with contextlib.suppress(RuntimeError):  # the job's store does not answer, and may not be needed
+                    end = desync.end_of(self.ranks[rank])
+                if end and not self.store.check([name]):
                     raise RuntimeError(f"rank {rank} does not come: {end}")
             time.sleep(interval)
             interval = min(2 * interval, 0.02)

@@ -7,7 +7,7 @@ namespace {
 
 enum Failure { NO_MEMORY = 1, MISMATCH };  // what a function returns that fails, before it writes anything
 
-enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, OTHER };
+enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, BYTE, LONG, OTHER };
 enum Activation : int64_t { NONE, RELU, LEAKY_RELU, SILU, GELU_TANH };
 
 struct Shape {

@@ -41,7 +41,7 @@ if _function is None:
     raise RuntimeError(f"expected functions for {ISA} in {LIBRARY}, got none: {OTHER_VERSION}")
 _function.argtypes, _function.restype = [ctypes.py_object, ctypes.c_int64], ctypes.py_object
 _API = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # of DLPack, from torch 2.10 on
-_KNOWN = (_API, None, True, Tensor, Parameter, MemoryError, StampError, RuntimeError, *DTYPES)
+_KNOWN = (_API, None, True, Tensor, Parameter, MemoryError, StampError, RuntimeError, *DTYPES, torch.uint8, torch.int64)
 _moments, _normalize, _reduce_grad, _grad_input, agree = (_function(_KNOWN, number) for number in range(5))
 
 
@@ -109,10 +109,14 @@ class Backward:
         x, last = _dense(input)
         dy = grad_output
         same_layout = dy.stride() == x.stride() if last else dy.is_contiguous()
-        if not same_layout or dy.dtype is not x.dtype:
+        if not same_layout or dy.dtype is not x.dtype or dy.is_neg() or dy._is_zerotensor():
             dy = torch.empty_like(x).copy_(dy)
         if residual is not None:
-            residual = in_dense_format(residual, like=x)
+            residual = in_dense_format(residual, like=x).to(x.dtype)
+        if statistics.dtype is not torch.float64 or not statistics.is_contiguous():  # a hook of autograd has made it so
+            statistics = Statistics(statistics.double().contiguous())
+        if signs is not None:
+            signs = signs.to(torch.uint8).contiguous()
         self.arguments = (
             *(x, last, torch.get_num_threads(), dy, statistics, weight, bias),
             *(_ACTIVATIONS[epilogue.activation], residual, signs, epilogue.inplace),
@@ -154,7 +158,7 @@ class Backward:
 def _dense(tensor: Tensor) -> tuple[Tensor, bool]:
     """Return the tensor, dense, and whether its channels are last."""
     if tensor.is_contiguous():
-        return tensor, False
+        return tensor.resolve_neg() if tensor.is_neg() else tensor, False
     last = channels_last(tensor)
     return (tensor.contiguous(), False) if last is None else (tensor, last)
 

@@ -21,83 +21,95 @@ inline void read(Values &values, Stamp &stamp) {
     stamp.ranks = of.integer();
 }
 
-inline void read(Values &values, Parameters &parameters) {
-    parameters.weight = values.tensor().vector();
-    parameters.bias = values.tensor().vector();
+inline void read(Values &values, Parameters &parameters, const Shape &shape) {
+    parameters.weight = values.tensor().vector(shape.c);
+    parameters.bias = values.tensor().vector(shape.c);
 }
 
-inline void read(Values &values, Epilogue &epilogue) {
+inline void read(Values &values, Epilogue &epilogue, const Shape &shape) {
     epilogue.activation = values.integer();
-    epilogue.residual = values.pointer<void>();
-    epilogue.signs = values.pointer<uint8_t>();
+    epilogue.residual = values.pointer<void>(shape.dtype, shape.values());
+    epilogue.signs = values.pointer<uint8_t>(BYTE, (shape.values() + 7) / 8);
     epilogue.inplace = values.integer();
 }
 
-inline void read(Values &values, Running &running) {
+inline void read(Values &values, Running &running, const Shape &shape) {
     running = {};
     if (values.is_none()) return;
     Values of = values.tuple();
     running.given = true;
-    running.mean = of.tensor().vector();
-    running.var = of.tensor().vector();
-    running.batches = of.pointer<int64_t>();
+    running.mean = of.tensor().vector(shape.c);
+    running.var = of.tensor().vector(shape.c);
+    running.batches = of.pointer<int64_t>(LONG, 1);
     running.cumulative = of.is_none();
     if (!running.cumulative) running.momentum = of.number();
 }
 
+inline const void *mask_of(Values &values, const Shape &shape) {
+    return values.pointer<void>(shape.dtype == FLOAT64 ? FLOAT64 : FLOAT32, shape.n * shape.s);
+}
+
+inline int64_t stamped(int64_t size, const Stamp &stamp) { return stamp ? size + 2 : size; }
+
 inline void read(Values &values, MomentsArguments &arguments) {
     const Tensor x = values.tensor();
     arguments.x = x.data;
-    arguments.shape = shape_of(x, values);
-    arguments.mask = values.pointer<void>();
-    arguments.moments = values.pointer<double>();
+    const Shape shape = arguments.shape = shape_of(x, values);
+    arguments.mask = mask_of(values, shape);
+    const Tensor moments = values.tensor();
     read(values, arguments.stamp);
+    arguments.moments = static_cast<double *>(moments.of(FLOAT64, stamped(2 * shape.c + 1, arguments.stamp)));
 }
 
 inline void read(Values &values, NormalizeArguments &arguments) {
     const Tensor x = values.tensor();
     arguments.x = x.data;
-    arguments.shape = shape_of(x, values);
-    arguments.y = values.pointer<void>();
-    arguments.moments = values.pointer<double>();
+    const Shape shape = arguments.shape = shape_of(x, values);
+    arguments.y = values.pointer<void>(shape.dtype, shape.values());
+    const Tensor moments = values.tensor();
     read(values, arguments.stamp);
-    read(values, arguments.parameters);
+    arguments.moments = static_cast<double *>(moments.of(FLOAT64, stamped(2 * shape.c + 1, arguments.stamp)));
+    read(values, arguments.parameters, shape);
     arguments.eps = values.number();
     arguments.eps_outside = values.integer();
-    read(values, arguments.epilogue);
-    arguments.statistics = values.pointer<double>();
-    read(values, arguments.running);
+    read(values, arguments.epilogue, shape);
+    arguments.statistics = values.pointer<double>(FLOAT64, 2 * shape.c + 1);
+    read(values, arguments.running, shape);
 }
 
 inline void read(Values &values, BackwardArguments &arguments) {
     const Tensor x = values.tensor();
     arguments.x = x.data;
-    arguments.shape = shape_of(x, values);
-    arguments.dy = values.pointer<void>();
-    arguments.statistics = values.pointer<double>();
-    read(values, arguments.parameters);
-    read(values, arguments.epilogue);
-    arguments.mask = values.pointer<void>();
+    const Shape shape = arguments.shape = shape_of(x, values);
+    arguments.dy = values.pointer<void>(shape.dtype, shape.values());
+    arguments.statistics = values.pointer<double>(FLOAT64, 2 * shape.c + 1);
+    read(values, arguments.parameters, shape);
+    read(values, arguments.epilogue, shape);
+    arguments.mask = mask_of(values, shape);
 }
 
 inline void read(Values &values, ReduceGradArguments &arguments) {
     Values of = values.tuple();
     read(of, arguments.of);
-    arguments.grad_weight = values.tensor().vector();
-    arguments.grad_bias = values.tensor().vector();
-    arguments.sums = values.pointer<double>();
+    const int64_t channels = arguments.of.shape.c;
+    arguments.grad_weight = values.tensor().vector(channels);
+    arguments.grad_bias = values.tensor().vector(channels);
+    const Tensor sums = values.tensor();
     read(values, arguments.stamp);
+    arguments.sums = static_cast<double *>(sums.of(FLOAT64, stamped(2 * channels, arguments.stamp)));
 }
 
 inline void read(Values &values, GradInputArguments &arguments) {
     Values of = values.tuple();
     read(of, arguments.of);
-    arguments.sums = values.pointer<double>();
+    const Shape &shape = arguments.of.shape;
+    const Tensor sums = values.tensor();
     read(values, arguments.stamp);
+    arguments.sums = static_cast<double *>(sums.of(FLOAT64, stamped(2 * shape.c, arguments.stamp)));
     arguments.centered = values.integer();
     arguments.eps_outside = values.number();
-    arguments.dx = values.pointer<void>();
-    arguments.dz = values.pointer<void>();
+    arguments.dx = values.pointer<void>(shape.dtype, shape.values());
+    arguments.dz = values.pointer<void>(shape.dtype, shape.values());
 }
 
 // Whether an input (N, C, *) and the vectors after it are plain tensors on the CPU, the vectors of shape (C,) and all
@@ -106,7 +118,7 @@ inline void read(Values &values, GradInputArguments &arguments) {
 inline bool agree(PyObject *const *given, intptr_t count) {
     int64_t channels = 0;
     for (intptr_t i = 0; i < count; ++i) {
-        if (given[i] == known.none) continue;
+        if (given[i] == known.none && i > 0) continue;
         PyObject *type = PyObject_Type(given[i]);
         Py_DecRef(type);
         if (!known.api || (type != known.tensor && type != known.parameter)) return false;
@@ -117,6 +129,7 @@ inline bool agree(PyObject *const *given, intptr_t count) {
         }
         const bool floating = tensor.kind == FLOATING_POINT || tensor.kind == BFLOAT, first = i == 0, last = i == count - 1;
         if (tensor.device[0] != CPU || !(floating || last) || (first ? tensor.axes < 2 : tensor.axes > 1)) return false;
+        if (!tensor.data && first && tensor.shape[0] > 0 && tensor.shape[1] > 0) return false;  // it may have no memory
         if (first) channels = tensor.shape[1];
         else if ((tensor.axes ? tensor.shape[0] : 1) != (last ? 1 : channels) || (tensor.axes == 0 && !last)) return false;
     }

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t SEGMENT = 1024;         // values
 constexpr int64_t WRITTEN = 256;          // values: a segment of a pass that writes, which is to read meanwhile
 constexpr int64_t LINE = 64;              // bytes
-constexpr int64_t ON_STACK = 64 << 10;    // bytes of scratch memory
+constexpr int64_t ON_STACK = 48 << 10;    // bytes of scratch memory
 constexpr int64_t STREAMED = 4 << 20;     // bytes: a larger result is written past the caches
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -52,8 +52,8 @@ struct DLTensor {
     const int64_t *shape, *strides;
     uint64_t offset;  // 0, since torch adds it to the data
 };
-enum : uint8_t { FLOATING_POINT = 2, BFLOAT = 4 };  // of kind
-enum : int32_t { CPU = 1 };                         // of device[0]
+enum : uint8_t { SIGNED, UNSIGNED, FLOATING_POINT, BFLOAT = 4 };  // of kind
+enum : int32_t { CPU = 1 };                                       // of device[0]
 struct ExchangeApi {
     uint32_t major, minor;
     const void *previous, *others[3];
@@ -97,44 +97,61 @@ inline void know(PyObject *tuple) {
 struct Tensor {  // None: without data
     void *data = nullptr;
     int64_t dtype = OTHER;
-    int64_t n = 1, c = 1, s = 1;  // of the axes (N, C, *)
-    int64_t stride = 1;           // of the first axis
+    int64_t axes = 0, n = 1, c = 1, s = 1;  // of the axes (N, C, *)
+    int64_t stride = 1;                     // of the first axis
 
     explicit Tensor(PyObject *object) : object(object) {
-        if (object == known.none) return;
-        if (known.api) describe(object);
-        else ask(object);
+        if (is_none()) return;
+        if (known.api) describe();
+        else ask();
+        if (!data && size() > 0) refuse("expected tensors with memory, got one without, such as a FakeTensor");
     }
-    PerChannel vector() const {
-        if (stride != 1 && n > 1) refuse_negative();
+    bool is_none() const { return object == known.none; }
+    int64_t size() const { return n * c * s; }
+    void *of(int64_t of_dtype, int64_t of_size) const {  // the data, if they are as expected
+        if (!is_none() && (dtype != of_dtype || size() != of_size || (axes == 1 && n > 1 && stride != 1))) refuse(MISFIT);
+        return data;
+    }
+    PerChannel vector(int64_t channels) const {
+        if (is_none()) return {};
+        if (dtype > FLOAT16 || axes != 1 || n != channels) refuse(MISFIT);
+        if (stride != 1 || n == 1) refuse_negative();
         return {data, dtype, stride};
     }
 
   private:
+    static constexpr char MISFIT[] = "expected tensors that fit together, got one of another dtype, size or stride";
+
+    static void refuse(const char *why) {
+        if (!PyErr_Occurred()) PyErr_SetString(known.other_error, why);
+    }
     // A view of the imaginary part of a conjugate holds the negative of its values, and is the only one that does.
     void refuse_negative() const {
+        if (PyErr_Occurred()) return;
         PyObject *is_neg = PyObject_CallMethodObjArgs(object, known.is_neg, nullptr);
         if (!is_neg) return;
-        if (is_neg == known.yes)
-            PyErr_SetString(known.other_error, "expected vectors without the negative bit, got one with it: call "
-                                               "its resolve_neg()");
+        if (is_neg == known.yes) refuse("expected vectors without the negative bit, got one with it: call its resolve_neg()");
         Py_DecRef(is_neg);
     }
-    void describe(PyObject *object) {
+    void describe() {
         DLTensor tensor;
         if (known.api->describe(object, &tensor)) return;
         data = tensor.data;
         if (tensor.kind == BFLOAT) dtype = BFLOAT16;
         if (tensor.kind == FLOATING_POINT)
             dtype = tensor.bits == 32 ? FLOAT32 : tensor.bits == 64 ? FLOAT64 : tensor.bits == 16 ? FLOAT16 : OTHER;
+        if (tensor.kind == UNSIGNED && tensor.bits == 8) dtype = BYTE;
+        if (tensor.kind == SIGNED && tensor.bits == 64) dtype = LONG;
+        axes = tensor.axes;
         if (tensor.axes) stride = tensor.strides[0];
         for (int32_t axis = 0; axis < tensor.axes; ++axis) set_size(axis, tensor.shape[axis]);
     }
-    void ask(PyObject *object) {  // in Python
+    void ask() {  // in Python
+        if (PyErr_Occurred()) return;
         if (PyObject *address = PyObject_CallMethodObjArgs(object, known.data_ptr, nullptr)) {
             data = PyLong_AsVoidPtr(address);
             Py_DecRef(address);
-        }
+        } else return;
         if (PyObject *its = PyObject_GetAttr(object, known.dtype)) {
             for (dtype = FLOAT32; dtype < OTHER && known.dtypes[dtype] != its;) ++dtype;
             Py_DecRef(its);
@@ -144,7 +161,8 @@ struct Tensor {  // None: without data
             Py_DecRef(strides);
         }
         if (PyObject *sizes = PyObject_GetAttr(object, known.shape)) {
-            for (intptr_t axis = 0; axis < PyTuple_Size(sizes); ++axis)
+            axes = PyTuple_Size(sizes);
+            for (intptr_t axis = 0; axis < axes; ++axis)
                 set_size(axis, PyLong_AsLongLong(PyTuple_GetItem(sizes, axis)));
             Py_DecRef(sizes);
         }
@@ -166,7 +184,7 @@ class Values {  // the arguments of a call, or the items of a tuple, one after a
     int64_t integer() { return PyLong_AsLongLong(next()); }
     double number() { return PyFloat_AsDouble(next()); }
     Tensor tensor() { return Tensor(next()); }
-    template <class T> T *pointer() { return static_cast<T *>(tensor().data); }
+    template <class T> T *pointer(int64_t dtype, int64_t size) { return static_cast<T *>(tensor().of(dtype, size)); }
     Values tuple() { return Values(next()); }
     bool are_read() const { return index == count; }  // all of them, and no more
     bool is_none() {  // whether the next one is None; then goes on to the one after it
