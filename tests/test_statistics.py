@@ -84,9 +84,11 @@ def with_another(dtype, value):
         ("dtype", "running_mean: ranks 0, 2 | rank 1, up to 0 apart"),
     ],
 )
-def test_each_buffer_is_compared_bit_by_bit(run, dtype, value, said):
+@pytest.mark.parametrize("world_size", [3])
+def test_each_buffer_is_compared_bit_by_bit(run, world_size, dtype, value, said):
     title = "expected the same running statistics on all ranks, got"
-    assert run(with_another, 3, dtype, value) == [("RunningStatsError", True, f"{title}\n  1.{said}")] * 3
+    expected = ("RunningStatsError", True, f"{title}\n  1.{said}")
+    assert run(with_another, world_size, dtype, value) == [expected] * world_size
 
 
 def merged(counts, numbered):
@@ -103,11 +105,13 @@ def merged(counts, numbered):
 
 
 @pytest.mark.parametrize("numbered", [True, False], ids=["counted", "not counted"])
-@pytest.mark.parametrize("counts", [(3, 3), (1, 4), (0, 2), (0, 0), (2, 0, 3, 1)], ids=str)
-def test_statistics_are_merged_by_the_number_of_batches(run, counts, numbered):
+@pytest.mark.parametrize(
+    ("world_size", "counts"), [(2, (3, 3)), (2, (1, 4)), (2, (0, 2)), (2, (0, 0)), (4, (2, 0, 3, 1))], ids=str
+)
+def test_statistics_are_merged_by_the_number_of_batches(run, world_size, counts, numbered):
     """The oracle takes mean and variance of values that have those of each rank, as often as its batches count."""
-    outcomes = run(merged, len(counts), counts, numbered)
-    weights = counts if numbered else [1] * len(counts)
+    outcomes = run(merged, world_size, counts, numbered)
+    weights = counts if numbered else [1] * world_size
     for layer in ("1", "2.1"):
         for _, after, problem in outcomes:
             assert problem is None
@@ -154,8 +158,9 @@ def in_groups():
     return raised(assert_running_stats_agree, model), raised(assert_running_stats_agree, model, group)
 
 
-def test_layers_are_compared_in_their_own_group(run):
-    for own, whole in run(in_groups, 4):
+@pytest.mark.parametrize("world_size", [4])
+def test_layers_are_compared_in_their_own_group(run, world_size):
+    for own, whole in run(in_groups, world_size):
         assert own is None
         assert whole[0] == "RunningStatsError"
         assert "1.running_mean: ranks 0, 1 | ranks 2, 3, up to " in whole[2]
