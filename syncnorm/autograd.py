@@ -80,7 +80,7 @@ def normalize(
             output, _ = Normalize.apply(written, weight, bias, residual, moments.values, mask, config, None)  # type: ignore[no-untyped-call]
             move(running, moments)
         else:
-            output, _ = _apply(written, weight, bias, residual, moments.values, mask, config, running)  # type: ignore[no-untyped-call]
+            output, _ = _apply(written, weight, bias, residual, (moments.values,), mask, config, running)  # type: ignore[no-untyped-call]
         return output if written is input else input
     except StampError:
         raise exchange.mismatch(backward=False) from None
@@ -126,13 +126,18 @@ class Normalize(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        moments: RawMoments | Packed,
+        moments: RawMoments | Packed | tuple[RawMoments | Packed],
         mask: Tensor | None,
         config: Config,
         running: Running | None,
     ) -> tuple[Tensor, Statistics]:
-        """Return y = activation(x̂ * weight + bias + residual), and [mean, invstd, count]."""
+        """Return y = activation(x̂ * weight + bias + residual), and [mean, invstd, count].
+
+        Moments in a tuple are no input for autograd, so that their memory can become that of the statistics.
+        """
         epilogue = config.epilogue
+        if overwrite := isinstance(moments, tuple):
+            (moments,) = moments
         output, statistics, signs = config.kernels.normalize(
             input,
             moments,
@@ -144,6 +149,7 @@ class Normalize(Function):
             eps_outside=config.eps_outside,
             epilogue=epilogue,
             running=running,
+            overwrite=overwrite,
         )
         if epilogue.inplace:
             ctx.mark_dirty(input)

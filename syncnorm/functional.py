@@ -71,7 +71,8 @@ def sync_batch_norm(
     are_plain = arguments.check_batch_norm_arguments(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
     )
-    if not are_plain or residual is not None:
+    are_plain = are_plain and residual is None and mask is None
+    if not are_plain:
         input, weight, bias, residual = transforms.unwrapped(input, weight, bias, residual)
         buffers = transforms.unwrapped(running_mean, running_var, num_batches_tracked)
         running_mean, running_var, num_batches_tracked = buffers
@@ -92,9 +93,10 @@ def sync_batch_norm(
 
     others = weight, bias, residual, running_mean, running_var, num_batches_tracked
     if exchange.size == 1:
-        moments = Moments.of(input, mask, *others)
+        moments = Moments.of(input, mask, *others, are_plain=are_plain)
     else:
-        moments = _of_all_ranks(Moments.of(input, mask, *others, stamp=exchange.stamp(backward=False)), exchange)
+        stamp = exchange.stamp(backward=False)
+        moments = _of_all_ranks(Moments.of(input, mask, *others, stamp=stamp, are_plain=are_plain), exchange)
     if (mask is not None or input.numel() <= input.shape[1]) and _one_value(input, mask, moments):
         _check(moments, exchange)
         raise ValueError(

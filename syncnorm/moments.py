@@ -42,15 +42,23 @@ class Moments:
 
     @classmethod
     def of(
-        cls, input: Tensor, mask: Tensor | None = None, *others: Tensor | None, stamp: Stamp | None = None
+        cls,
+        input: Tensor,
+        mask: Tensor | None = None,
+        *others: Tensor | None,
+        stamp: Stamp | None = None,
+        are_plain: bool = False,
     ) -> Moments:
         """Return the moments of (N, C, *) over all axes but the channels', weighted by the mask.
 
         They have no autograd graph, which `normalize` does without, unless a transform needs it. `others` are the
-        further tensors of the forward pass, which its kernels have to support.
+        further tensors of the forward pass, which its kernels have to support. `are_plain`: all are known to be plain
+        tensors on the CPU.
         """
         followed = transforms.active()
-        chosen = kernels.reference if followed else kernels.select(input, mask, *others)
+        chosen: Kernels = kernels.reference
+        if not followed:
+            chosen = kernels.of_cpu(input.dtype) if are_plain else kernels.select(input, mask, *others)
         detached = input.detach() if chosen is kernels.reference and not followed else input
         values = chosen.moments(detached, mask, stamp=stamp)
         return cls(values, stamp, chosen, followed=followed)

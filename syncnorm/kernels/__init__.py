@@ -52,6 +52,7 @@ __all__ = [
     "Statistics",
     "flags",
     "halves",
+    "of_cpu",
     "plain",
     "quick_check",
     "reference",
@@ -79,11 +80,13 @@ class Kernels(Protocol):
         eps_outside: bool = False,
         epilogue: Epilogue = PLAIN,
         running: Running | None = None,
+        overwrite: bool = False,
     ) -> tuple[Tensor, Statistics, Tensor | None]:
         """Input and moments -> y, [mean, invstd, count], and the signs of z if the epilogue saves them.
 
         With a stamp, the moments are packed sums over its ranks. Updates the running statistics. An error leaves them
         unchanged. So does a mismatch of the stamp: it raises StampError, or on a GPU it sets the flag of the device.
+        With `overwrite` the statistics may take the memory of the moments.
         """
         ...
 
@@ -151,6 +154,11 @@ def quick_check() -> Callable[..., bool]:
 
 def _cannot_tell(*tensors: Tensor | None) -> bool:
     return False
+
+
+def of_cpu(dtype: torch.dtype) -> Kernels:
+    """Return the implementation for plain tensors on the CPU. Raises as `select` does."""
+    return _implementation("cpu", dtype)
 
 
 _PLAIN = {Tensor, Parameter, NoneType}

@@ -142,6 +142,7 @@ def normalize(
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
     running: Running | None = None,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Statistics, Tensor | None]:
     """Return y = activation((x - mean) * invstd * weight + bias + residual), the statistics, and the signs of z.
 

@@ -169,6 +169,9 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
         group = self._group.enter(input) if self.training else ALONE  # first: it counts the call
         if isinstance(input, Tensor):
             self._check_input_dim(input)
+        exchange: Any = NO_EXCHANGE
+        if not isinstance(group, LocalCommunicator):
+            exchange = self._exchange(group, input, residual, mask)
         weight, bias, running_mean, running_var, batches = self._tensors()
         if self.training and not self.track_running_stats:
             running_mean = running_var = batches = None
@@ -182,7 +185,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
             self.momentum,
             self._eps,
             num_batches_tracked=batches,
-            process_group=self._exchange(group, input, residual, mask),
+            process_group=exchange,
             mask=mask,
             residual=residual,
             activation=self.activation,
@@ -205,8 +208,6 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
         self, group: Communicator | None, input: Tensor, residual: Tensor | None, mask: Tensor | None
     ) -> ProcessGroupLike:
         """Return the exchange of this call. In the first calls the ranks compare which layer they are in."""
-        if isinstance(group, LocalCommunicator):
-            return NO_EXCHANGE  # type: ignore[return-value]  # which functional takes for a process group
         if group is None or torch.compiler.is_compiling():
             return group
         history = self._group.history

@@ -67,6 +67,7 @@ def normalize(
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
     running: Running | None = None,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Statistics, Tensor | None]:
     """See `reference.normalize`."""
     x, last = _dense(input)
@@ -76,7 +77,7 @@ def normalize(
         if epilogue.saves_signs:
             signs = torch.empty((1, (x.numel() + 7) // 8), dtype=torch.uint8, device=_CPU)
     y = x if inplace else torch.empty_like(x)
-    statistics = moments.new_empty(2 * x.shape[1] + 1)
+    statistics = moments if overwrite and stamp is None else moments.new_empty(2 * x.shape[1] + 1)
     moved = None if running is None else _counted_in_int64(running)
     _normalize(
         *(x, last, torch.get_num_threads(), y, moments, stamp, weight, bias, eps, eps_outside),
@@ -109,7 +110,7 @@ class Backward:
         x, last = _dense(input)
         dy = grad_output
         same_layout = dy.stride() == x.stride() if last else dy.is_contiguous()
-        if not same_layout or dy.dtype is not x.dtype or dy.is_neg() or dy._is_zerotensor():
+        if not same_layout or dy.dtype is not x.dtype or dy._is_zerotensor():
             dy = torch.empty_like(x).copy_(dy)
         if residual is not None:
             residual = in_dense_format(residual, like=x).to(x.dtype)
@@ -158,7 +159,7 @@ class Backward:
 def _dense(tensor: Tensor) -> tuple[Tensor, bool]:
     """Return the tensor, dense, and whether its channels are last."""
     if tensor.is_contiguous():
-        return tensor.resolve_neg() if tensor.is_neg() else tensor, False
+        return tensor, False
     last = channels_last(tensor)
     return (tensor.contiguous(), False) if last is None else (tensor, last)
 

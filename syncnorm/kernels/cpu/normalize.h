@@ -109,7 +109,7 @@ inline void to_statistics(const NormalizeArguments &a) {
     int64_t channels = a.shape.c;
     double *invstd = a.statistics + channels;
     if (a.stamp) unpack(a.moments, channels, a.statistics);
-    else memcpy(a.statistics, a.moments, (2 * channels + 1) * sizeof(double));
+    else if (a.statistics != a.moments) memcpy(a.statistics, a.moments, (2 * channels + 1) * sizeof(double));
     if (a.running.given) update_running(a.running, a.statistics, channels);
     double count = a.statistics[2 * channels] > 0 ? a.statistics[2 * channels] : 1;
     SIMD for (int64_t c = 0; c < channels; ++c) {

@@ -105,6 +105,7 @@ struct Tensor {  // None: without data
         if (known.api) describe();
         else ask();
         if (!data && size() > 0) refuse("expected tensors with memory, got one without, such as a FakeTensor");
+        if (size() == 1) refuse_negative();
     }
     bool is_none() const { return object == known.none; }
     int64_t size() const { return n * c * s; }
@@ -115,7 +116,7 @@ struct Tensor {  // None: without data
     PerChannel vector(int64_t channels) const {
         if (is_none()) return {};
         if (dtype > FLOAT16 || axes != 1 || n != channels) refuse(MISFIT);
-        if (stride != 1 || n == 1) refuse_negative();
+        if (stride != 1) refuse_negative();
         return {data, dtype, stride};
     }
 
@@ -125,12 +126,13 @@ struct Tensor {  // None: without data
     static void refuse(const char *why) {
         if (!PyErr_Occurred()) PyErr_SetString(known.other_error, why);
     }
-    // A view of the imaginary part of a conjugate holds the negative of its values, and is the only one that does.
+    // A view of the imaginary part of a conjugate holds the negative of its values. No other tensor does, and its
+    // strides are even, so that it is dense only if it has one value.
     void refuse_negative() const {
         if (PyErr_Occurred()) return;
         PyObject *is_neg = PyObject_CallMethodObjArgs(object, known.is_neg, nullptr);
         if (!is_neg) return;
-        if (is_neg == known.yes) refuse("expected vectors without the negative bit, got one with it: call its resolve_neg()");
+        if (is_neg == known.yes) refuse("expected tensors without the negative bit, got one with it: call its resolve_neg()");
         Py_DecRef(is_neg);
     }
     void describe() {

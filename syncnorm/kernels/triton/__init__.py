@@ -81,6 +81,7 @@ def normalize(
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
     running: Running | None = None,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Statistics, Tensor | None]:
     """Return y, [mean, invstd, count] and the signs of z if the epilogue keeps them. One kernel.
 
