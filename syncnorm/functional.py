@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import arguments, running, transforms
+from . import arguments, checkpointing, running, transforms
 from .all_reduce import sum_over_ranks
 from .autograd import normalize
 from .communicators import LocalCommunicator, ProcessGroupLike, communicator
@@ -88,26 +88,28 @@ def sync_batch_norm(
         assert running_var is not None
         moments = Moments.given(running_mean, running_var, input, weight, bias, residual)
         return normalize(input, moments, weight, bias, eps, NO_EXCHANGE, residual=residual, epilogue=epilogue)
-    alone = process_group is NO_EXCHANGE  # type: ignore[comparison-overlap]  # as a module passes it
-    exchange = NO_EXCHANGE if alone else _sharing_batch(input, process_group)
-
-    others = weight, bias, residual, running_mean, running_var, num_batches_tracked
-    if exchange.size == 1:
-        moments = Moments.of(input, mask, *others, are_plain=are_plain)
-    else:
-        stamp = exchange.stamp(backward=False)
-        moments = _of_all_ranks(Moments.of(input, mask, *others, stamp=stamp, are_plain=are_plain), exchange)
-    if (mask is not None or input.numel() <= input.shape[1]) and _one_value(input, mask, moments):
-        _check(moments, exchange)
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
-            + (" and a mask" if mask is not None else "")
-            + (f" on rank {exchange.rank} and 1 value on all {exchange.size} ranks" if exchange.size > 1 else "")
+    segments = checkpointing.enclosing()
+    with checkpointing.hidden(segments):
+        if segments is not None and (call := segments.recall()) is not None:
+            moments, exchange, moved = *call, None
+        else:
+            alone = process_group is NO_EXCHANGE  # type: ignore[comparison-overlap]  # as a module passes it
+            exchange = NO_EXCHANGE if alone else _sharing_batch(input, process_group)
+            others = weight, bias, residual, running_mean, running_var, num_batches_tracked
+            if exchange.size == 1:
+                moments = Moments.of(input, mask, *others, are_plain=are_plain)
+            else:
+                stamp = exchange.stamp(backward=False)
+                moments = _of_all_ranks(Moments.of(input, mask, *others, stamp=stamp, are_plain=are_plain), exchange)
+            if (mask is not None or input.numel() <= input.shape[1]) and _one_value(input, mask, moments):
+                _check(moments, exchange)
+                raise _one_value_error(input, mask, exchange)
+            if segments is not None:
+                segments.keep(checkpointing.Call(moments, exchange))
+            moved = running.to_move(running_mean, running_var, num_batches_tracked, momentum)
+        return normalize(
+            input, moments, weight, bias, eps, exchange, mask=mask, residual=residual, running=moved, epilogue=epilogue
         )
-    moved = running.to_move(running_mean, running_var, num_batches_tracked, momentum)
-    return normalize(
-        input, moments, weight, bias, eps, exchange, mask=mask, residual=residual, running=moved, epilogue=epilogue
-    )
 
 
 def layer_norm(
@@ -272,6 +274,14 @@ def _one_value(input: Tensor, mask: Tensor | None, moments: Moments) -> bool:
     if without_values(input):
         return mask is None and len(input) * input.shape[2:].numel() == 1
     return bool((plain(moments.count) == 1).any())
+
+
+def _one_value_error(input: Tensor, mask: Tensor | None, exchange: Exchange) -> ValueError:
+    return ValueError(
+        f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
+        + (" and a mask" if mask is not None else "")
+        + (f" on rank {exchange.rank} and 1 value on all {exchange.size} ranks" if exchange.size > 1 else "")
+    )
 
 
 def _check(moments: Moments, exchange: Exchange) -> None:

@@ -84,6 +84,10 @@ class Moments:
         _, total_square = kernels.halves(RawMoments(self.values[:-2]))  # whose slices a tracer can follow
         return torch.cat([total_square, self.values[-3:]])
 
+    def clone(self) -> Moments:
+        """Return the same moments in memory of their own."""
+        return replace(self, values=cast(Packed, self.values.clone()))
+
     def with_sums(self, sums: Tensor) -> Moments:
         """Return the moments of the whole batch from the sums over the ranks."""
         values = sums if self.centered else torch.cat([torch.zeros_like(sums[:-3]), sums])

@@ -273,19 +273,6 @@ def test_calls_that_send_nothing_are_not_counted(run):
     assert run(calls_without_a_message, 2, Unlabelled) == [4, 4]
 
 
-def checkpointed(kind):
-    layer = SyncBatchNorm(6, process_group=kind())
-    for _ in range(4):
-        x = X.clone().requires_grad_()
-        y = torch.utils.checkpoint.checkpoint(lambda x, layer=layer: layer(x).sin(), x, use_reentrant=False)
-        y.square().sum().backward()
-    return layer.num_batches_tracked.item()
-
-
-def test_a_recomputation_is_a_call_on_all_ranks(run):
-    assert run(checkpointed, 2, Unlabelled) == [4, 4]
-
-
 def another_group():
     """A layer that has made calls alone with one group makes its first one with another."""
     group = syncnorm.communicator()

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import is_lazy
 
-from .. import arguments, functional
+from .. import arguments, checkpointing, functional
 from ..communicators import ALONE, Communicator, LocalCommunicator, ProcessGroupLike
 from ..exchange import NO_EXCHANGE
 from .process_group import ProcessGroupMixin, ProcessGroupReference
@@ -166,7 +166,8 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
         """
         if isinstance(input, fx.Proxy) and self._fits_one_node(input):
             return self._as_node(input, residual=residual, mask=mask)
-        group = self._group.enter(input) if self.training else ALONE  # first: it counts the call
+        communicates = self.training and not checkpointing.recomputes()
+        group = self._group.enter(input) if communicates else ALONE  # first: it counts the call
         if isinstance(input, Tensor):
             self._check_input_dim(input)
         exchange: Any = NO_EXCHANGE
