@@ -121,6 +121,7 @@ def test_an_interrupt_ends_the_wait(run):
         """
         import threading
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for jobs in the background
         if last:
             time.sleep(5)
             sys.exit()
@@ -193,6 +194,7 @@ def test_ranks_that_are_killed_while_they_agree_leave_no_file(run, rank, moment)
         if event == "call" and frame.f_code.co_name == "{moment}" and "created" <= frame.f_locals.get("key", "") < "q":
             os.kill(os.getpid(), signal.SIGKILL)
 
+    group.barrier()  # all have made the pair
     if group.rank == {rank}:
         sys.setprofile(kill)
     pair.all_reduce(ones)
