@@ -6,6 +6,7 @@ from .communicators.subgroups import new_subgroups
 from .convert import convert_sync_batchnorm, register_conversion, revert_sync_batchnorm
 from .errors import DesyncError, RunningStatsError, SyncNormError
 from .job.init import init
+from .join import join
 from .modules import GroupNorm, LayerNorm, LazySyncBatchNorm, RMSNorm, SyncBatchNorm
 from .statistics import assert_running_stats_agree, sync_running_stats
 
@@ -26,6 +27,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "functional",
     "init",
+    "join",
     "new_subgroups",
     "register_conversion",
     "revert_sync_batchnorm",

@@ -202,3 +202,23 @@ def test_ranks_that_are_killed_while_they_agree_leave_no_file(run, rank, moment)
     )
     assert jobs[rank].returncode == -9
     assert f"DesyncError: all_reduce on rank {1 - rank} of 2" in jobs[1 - rank].stderr
+
+
+def test_ranks_without_batches_notice_that_one_with_batches_was_killed(run):
+    """Rank 0 has no batches, rank 1 is killed, and rank 2 waits for both."""
+    jobs = run(
+        """
+        layer = syncnorm.SyncBatchNorm(3)
+        try:
+            with syncnorm.join(layer):
+                for step in range(3 if group.rank else 0):
+                    layer(torch.randn(2, 3))
+                    if step == 1 and group.rank == 1:
+                        os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            assert time.monotonic() - begin < 30
+        """,
+        ranks=3,
+    )
+    for rank in (0, 2):
+        assert re.search(rf"DesyncError: all_reduce on rank {rank} of 3: rank 1 has ended", jobs[rank].stderr)

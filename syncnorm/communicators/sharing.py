@@ -27,7 +27,7 @@ from .segment import Segment, new_name, unlink
 if TYPE_CHECKING:
     from .shared_memory import SharedMemory
 
-__all__ = ["route_of", "shared_memory_of"]
+__all__ = ["has_cpu_backend", "route_of", "shared_memory_of"]
 
 
 class _Decision(NamedTuple):
@@ -83,7 +83,7 @@ def _decide(group: dist.ProcessGroup) -> _Decision:
         hosts.setdefault(place["host"], []).append(rank)
     if len(hosts) == len(ranks):
         return _Decision(None, f"{backend} (one rank per host)")
-    if len(hosts) > 1 and not _has_cpu_backend(group):
+    if len(hosts) > 1 and not has_cpu_backend(group):
         return _Decision(None, f"{backend} (several hosts)")
     memory = _share(group, board, ranks, list(hosts.values()), hosts[ranks[board.rank]["host"]])
     if memory is None:
@@ -155,7 +155,8 @@ def _warn(group: dist.ProcessGroup, problems: dict[int, str]) -> None:
         )
 
 
-def _has_cpu_backend(group: dist.ProcessGroup) -> bool:
+def has_cpu_backend(group: dist.ProcessGroup) -> bool:
+    """Return whether a group takes CPU tensors. A group of NCCL alone does not."""
     try:
         group._get_backend(torch.device("cpu"))
     except RuntimeError:
@@ -166,7 +167,7 @@ def _has_cpu_backend(group: dist.ProcessGroup) -> bool:
 def _timeout_of(group: dist.ProcessGroup) -> float:
     """Return the timeout of a group's collectives, in seconds."""
     try:
-        backend: Any = group._get_backend(torch.device("cpu" if _has_cpu_backend(group) else "cuda"))
+        backend: Any = group._get_backend(torch.device("cpu" if has_cpu_backend(group) else "cuda"))
         return float(backend.options._timeout.total_seconds())
     except (RuntimeError, AttributeError):  # a backend that does not tell
         return float(dist.constants.default_pg_timeout.total_seconds())

@@ -98,6 +98,10 @@ class History:
             self.group, self.calls, self.compared, self.sizes, self.layer = group, 0, 0, set(), None
         self.calls += 1
 
+    def forget(self) -> None:
+        """Forget the calls so far, and what was compared of them. All ranks of the group must do so."""
+        self.group = None
+
     def exchange(self, layer: nn.Module, group: Communicator) -> Exchange:
         """Return the exchange of the call that was counted last."""
         if self.layer is None:  # nothing could be compared, on no rank
@@ -181,7 +185,7 @@ def _gather(place: _Place, device: torch.device, group: Communicator) -> list[_P
         message = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
         received = [t.cpu().numpy().tobytes() for t in uncounted(group).all_gather(message)]
     try:
-        return [_Place(*json.loads(text)) for text in received]
+        return [_Place(*json.loads(text)) for text in received if any(text)]  # zeros: a rank without batches
     except (ValueError, TypeError):
         raise DesyncError(
             f"expected all ranks to call the same layer, got {place} on rank {group.rank}, while another rank is in "

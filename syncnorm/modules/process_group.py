@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from .. import functional, transforms
-from ..communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator
+from ..communicators import Collectives, Communicator, LocalCommunicator, ProcessGroupLike, communicator
 from ..job.launcher import names_several_ranks, warn_if_not_joined
 from .agreement import History
 
@@ -84,7 +84,7 @@ class ProcessGroupReference:
     def __init__(self, given: ProcessGroupLike):
         self.given = given
         self.history = History()
-        self._resolved: Communicator | None = None
+        self._resolved: Communicator | None = None  # or other collectives, as `substitute` sets them
         with contextlib.suppress(ValueError):  # a rank outside the group may build the model, but not train it
             self.resolve()
 
@@ -93,6 +93,14 @@ class ProcessGroupReference:
         if self._resolved is None and self.given is not None:
             self._resolved = communicator(self.given)
         return self._resolved
+
+    def substitute(self, group: Collectives | None) -> None:
+        """Use a communicator of the same ranks instead of the given group, until this is called with None.
+
+        The ranks may have made different numbers of calls, so they compare them anew.
+        """
+        self._resolved = cast(Communicator, group)
+        self.history.forget()
 
     def enter(self, input: Tensor) -> Communicator | None:
         """Return the communicator of the group for a call of the norm, and count the call.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -46,6 +47,7 @@ ISSUES_COLLECTIVES = True  # lets `syncnorm.job.desync` recognize these function
 
 BACKEND = "mpi4py"
 DEVICES = ["cpu", "cuda"]
+WORKS_KEPT, MOST_BYTES_KEPT = 16, 1024
 is_profiled = torch._C._autograd._profiler_enabled
 
 
@@ -68,6 +70,8 @@ class MpiProcessGroup(dist.ProcessGroup):
         self.all = comm
         self.communicator = MpiCommunicator(comm.Dup())  # for layers; its calls cannot be matched with those of `comm`
         self.health = self.communicator.health
+        # C++ code such as that of DistributedDataParallel's join keeps a work, but not its Python part.
+        self._kept: deque[MpiWork] = deque(maxlen=WORKS_KEPT)
         share(self.health, comm)  # a failure of one is a failure of both
         self.timeout = timeout
         self.store = store
@@ -303,7 +307,10 @@ class MpiProcessGroup(dist.ProcessGroup):
             raise
         given = NO_TIME if opts is None else opts.timeout  # negative if the caller passed no timeout
         limit = given if given > NO_TIME else self.timeout
-        return MpiWork(f"{name} {self.where}", started, list(result), limit, self.all, self.health, record)
+        work = MpiWork(f"{name} {self.where}", started, list(result), limit, self.all, self.health, record)
+        if sum(tensor.nbytes for tensor in work.tensors) <= MOST_BYTES_KEPT:
+            self._kept.append(work)
+        return work
 
     def _split(self, tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
         """Split a tensor along its first axis, one part for each rank: of the given sizes, or of equal sizes."""

@@ -1,0 +1,167 @@
+"""A group of ranks of which some may run out of batches. These answer the collectives of the others.
+
+A rank that has no batches left cannot know which collective the others issue next, or whether there is one. So the
+ranks that have some announce each collective: all ranks of the group sum a header of `HEADER` float64 on the CPU. It
+counts the ranks that take part, and says what they are in. A rank without batches adds a header of zeros, reads the
+sum, and takes part with zeros: no values, no gradient. The loop ends when no rank has announced anything.
+
+The announced ranks compare their headers too. If they are in different calls, all ranks raise, those without batches
+included.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import DesyncError, printable
+from . import Communicator, uncounted
+from .label import Label
+from .process_group import ProcessGroupCommunicator
+
+__all__ = ["UnevenGroup"]
+
+ISSUES_COLLECTIVES = True  # lets `syncnorm.job.desync` recognize these functions
+
+ALL_REDUCE, ALL_GATHER = 1, 2
+NUMBERS = 2**20  # of which a header's check is one, so that its square is exact
+LEFT = "has no batches left"
+
+
+class _Header(NamedTuple):
+    """What one rank announces, or the sum over the ranks."""
+
+    ranks: float = 0  # that announce
+    check: float = 0  # of the whole call: equal on two ranks if they are in the same one
+    check_squared: float = 0
+    number: float = 0  # of the stamp
+    kind: float = 0
+    rows: float = 0  # of the tensor, of any shape (rows, length)
+    length: float = 0
+    on_accelerator: float = 0
+
+
+class UnevenGroup:
+    """The ranks of a group of which some may run out of batches, for the collectives of norms.
+
+    The collectives go to a group of their own, so that they cannot be mixed up with those of the program: a rank
+    answers them in another thread. Each is preceded by the sum of a header.
+
+    Args:
+        group: the ranks. All of them must construct this at the same time: it divides the group the first time.
+    """
+
+    takes_labels = True
+
+    def __init__(self, group: Communicator):
+        self.rank, self.size = group.rank, group.size
+        self._group, self._announced_to = _of_its_own(group)
+        self.answered = 0  # collectives of other ranks
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group of torch.distributed, if it is one."""
+        return getattr(uncounted(self._group), "group", None)
+
+    def all_reduce(self, tensor: Tensor, label: Label | None = None) -> Tensor:
+        """Sum `tensor` over the ranks in place. Those without batches add zeros, with the stamp of the label."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "expected a model that is not compiled in syncnorm.join, got one in torch.compile: how many ranks "
+                "have batches is only known when it runs"
+            )
+        self._announce(ALL_REDUCE, tensor, label)
+        return self._group.all_reduce(tensor)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all ranks, in rank order. Those of ranks without batches are zero."""
+        self._announce(ALL_GATHER, tensor, None)
+        return self._group.all_gather(tensor)
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
+        """Overwrite `tensor` with that of `root`. Not announced: all ranks must call it."""
+        return self._group.broadcast(tensor, root)
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        """Return the objects of all ranks. Not announced: all ranks must call it."""
+        return self._announced_to.all_gather_object(obj)
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Not announced: all ranks must call it."""
+        self._announced_to.barrier()
+
+    def answer(self, device: torch.device) -> None:
+        """Take part in the collectives of the ranks that have batches, until none has any.
+
+        Args:
+            device: of this rank, for those of an accelerator.
+
+        Raises:
+            DesyncError: those ranks are in different calls, or one of them does not come.
+        """
+        while (announced := self._exchange(_Header(), LEFT)) is not None:
+            self.answered += 1
+            rows, length = int(announced.rows), int(announced.length)
+            where = device if announced.on_accelerator else torch.device("cpu")
+            if announced.kind == ALL_GATHER:
+                self._group.all_gather(torch.zeros(length, dtype=torch.uint8, device=where))
+                continue
+            message = torch.zeros(rows, length, dtype=torch.float64, device=where)
+            message[:, -2], message[:, -1] = announced.number, announced.number**2
+            self._group.all_reduce(message)
+
+    def _announce(self, kind: int, tensor: Tensor, label: Label | None) -> None:
+        number = 0 if label is None else label.number
+        length = tensor.shape[-1] if tensor.dim() else 1
+        what = kind, tuple(tensor.shape), tensor.dtype, tensor.device.type, number
+        check = zlib.crc32(repr(what).encode()) % NUMBERS
+        header = _Header(
+            *(1, check, check**2, number, kind, tensor.numel() // max(length, 1), length, not tensor.is_cpu)
+        )
+        name = "all_reduce" if kind == ALL_REDUCE else "all_gather"
+        self._exchange(header, f"{name} of {tuple(tensor.shape)}" + (f" of {label}" if label else ""))
+
+    def _exchange(self, own: _Header, where: str) -> _Header | None:
+        """Return what is announced. None: nothing, on no rank.
+
+        Raises:
+            DesyncError: on all ranks, if they announce different things.
+        """
+        total = self._announced_to.all_reduce(torch.tensor(own, dtype=torch.float64, device="cpu")).tolist()
+        ranks, check, check_squared = total[:3]
+        if ranks == 0:
+            return None
+        if ranks * check_squared != check**2:
+            places = self._announced_to.all_gather_object(where)
+            raise DesyncError(
+                "expected all ranks that have batches to be in the same call of the same layer, got\n"
+                + "\n".join(f"  rank {rank}: {printable(place)}" for rank, place in enumerate(places))
+            )
+        return _Header(*(value / ranks for value in total))
+
+    def __repr__(self) -> str:
+        return f"UnevenGroup({self._group!r})"
+
+
+def _of_its_own(group: Communicator) -> tuple[Communicator, Communicator]:
+    """Return a group of the same ranks, and one of them for CPU tensors. They are made once for each group."""
+    made: tuple[Communicator, Communicator] | None = getattr(group, "_for_joins", None)
+    if made is None:
+        if not callable(getattr(group, "split", None)):
+            raise TypeError(f"expected a communicator that defines split(block) in syncnorm.join, got {group!r}")
+        own = group.split(0)
+        made = own, _for_cpu(own)
+        group._for_joins = made  # type: ignore[attr-defined]
+    return made
+
+
+def _for_cpu(group: Communicator) -> Communicator:
+    inner = uncounted(group)
+    if isinstance(inner, ProcessGroupCommunicator) and inner.group is not None and not inner.takes_cpu_tensors():
+        ranks = dist.get_process_group_ranks(inner.group)
+        return ProcessGroupCommunicator(dist.new_group(ranks, backend="gloo", use_local_synchronization=True))
+    return inner
