@@ -8,6 +8,7 @@ from .errors import DesyncError, RunningStatsError, SyncNormError
 from .job.init import init
 from .join import join
 from .modules import GroupNorm, LayerNorm, LazySyncBatchNorm, RMSNorm, SyncBatchNorm
+from .population import recompute_running_stats
 from .statistics import assert_running_stats_agree, sync_running_stats
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "init",
     "join",
     "new_subgroups",
+    "recompute_running_stats",
     "register_conversion",
     "revert_sync_batchnorm",
     "sync_running_stats",

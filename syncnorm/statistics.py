@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,16 @@ from torch.nn.parameter import is_lazy
 from .communicators import Communicator, ProcessGroupLike, communicator
 from .errors import RunningStatsError, SyncNormError
 
-__all__ = ["assert_running_stats_agree", "sync_running_stats"]
+__all__ = ["Layer", "assert_running_stats_agree", "check_same_layers", "layers_by_group", "sync_running_stats"]
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
+    """A layer with running statistics."""
+
     path: str
+    module: nn.Module
     buffers: dict[str, Tensor]
 
     @property
@@ -52,10 +55,10 @@ def assert_running_stats_agree(model: nn.Module, process_group: ProcessGroupLike
         SyncNormError: on every rank, if the ranks' models have other layers.
     """
     problems: list[str] = []
-    for group, layers in _by_group(model, process_group):
+    for group, layers in layers_by_group(model, process_group):
         own = {f"{layer.path}.{name}": tensor for layer in layers for name, tensor in layer.buffers.items()}
         digests = group.all_gather_object({name: _digest(tensor) for name, tensor in own.items()})
-        _check_same_layers(digests)
+        check_same_layers(digests)
         unequal = [name for name in own if len({of[name] for of in digests}) > 1]
         if not unequal:
             continue
@@ -86,20 +89,20 @@ def sync_running_stats(model: nn.Module, process_group: ProcessGroupLike = None)
         SyncNormError: on every rank, if the ranks' models have other layers. Nothing has changed.
     """
     gathered = []
-    for group, layers in _by_group(model, process_group):
+    for group, layers in layers_by_group(model, process_group):
         own = {
             layer.path: (layer.batches, *(layer.buffers[name].double().cpu() for name in BUFFERS[:2]))
             for layer in layers
         }
         of_ranks = group.all_gather_object(own)
-        _check_same_layers(of_ranks)
+        check_same_layers(of_ranks)
         gathered.append((layers, of_ranks))
     for layers, of_ranks in gathered:
         for layer in layers:
             _merge(layer, [of[layer.path] for of in of_ranks])
 
 
-def _merge(layer: _Layer, of_ranks: list[tuple[float, Tensor, Tensor]]) -> None:
+def _merge(layer: Layer, of_ranks: list[tuple[float, Tensor, Tensor]]) -> None:
     total = sum(batches for batches, _, _ in of_ranks)
     if total == 0:
         return
@@ -111,21 +114,24 @@ def _merge(layer: _Layer, of_ranks: list[tuple[float, Tensor, Tensor]]) -> None:
         layer.buffers["num_batches_tracked"].fill_(max(batches for batches, _, _ in of_ranks))
 
 
-def _by_group(model: nn.Module, process_group: ProcessGroupLike) -> Iterator[tuple[Communicator, list[_Layer]]]:
-    """Yield the process groups, in the order of the layers, each with its layers."""
-    groups: dict[int, tuple[Communicator, list[_Layer]]] = {}
+def layers_by_group(
+    model: nn.Module, process_group: ProcessGroupLike, without: tuple[type[nn.Module], ...] = ()
+) -> Iterator[tuple[Communicator, list[Layer]]]:
+    """Yield the process groups, in the order of the layers, each with its layers, except those of some classes."""
+    groups: dict[int, tuple[Communicator, list[Layer]]] = {}
     for path, module in model.named_modules():
         buffers = {name: getattr(module, name, None) for name in BUFFERS}
         tensors = {name: t for name, t in buffers.items() if isinstance(t, Tensor) and not is_lazy(t)}
-        if not set(BUFFERS[:2]) <= set(tensors):
+        if isinstance(module, without) or not set(BUFFERS[:2]) <= set(tensors):
             continue
         own = getattr(module, "process_group", None)
         group = communicator(own if process_group is None else process_group)
-        groups.setdefault(id(group), (group, []))[1].append(_Layer(path or type(module).__name__, tensors))
+        groups.setdefault(id(group), (group, []))[1].append(Layer(path or type(module).__name__, module, tensors))
     yield from groups.values()
 
 
-def _check_same_layers(of_ranks: list[dict[str, object]]) -> None:
+def check_same_layers(of_ranks: list[dict[str, Any]]) -> None:
+    """Raise SyncNormError unless all ranks have the same keys, which begin with the paths of their layers."""
     for rank, of in enumerate(of_ranks):
         if of.keys() != of_ranks[0].keys():
             different = ", ".join(sorted(of.keys() ^ of_ranks[0].keys()))
