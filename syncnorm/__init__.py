@@ -4,7 +4,8 @@ from . import functional, testing
 from .communicators import Communicator, communicator
 from .communicators.subgroups import new_subgroups
 from .convert import convert_sync_batchnorm, register_conversion, revert_sync_batchnorm
-from .errors import DesyncError, RunningStatsError, SyncNormError
+from .errors import DesyncError, NonFiniteError, RunningStatsError, SyncNormError
+from .finite import debug
 from .job.init import init
 from .join import join
 from .modules import GroupNorm, LayerNorm, LazySyncBatchNorm, RMSNorm, SyncBatchNorm
@@ -19,6 +20,7 @@ __all__ = [
     "GroupNorm",
     "LayerNorm",
     "LazySyncBatchNorm",
+    "NonFiniteError",
     "RMSNorm",
     "RunningStatsError",
     "SyncBatchNorm",
@@ -26,6 +28,7 @@ __all__ = [
     "assert_running_stats_agree",
     "communicator",
     "convert_sync_batchnorm",
+    "debug",
     "functional",
     "init",
     "join",

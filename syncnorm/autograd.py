@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import kernels, transforms
+from . import finite, kernels, transforms
 from .all_reduce import sum_over_ranks
 from .arguments import memory_of
 from .exchange import Exchange
@@ -193,7 +193,10 @@ class Normalize(Function):
             if through_statistics:
                 if grad_statistics is not None:  # of a backward pass through this backward pass
                     sums = _added(sums, _sums_of(grad_statistics, statistics))
+                own = sums.clone() if finite.in_debug() and not followed else None
                 summed = sums if config.exchange.size == 1 else _sum_over_ranks(sums, config, followed)
+                if own is not None:
+                    finite.check(summed, own, grad_output, config.exchange, backward=True)
         grad_residual = grad_output
         if needs_input or (needs_residual and kept.has_residual):
             eps_outside = config.eps if config.eps_outside else 0.0

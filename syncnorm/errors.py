@@ -1,6 +1,6 @@
 """The exceptions of this package."""
 
-__all__ = ["DesyncError", "RunningStatsError", "SyncNormError", "printable"]
+__all__ = ["DesyncError", "NonFiniteError", "RunningStatsError", "SyncNormError", "printable"]
 
 
 class SyncNormError(RuntimeError):
@@ -9,6 +9,10 @@ class SyncNormError(RuntimeError):
 
 class DesyncError(SyncNormError):
     """A collective failed or timed out, or the ranks are in different layers. The message says where each rank is."""
+
+
+class NonFiniteError(SyncNormError):
+    """The values of a layer on some rank are NaN or infinite. The message says in which layer, and on which ranks."""
 
 
 class RunningStatsError(SyncNormError, AssertionError):

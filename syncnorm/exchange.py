@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .communicators import ALONE, Communicator, uncounted
-from .communicators.label import Label
+from .communicators.label import NO_BATCHES, Label
 from .errors import DesyncError, printable
 from .job import desync
 from .kernels import Stamp, flags
@@ -132,18 +132,25 @@ class Exchange:
 
         Collective: one all-gather of 512 bytes on the CPU. All ranks that have summed the message call this.
         """
-        here, group = self._place(backward), uncounted(self.group)
-        message = torch.frombuffer(bytearray((MARK + here.encode())[:MESSAGE].ljust(MESSAGE)), dtype=torch.uint8)
         try:
-            with torch._C._DisableFuncTorch():
-                received = [t.numpy().tobytes().rstrip() for t in group.all_gather(message)]
+            places = self.places("", backward=backward)
         except RuntimeError as error:  # the other ranks are elsewhere
             return DesyncError(
-                f"{EXPECTED} {here} on rank {group.rank}, while the other ranks were elsewhere and did not say "
-                f"where: {error}"
+                f"{EXPECTED} {self._place(backward)} on rank {self.rank}, while the other ranks were elsewhere and did "
+                f"not say where: {error}"
             )
-        places = [t[len(MARK) :].decode(errors="ignore") if t.startswith(MARK) else ELSEWHERE for t in received]
         return DesyncError("\n".join([EXPECTED, *(f"  rank {i}: {printable(p)}" for i, p in enumerate(places))]))
+
+    def places(self, addition: str, *, backward: bool) -> list[str]:
+        """Return what each rank is in, with what it adds. Collective: one all-gather of 512 bytes on the CPU."""
+        here = f"{self._place(backward)}: {addition}" if addition else self._place(backward)
+        message = torch.frombuffer(bytearray((MARK + here.encode())[:MESSAGE].ljust(MESSAGE)), dtype=torch.uint8)
+        with torch._C._DisableFuncTorch():
+            received = [t.numpy().tobytes().rstrip() for t in uncounted(self.group).all_gather(message)]
+        return [
+            t[len(MARK) :].decode(errors="ignore") if t.startswith(MARK) else ELSEWHERE if any(t) else NO_BATCHES
+            for t in received
+        ]
 
     def _number(self, backward: bool) -> int:
         return (self.offset + self.factor * (2 * self.call + backward)) % NUMBERS

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import arguments, checkpointing, running, transforms
+from . import arguments, checkpointing, finite, running, transforms
 from .all_reduce import sum_over_ranks
 from .autograd import normalize
 from .communicators import LocalCommunicator, ProcessGroupLike, communicator
@@ -44,6 +44,7 @@ def sync_batch_norm(
     residual: Tensor | None = None,
     activation: str | None = None,
     inplace: bool = False,
+    check_finite: bool = False,
 ) -> Tensor:
     """Batch normalization by the statistics of the whole batch, which is distributed over the ranks of a process group.
 
@@ -96,11 +97,13 @@ def sync_batch_norm(
             alone = process_group is NO_EXCHANGE  # type: ignore[comparison-overlap]  # as a module passes it
             exchange = NO_EXCHANGE if alone else _sharing_batch(input, process_group)
             others = weight, bias, residual, running_mean, running_var, num_batches_tracked
-            if exchange.size == 1:
-                moments = Moments.of(input, mask, *others, are_plain=are_plain)
-            else:
-                stamp = exchange.stamp(backward=False)
-                moments = _of_all_ranks(Moments.of(input, mask, *others, stamp=stamp, are_plain=are_plain), exchange)
+            stamp = exchange.stamp(backward=False)
+            moments = Moments.of(input, mask, *others, stamp=stamp, are_plain=are_plain)
+            own = moments.values.clone() if finite.in_debug() or (check_finite and finite.can_check()) else None
+            if exchange.size > 1:
+                moments = _of_all_ranks(moments, exchange)
+            if own is not None:
+                finite.check(moments.values, own, input, exchange, backward=False)
             if (mask is not None or input.numel() <= input.shape[1]) and _one_value(input, mask, moments):
                 _check(moments, exchange)
                 raise _one_value_error(input, mask, exchange)

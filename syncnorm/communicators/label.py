@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["Label"]
+__all__ = ["NO_BATCHES", "Label"]
+
+NO_BATCHES = "has no batches left"  # what a report says of such a rank, which sends zeros in syncnorm.join
 
 
 class Label(NamedTuple):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import DesyncError, printable
 from . import Communicator, uncounted
-from .label import Label
+from .label import NO_BATCHES, Label
 from .process_group import ProcessGroupCommunicator
 
 __all__ = ["UnevenGroup"]
@@ -29,7 +29,6 @@ ISSUES_COLLECTIVES = True  # lets `syncnorm.job.desync` recognize these function
 
 ALL_REDUCE, ALL_GATHER = 1, 2
 NUMBERS = 2**20  # of which a header's check is one, so that its square is exact
-LEFT = "has no batches left"
 
 
 class _Header(NamedTuple):
@@ -103,7 +102,7 @@ class UnevenGroup:
         Raises:
             DesyncError: those ranks are in different calls, or one of them does not come.
         """
-        while (announced := self._exchange(_Header(), LEFT)) is not None:
+        while (announced := self._exchange(_Header(), NO_BATCHES)) is not None:
             self.answered += 1
             rows, length = int(announced.rows), int(announced.length)
             where = device if announced.on_accelerator else torch.device("cpu")

@@ -105,8 +105,8 @@ class History:
     def exchange(self, layer: nn.Module, group: Communicator) -> Exchange:
         """Return the exchange of the call that was counted last."""
         if self.layer is None:  # nothing could be compared, on no rank
-            name = type(layer).__name__
-            self.layer = Layer(f"{name} no. {self.number}", name)
+            kind, (model, path) = type(layer).__name__, _find(layer)
+            self.layer = Layer((f"{path} of {model} " if path else "") + f"({kind} no. {self.number})", kind)
         return Exchange(group, self.layer, self.calls)
 
     def is_complete(self, group: Communicator) -> bool:

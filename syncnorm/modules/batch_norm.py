@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import is_lazy
 
-from .. import arguments, checkpointing, functional
+from .. import arguments, checkpointing, finite, functional
 from ..communicators import ALONE, Communicator, LocalCommunicator, ProcessGroupLike
 from ..exchange import NO_EXCHANGE
 from .process_group import ProcessGroupMixin, ProcessGroupReference
@@ -66,6 +66,9 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
             of a weight well above σ is accurate. If a weight is below σ, the output no longer determines the input. Its
             gradient then tends to 0 with the weight, with an error of at most the sum of |dL/dz| (|x̂| + 1).
 
+        check_finite: raise NonFiniteError if the input of a rank has NaN or Inf, before they enter the statistics. Set
+            the attribute of existing layers, or see `syncnorm.debug`.
+
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 3 float64 in forward and one of
     2C + 2 in backward (none if the input needs no gradient). All ranks of the group must issue them, in the same order.
     Each carries a stamp, by which the ranks see that they are in the same call of the same layer. The first two
@@ -77,6 +80,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
     Raises:
         DesyncError: on every rank, if the ranks are in different layers or calls, or if their inputs differ in C or
             dtype. On a GPU it is raised at the next step (docs page `collectives`, "Stamps").
+        NonFiniteError: on every rank, with `check_finite`, if the input of a rank has NaN or Inf. Nothing has changed.
         ValueError: the input does not have C channels, the residual has another shape, or the mask does not broadcast;
             the activation is unknown or not supported with inplace; eps is negative, or 0 in training; this rank is not
             in the group; the whole batch has one value per channel. (The last one is not checked for a mask on a GPU,
@@ -95,6 +99,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
 
     activation: str | None = None  # the default of converted layers and of old pickles
     inplace: bool = False
+    check_finite: bool = False
 
     def __init__(
         self,
@@ -110,20 +115,24 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
         bias: bool = True,
         activation: str | None = None,
         inplace: bool = False,
+        check_finite: bool = False,
     ):
-        arguments.check_flags(affine=affine, track_running_stats=track_running_stats, bias=bias, inplace=inplace)
+        arguments.check_flags(affine=affine, track_running_stats=track_running_stats, bias=bias)
+        arguments.check_flags(inplace=inplace, check_finite=check_finite)
         arguments.check_numbers(eps=eps)
         arguments.check_numbers_or_none(momentum=momentum)
         arguments.check_factory_arguments(device, dtype)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self._finish_init(process_group, bias, activation, inplace)
+        self._finish_init(process_group, bias, activation, inplace, check_finite)
 
-    def _finish_init(self, process_group: ProcessGroupLike, bias: bool, activation: str | None, inplace: bool) -> None:
+    def _finish_init(
+        self, process_group: ProcessGroupLike, bias: bool, activation: str | None, inplace: bool, check_finite: bool
+    ) -> None:
         """Set what torch's constructor does not know."""
         if not bias:
             self.register_parameter("bias", None)
         arguments.check_activation(activation, inplace)
-        self.activation, self.inplace = activation, inplace
+        self.activation, self.inplace, self.check_finite = activation, inplace, check_finite
         self.process_group = process_group
 
     @property
@@ -173,6 +182,8 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
         exchange: Any = NO_EXCHANGE
         if not isinstance(group, LocalCommunicator):
             exchange = self._exchange(group, input, residual, mask)
+        elif communicates and (self.check_finite or finite.in_debug()):
+            exchange = self._group.history.exchange(self, group)  # which knows the name of the layer
         weight, bias, running_mean, running_var, batches = self._tensors()
         if self.training and not self.track_running_stats:
             running_mean = running_var = batches = None
@@ -191,6 +202,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
             residual=residual,
             activation=self.activation,
             inplace=self.inplace,
+            check_finite=self.check_finite,
         )
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
@@ -235,6 +247,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
             + (f", activation={self.activation}" if self.activation else "")
             + (", inplace=True" if self.inplace else "")
+            + (", check_finite=True" if self.check_finite else "")
             + self._group_repr()
         )
 
@@ -313,11 +326,13 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         bias: bool = True,
         activation: str | None = None,
         inplace: bool = False,
+        check_finite: bool = False,
     ):
-        arguments.check_flags(affine=affine, track_running_stats=track_running_stats, bias=bias, inplace=inplace)
+        arguments.check_flags(affine=affine, track_running_stats=track_running_stats, bias=bias)
+        arguments.check_flags(inplace=inplace, check_finite=check_finite)
         # calls SyncBatchNorm's constructor, which checks the other arguments
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
-        self._finish_init(process_group, bias, activation, inplace)
+        self._finish_init(process_group, bias, activation, inplace, check_finite)
 
     def initialize_parameters(self, input: Tensor, **others: Any) -> None:
         """Create parameters and buffers for the channels of `input`, (N, C, *). `others` are arguments of forward."""
