@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from implementation import chosen
 from interpreter import run_python
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -203,6 +204,55 @@ def test_the_first_values_may_be_unlike_the_rest(first, layout):
     moments, exact = cpu.moments(x), x.double().movedim(1, 0).flatten(1)
     assert ((moments[:4] - exact.mean(1)).abs() < 1e-7 * exact.std(1)).all()
     torch.testing.assert_close(moments[4:8] / moments[8], exact.var(1, correction=0), rtol=2e-6, atol=0)
+
+
+SHAPES_OF_LARGE_VALUES = {
+    "planes": (16, 3, 8, 8),
+    "rows": (64, 3),
+    "small planes": (40, 5, 3),
+    "long planes": (4, 3, 700),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", SHAPES_OF_LARGE_VALUES)
+@pytest.mark.parametrize("scale", [1e15, 1e18, 1e19, 1e20, 1e25, 1e30])
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_values_whose_squares_have_no_float32(implementation, scale, name, layout, masked):
+    """y, the gradients and the mean are as exact as for small values; F.batch_norm gives 0 for y."""
+    shape = SHAPES_OF_LARGE_VALUES[name]
+    x, dy = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    x = (x * scale + scale).float()
+    x[0, :2] = 0  # the first values are unlike the rest
+    x, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else t for t in (x, dy))
+    mask = torch.rand(len(x), 1, *shape[2:]) < 0.7 if masked else None
+    layer = syncnorm.SyncBatchNorm(shape[1], activation="relu", momentum=1.0)
+    with chosen(implementation):
+        y = layer(x.requires_grad_(), mask=mask)
+        y.backward(dy.float())
+    exact = x.detach().double().requires_grad_()
+    counts = torch.ones_like(exact) if mask is None else mask.expand_as(exact).double()
+    n = counts.sum(axes := [0, *range(2, x.dim())], keepdim=True)
+    mean = (exact * counts).sum(axes, keepdim=True) / n
+    normalized = (exact - mean) / (((exact - mean).square() * counts).sum(axes, keepdim=True) / n).sqrt()
+    normalized.relu().backward(dy.float().double())
+    assert (y - normalized.relu()).abs().max() < 2e-6
+    assert (x.grad - exact.grad).abs().max() < 2e-6 * exact.grad.abs().max()
+    torch.testing.assert_close(layer.weight.grad, (dy * normalized.relu()).sum(axes).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.running_mean, mean.flatten().float(), rtol=1e-6, atol=0)
+    if scale > 1e19 and x.is_contiguous():  # the negative control
+        of_torch = torch.nn.functional.batch_norm(x.detach(), None, None, training=True)
+        assert (of_torch - normalized).abs().max() > 1
+
+
+def test_values_that_are_no_numbers_stay_in_their_channel():
+    x = torch.randn(16, 4, 8, 8)
+    x[1, 2, 3, 4] = float("nan")
+    x[2, 1, 3, 4] = float("inf")
+    y = syncnorm.SyncBatchNorm(4)(x)
+    assert y[:, [0, 3]].isfinite().all()
+    assert y[:, 1:3].isnan().all() or not y[:, 1:3].isfinite().all()
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e4, 1e6])

@@ -28,12 +28,12 @@ KERNELS = ["moments_kernel", "normalize_kernel", "reduce_grad_kernel", "grad_inp
 
 
 def passes(shape, memory, dtype, activation, adds, inplace, masked=False):
-    """Call the four kernels of a training step with memory that holds anything."""
+    """Call the four kernels of a training step."""
     from syncnorm.kernels import Epilogue, Running, Saved, Stamp, triton
 
     C = shape[1]  # noqa: N806
     in_memory = (shape[0], *shape[2:], C) if memory == "NHWC" else shape
-    x, dy, residual = (torch.empty(in_memory, dtype=getattr(torch, dtype)) for _ in range(3))
+    x, dy, residual = (torch.zeros(in_memory, dtype=getattr(torch, dtype)) for _ in range(3))
     if memory == "NHWC":
         x, dy, residual = (tensor.movedim(-1, 1) for tensor in (x, dy, residual))
     mask = torch.ones(shape[0], 1, *shape[2:], dtype=torch.bool) if masked else None

@@ -519,6 +519,34 @@ def test_error_at_a_large_mean(on, ratio, bound, begins_with_zeros):
     assert ratio == 0 or of_torch > bound
 
 
+def errors_at(scale, name):
+    """Return the errors of y and dx of values whose squares have no float32, with a mask and without it."""
+    found = []
+    for mask in masks(random(name, torch.float32))[:2]:
+        x, dy = random(name, torch.float32) * scale, random(name, torch.float32, 1)
+        exact = [t.detach().cpu().double().requires_grad_() for t in (x, dy)]
+        with chosen("triton"):
+            layer = syncnorm.SyncBatchNorm(x.shape[1], affine=False, device=DEVICE)
+            y = layer(x.requires_grad_(), mask=mask)
+            y.backward(dy)
+        counted = torch.ones_like(exact[0]) if mask is None else mask.cpu().double().expand_as(exact[0])
+        axes = [0, *range(2, x.dim())]
+        mean = (exact[0] * counted).sum(axes, keepdim=True) / counted.sum(axes, keepdim=True)
+        var = ((exact[0] - mean).square() * counted).sum(axes, keepdim=True) / counted.sum(axes, keepdim=True)
+        expected = (exact[0] - mean) / var.sqrt()
+        expected.backward(exact[1].detach())
+        of_dx = (x.grad.cpu().double() - exact[0].grad).abs().max() / exact[0].grad.abs().max()
+        found += [(y.detach().cpu().double() - expected).abs().max().item(), of_dx.item()]
+    return found
+
+
+@pytest.mark.parametrize("name", ["odd", "odd-channels-last"])
+@pytest.mark.parametrize("scale", [1e19, 1e25])
+def test_values_whose_squares_have_no_float32(on, scale, name):
+    """The sums of F.batch_norm overflow: it gives zeros, which are wrong by more than 1."""
+    assert max(on(errors_at, scale, name)) < 5e-6
+
+
 def training_step(implementation):
     """Return y, gradients and buffers of two steps of a layer with all that it can do."""
     torch.manual_seed(0)

@@ -58,7 +58,15 @@ def moments(input: Tensor, mask: Tensor | None = None, *, stamp: Stamp | None = 
     correction = _weighted(centered, mask).sum(axes).double() / or_one(count)
     m2 = _weighted(centered.square(), mask).sum(axes).double() - count * correction.square()
     result = RawMoments(torch.cat([shift.double() + correction, m2.clamp_min(0), count.view(1)]))
+    if x.dtype == torch.float32 and _can_look(result) and not plain(result).isfinite().all():
+        return moments(input.double(), mask, stamp=stamp)  # some squares have no float32
     return result if stamp is None else pack(result, stamp)
+
+
+def _can_look(tensor: Tensor) -> bool:
+    """Return whether the values can be read now, without waiting for a GPU. A tracer has none, or must not see it."""
+    modes = torch._C._len_torch_dispatch_stack()
+    return plain(tensor).is_cpu and not (modes or torch.compiler.is_compiling() or torch._C._is_tracing())
 
 
 def pack(moments: RawMoments, stamp: Stamp) -> Packed:
@@ -251,10 +259,10 @@ class Backward:
             first, second = (sums if stamp is None else sums[:-2]).view(2, -1).unbind()
             count = or_one(self.statistics[-1])
             inside = 1 - eps_outside * invstd  # 0 where all values are, at which x is too
-            slope = -invstd.square() * second / (count * torch.where(inside > 0, inside, 1))
+            slope = -invstd * second / (count * torch.where(inside > 0, inside, 1))
             dx = self.centered
             dx = dx if mask is None else torch.where(mask == 0, 0, dx)  # masked_fill lays it out anew
-            dx = dx * _per_channel(slope, dx)
+            dx = dx * _per_channel(invstd, dx) * _per_channel(slope, dx)  # whose product may have no float32
             if centered:
                 dx = dx - _per_channel(invstd * first / count, dx)
             dx = _weighted(dx, mask)

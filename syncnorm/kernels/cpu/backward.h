@@ -1,8 +1,11 @@
 // The two passes over dy and x: the sums of the gradients, and the gradient of x.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#include <limits>
 
 #include "activations.h"
 #include "arguments.h"
@@ -153,6 +156,22 @@ void grad_segment(const Operands<M> &of, const Affine<R> &map, int64_t entry, M 
     }
 }
 
+constexpr double SMALL_INVSTD = 1e-15;  // of larger ones the squares are far from the limits of float
+
+// The same in double, for a slope that has no float: of x with a variance above 1e38. It is rare, so it is simple.
+template <class M>
+void grad_in_double(const Operands<M> &of, const Walk &walk, const double *slope, const double *offset, bool relu,
+                    int64_t entry, M *dx, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        int64_t e = walk.by_period ? i : 0, channel = walk.channel(entry + e);
+        double d = static_cast<double>(read(of.x[i])) - of.high[e], dz = read(of.dy[i]);
+        if (relu && !(d * of.scale[e] + of.shift[e] > 0)) dz = 0;
+        double through = slope[channel] * d + offset[channel];
+        if (of.mask) through = of.mask[i] == 0 ? 0 : of.mask[i] * through;
+        write(static_cast<typename Arithmetic<M>::type>(of.scale[e] * dz + through), dx + i);
+    }
+}
+
 template <class M>
 using GradSegment = void (*)(const Operands<M> &, const Affine<typename Arithmetic<M>::type> &, int64_t, M *, int64_t);
 
@@ -182,6 +201,9 @@ template <class T, class M> int grad_input(const GradInputArguments &a) {
     }
     expand(walk, slope, map.slope);
     expand(walk, offset, map.offset);
+    bool vanishes = false;
+    for (int64_t c = 0; c < channels; ++c)
+        vanishes = vanishes || (invstd[c] < SMALL_INVSTD && slope[c] != 0 && fabs(slope[c]) < std::numeric_limits<R>::min());
     Backward<T, M> segment(of, walk, map, scratch, a.dz);
     M *buffers = scratch.array<M>(4 * walk.threads * SEGMENT);
     bool relu = through_relu(of, a.dz);
@@ -193,7 +215,8 @@ template <class T, class M> int grad_input(const GradInputArguments &a) {
         Result<T, M> dx(a.dx, streams, buffer), dz(a.dz, streams, buffer + 2 * SEGMENT);
         walk.backward(thread, [&](int64_t at, int64_t entry, int64_t n) {
             Operands<M> operands = segment(thread, at, entry, n);
-            grad(operands, map, entry, dx.place(at, n), n);
+            if (vanishes) grad_in_double(operands, walk, slope, offset, relu, entry, dx.place(at, n), n);
+            else grad(operands, map, entry, dx.place(at, n), n);
             dx.put(at, n);
             if (a.dz) {
                 M *to = dz.place(at, n);

@@ -54,6 +54,29 @@ template <class T, class R> void estimate(const Walk &walk, const T *x, const R 
         if (seen[c] > 0) mean[c] = in_memory<T>(mean[c] / seen[c]);
 }
 
+// Mean and M2 in double, for values whose squares float cannot hold. It is rare, so it is one simple thread.
+template <class T, class R>
+void in_double(Shape shape, const T *x, const R *mask, double count, double *mean, double *m2) {
+    shape.threads = 1;
+    Walk walk(shape, false);
+    R buffer[SEGMENT], weight[SEGMENT];
+    auto each = [&](auto take) {
+        auto segment = [&](int64_t at, int64_t entry, int64_t n, int64_t = 1) {
+            const R *values = load(x + at, buffer, n);
+            const R *shares = mask ? weights(mask, walk, at, n, weight) : nullptr;
+            for (int64_t i = 0; i < n; ++i) {
+                double share = shares ? shares[i] : 1;
+                if (share != 0) take(walk.channel(walk.by_period ? entry + i : entry), values[i], share);
+            }
+        };
+        walk.by_period ? walk.periods(0, 1, segment) : walk.planes(0, segment);
+    };
+    memset(mean, 0, walk.channels * sizeof(double)), memset(m2, 0, walk.channels * sizeof(double));
+    each([&](int64_t c, double value, double share) { mean[c] += share * value; });
+    for (int64_t c = 0; c < walk.channels; ++c) mean[c] /= count;
+    each([&](int64_t c, double value, double share) { m2[c] += share * (value - mean[c]) * (value - mean[c]); });
+}
+
 template <class T> struct Deviations {  // the operands of a segment
     using R = typename Arithmetic<T>::type;
     using M = typename InRegisters<T>::type;
@@ -113,6 +136,9 @@ template <class T> int moments(const MomentsArguments &a) {
         if (attempt == 0)
             for (int64_t c = 0; c < channels; ++c) mean[c] = in_memory<T>(mean[c]);
     }
+    bool finite = true;
+    for (int64_t c = 0; c < channels; ++c) finite = finite && m2[c] - m2[c] == 0 && mean[c] - mean[c] == 0;
+    if (!finite && sizeof(R) < sizeof(double)) in_double(a.shape, x, mask, count, mean, m2);
     if (a.stamp) pack(a.moments, channels);
     return 0;
 }

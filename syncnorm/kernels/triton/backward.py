@@ -26,6 +26,7 @@ from .device import (
     tile_offsets,
 )
 
+SCALE = tl.constexpr(2.0**-60)  # of x - mean: 1e28 becomes 1e10, 1e-16 becomes 1e-34
 LEAST_NOISE = tl.constexpr(_LEAST_NOISE)
 
 
@@ -122,7 +123,7 @@ def grad_input_kernel(
         offset = -slope * (mean - mean.to(ACC).to(tl.float64))
         if CENTERED:
             offset -= invstd * first / n
-        slope, offset = column(slope, ACC), column(offset, ACC)
+        slope, offset = column(slope / SCALE, ACC), column(offset, ACC)  # a slope itself may have no float32
     for i in range(run, tiles, runs):
         offsets, inside, w, centered, grad = _tile(
             dy, x, kept, mask, tiles - 1 - i, tiles, block, C, S, high, scale, shift, inverse,
@@ -130,7 +131,7 @@ def grad_input_kernel(
         )  # fmt: skip
         result = grad * scale
         if sums is not None:
-            through = centered * slope + offset
+            through = (centered * SCALE) * slope + offset
             if mask is not None:
                 through = tl.where(w == 0, 0.0, through * w)  # where it is 0, x may be no number
             result += through

@@ -15,6 +15,8 @@ from .device import (
     tile_offsets,
 )
 
+SCALE = tl.constexpr(2.0**-100)
+
 
 @jit_pass
 def moments_kernel(
@@ -27,14 +29,40 @@ def moments_kernel(
     UNROLL: tl.constexpr, ROWS: tl.constexpr,
     STAMPED: tl.constexpr,
 ):  # fmt: skip
-    """Of x and mask: moments, or packed.
+    """Of x and mask: moments, or packed."""
+    C, S, block, run, runs = place(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST, WIDE)
+    channels = block * BC + tl.arange(0, BC)
+    mean, m2, count = _sum(
+        x, mask, channels, run, runs, tiles, C, S, LAST, BC, BP, ACC, UNROLL, SCALED=False
+    )  # fmt: skip
+    if tl.sum((m2 - m2 != 0).to(tl.int32)) > 0:  # squares that have no float32, or values that are no numbers
+        mean, m2, count = _sum(
+            x, mask, channels, run, runs, tiles, C, S, LAST, BC, BP, ACC, UNROLL, SCALED=True
+        )  # fmt: skip
+    if partial is None:
+        _store_moments(moments, mean, m2, count, channels, C, block, number, STAMPED)
+    else:
+        of_block = partial + block.to(tl.int64) * runs * (2 * BC + 1)  # (runs, 2, BC), then the counts (runs,)
+        counts = of_block + runs * (2 * BC)
+        store_pair(of_block + run * (2 * BC), mean, m2, tl.arange(0, BC), BC)
+        tl.store(counts + run, count)
+        if is_last(counters + block, runs):
+            mean, m2, count = _merge(of_block, counts, runs, BC, ROWS)
+            _store_moments(moments, mean, m2, count, channels, C, block, number, STAMPED)
+
+
+@triton.jit
+def _sum(
+    x, mask, channels, run, runs, tiles, C, S,
+    LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """Return mean, M2 and count of the tiles of a run. `SCALED`: by values so small that their squares have a float32.
 
     Each thread sums about the first value that it finds. However far that is from the others, it is one of them, so
     it can cost no more digits than the variance of the thread's few values makes up for. With weights, it goes on about
     a value that weighs more than all before.
     """
-    C, S, block, run, runs = place(tl.program_id(0), tl.num_programs(0), C, S, blocks, ALIGN, LAST, WIDE)
-    channels = block * BC + tl.arange(0, BC)
     total_weight = tl.zeros((1, BP), ACC)
     shift = tl.zeros((BC, BP), ACC)
     total = tl.zeros((BC, BP), ACC)
@@ -43,6 +71,8 @@ def moments_kernel(
         for i in tl.static_range(UNROLL):
             offsets, inside, positions, exists = tile_offsets(start + i * runs, tiles, channels, C, S, BP, LAST)
             value = tl.load(x + offsets, mask=inside, other=0).to(ACC)
+            if SCALED:
+                value *= SCALE
             w = load_weights(mask, positions, exists, ACC)
             if mask is not None:
                 value = tl.where(w > 0, value, 0.0)
@@ -65,16 +95,9 @@ def moments_kernel(
     difference = mean - center.to(ACC)[:, None]
     m2 = tl.sum(total_square - correction * total + total_weight * difference * difference, 1)
     mean, m2 = middle.to(tl.float64) + center, m2.to(tl.float64)
-    if partial is None:
-        _store_moments(moments, mean, m2, count, channels, C, block, number, STAMPED)
-    else:
-        of_block = partial + block.to(tl.int64) * runs * (2 * BC + 1)  # (runs, 2, BC), then the counts (runs,)
-        counts = of_block + runs * (2 * BC)
-        store_pair(of_block + run * (2 * BC), mean, m2, tl.arange(0, BC), BC)
-        tl.store(counts + run, count)
-        if is_last(counters + block, runs):
-            mean, m2, count = _merge(of_block, counts, runs, BC, ROWS)
-            _store_moments(moments, mean, m2, count, channels, C, block, number, STAMPED)
+    if SCALED:
+        mean, m2 = mean / SCALE, m2 / (SCALE * SCALE)
+    return mean, m2, count
 
 
 @triton.jit
