@@ -26,13 +26,12 @@ from . import transforms
 from .exchange import Exchange
 from .moments import Moments
 
-__all__ = ["Call", "Segments", "enclosing", "hidden", "recomputes"]
+__all__ = ["Call", "Segments", "enclosing", "hide_from_policies", "recomputes"]
 
 FIRST_PASS = "_checkpoint_hook.__init__.<locals>.pack_hook"  # names of torch's hooks, in which `frame` is the segment
 RECOMPUTATION = "_recomputation_hook.__init__.<locals>.pack_hook"
 SELECTIVE = "_CachingTorchDispatchMode", "_CachedTorchDispatchMode"  # of policies that keep the results of operations
 ATTRIBUTE = "_syncnorm_calls"
-NOTHING = contextlib.nullcontext()
 
 _FORWARD, _BACKWARD = CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__
 _push, _pop = _C._autograd._push_saved_tensors_default_hooks, _C._autograd._pop_saved_tensors_default_hooks
@@ -135,11 +134,12 @@ def enclosing() -> Segments | None:
     return Segments(running, recomputed) if running or recomputed else None
 
 
-def hidden(segments: Segments | None) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which no policy sees operations. It would expect to see the same ones in a recomputation."""
-    if segments is None or not any(type(mode).__name__ in SELECTIVE for mode in _get_current_dispatch_mode_stack()):
-        return NOTHING
-    return _disable_current_modes()
+def hide_from_policies() -> contextlib.ExitStack:
+    """Let no policy see operations until this is closed. It would expect to see the same ones in a recomputation."""
+    stack = contextlib.ExitStack()
+    if any(type(mode).__name__ in SELECTIVE for mode in _get_current_dispatch_mode_stack()):
+        stack.enter_context(_disable_current_modes())
+    return stack
 
 
 def recomputes() -> bool:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .communicators import ALONE, Communicator, uncounted
-from .communicators.label import NO_BATCHES, Label
+from .communicators.label import MARK, Label
 from .errors import DesyncError, printable
 from .job import desync
 from .kernels import Stamp, flags
@@ -27,7 +27,6 @@ ISSUES_COLLECTIVES = True  # lets `syncnorm.job.desync` recognize these function
 NUMBERS = 2**20  # of which a stamp is one
 LONGEST = 160  # bytes of a layer's name in a label
 MESSAGE = 512  # bytes that each rank sends for a report
-MARK = b"syncnorm "  # how such a message begins
 RECENT = 4096  # stamps of which a GPU's flag can be explained
 
 _compiled = False  # whether torch.compile has traced an exchange of this process
@@ -147,10 +146,7 @@ class Exchange:
         message = torch.frombuffer(bytearray((MARK + here.encode())[:MESSAGE].ljust(MESSAGE)), dtype=torch.uint8)
         with torch._C._DisableFuncTorch():
             received = [t.numpy().tobytes().rstrip() for t in uncounted(self.group).all_gather(message)]
-        return [
-            t[len(MARK) :].decode(errors="ignore") if t.startswith(MARK) else ELSEWHERE if any(t) else NO_BATCHES
-            for t in received
-        ]
+        return [t[len(MARK) :].decode(errors="ignore") if t.startswith(MARK) else ELSEWHERE for t in received]
 
     def _number(self, backward: bool) -> int:
         return (self.offset + self.factor * (2 * self.call + backward)) % NUMBERS

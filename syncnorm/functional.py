@@ -90,7 +90,8 @@ def sync_batch_norm(
         moments = Moments.given(running_mean, running_var, input, weight, bias, residual)
         return normalize(input, moments, weight, bias, eps, NO_EXCHANGE, residual=residual, epilogue=epilogue)
     segments = checkpointing.enclosing()
-    with checkpointing.hidden(segments):
+    hidden = None if segments is None else checkpointing.hide_from_policies()
+    try:
         if segments is not None and (call := segments.recall()) is not None:
             moments, exchange, moved = *call, None
         else:
@@ -113,6 +114,9 @@ def sync_batch_norm(
         return normalize(
             input, moments, weight, bias, eps, exchange, mask=mask, residual=residual, running=moved, epilogue=epilogue
         )
+    finally:
+        if hidden is not None:
+            hidden.close()
 
 
 def layer_norm(

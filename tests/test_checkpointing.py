@@ -265,6 +265,26 @@ def test_ranks_need_not_all_checkpoint(run):
             assert torch.equal(tensor, other)
 
 
+def of_a_split_norm():
+    """The features of a LayerNorm are split over the ranks, which sum its moments again."""
+    group = CountingCommunicator(syncnorm.communicator())
+    torch.manual_seed(group.rank)
+    layer, x = syncnorm.LayerNorm(3, process_group=group), torch.randn(4, 3)
+    grads = []
+    for wrapped in (False, True):
+        leaf = x.clone().requires_grad_()
+        y = checkpoint(layer, leaf, use_reentrant=False) if wrapped else layer(leaf)
+        y.sin().sum().backward()
+        grads.append(leaf.grad)
+    return grads, len(group.calls)
+
+
+def test_norms_whose_features_are_split_communicate_again(run):
+    for grads, calls in run(of_a_split_norm, 2):
+        assert torch.equal(*grads)
+        assert calls == 2 + 3
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_recomputation_with_another_call_is_refused(reentrant):
     layer, calls = SyncBatchNorm(3), []

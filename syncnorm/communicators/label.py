@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["NO_BATCHES", "Label"]
+__all__ = ["MARK", "NO_BATCHES", "Label"]
 
-NO_BATCHES = "has no batches left"  # what a report says of such a rank, which sends zeros in syncnorm.join
+MARK = b"syncnorm "  # how a message for a report begins
+NO_BATCHES = "has no batches left"  # what a rank in syncnorm.join reports
 
 
 class Label(NamedTuple):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import DesyncError, printable
 from . import Communicator, uncounted
-from .label import NO_BATCHES, Label
+from .label import MARK, NO_BATCHES, Label
 from .process_group import ProcessGroupCommunicator
 
 __all__ = ["UnevenGroup"]
@@ -77,7 +77,7 @@ class UnevenGroup:
         return self._group.all_reduce(tensor)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Return the tensors of all ranks, in rank order. Those of ranks without batches are zero."""
+        """Return the tensors of all ranks, in rank order. Those of ranks without batches are a report of that."""
         self._announce(ALL_GATHER, tensor, None)
         return self._group.all_gather(tensor)
 
@@ -107,7 +107,8 @@ class UnevenGroup:
             rows, length = int(announced.rows), int(announced.length)
             where = device if announced.on_accelerator else torch.device("cpu")
             if announced.kind == ALL_GATHER:
-                self._group.all_gather(torch.zeros(length, dtype=torch.uint8, device=where))
+                report = bytearray((MARK + NO_BATCHES.encode()).ljust(length))
+                self._group.all_gather(torch.frombuffer(report, dtype=torch.uint8).to(where))
                 continue
             message = torch.zeros(rows, length, dtype=torch.float64, device=where)
             message[:, -2], message[:, -1] = announced.number, announced.number**2

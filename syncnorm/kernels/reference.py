@@ -17,6 +17,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import flags
 from .epilogue import LEAST_NOISE, NEGATIVE_SLOPE, PLAIN, Epilogue, Saved, rounding
@@ -58,15 +59,14 @@ def moments(input: Tensor, mask: Tensor | None = None, *, stamp: Stamp | None = 
     correction = _weighted(centered, mask).sum(axes).double() / or_one(count)
     m2 = _weighted(centered.square(), mask).sum(axes).double() - count * correction.square()
     result = RawMoments(torch.cat([shift.double() + correction, m2.clamp_min(0), count.view(1)]))
-    if x.dtype == torch.float32 and _can_look(result) and not plain(result).isfinite().all():
+    if x.dtype == torch.float32 and not is_compiling() and _can_look(result) and not plain(result).isfinite().all():
         return moments(input.double(), mask, stamp=stamp)  # some squares have no float32
     return result if stamp is None else pack(result, stamp)
 
 
 def _can_look(tensor: Tensor) -> bool:
     """Return whether the values can be read now, without waiting for a GPU. A tracer has none, or must not see it."""
-    modes = torch._C._len_torch_dispatch_stack()
-    return plain(tensor).is_cpu and not (modes or torch.compiler.is_compiling() or torch._C._is_tracing())
+    return plain(tensor).is_cpu and not (torch._C._len_torch_dispatch_stack() or torch._C._is_tracing())
 
 
 def pack(moments: RawMoments, stamp: Stamp) -> Packed:
@@ -99,7 +99,7 @@ def check(summed: Tensor, stamp: Stamp | None) -> Tensor | None:
     Returns:
         Whether it matches, () bool, on a GPU. None: it does, or was not checked.
     """
-    if stamp is None or stamp.ranks == 1 or torch.compiler.is_compiling():
+    if stamp is None or stamp.ranks == 1 or is_compiling():
         return None
     first = stamp.ranks * stamp.number
     matches = ((plain(summed[-2]) == first) & (plain(summed[-1]) == first * stamp.number)).all()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import transforms
 from ..communicators import Communicator, uncounted
+from ..communicators.label import MARK, NO_BATCHES
 from ..errors import DesyncError
 from ..exchange import Exchange, Layer, is_compiled
 
@@ -24,6 +25,7 @@ __all__ = ["History"]
 COMPARED_CALLS = 2  # of a SyncBatchNorm. The second detects ranks whose first step ended in a caught exception
 
 MESSAGE = 512  # bytes that each rank sends, for every layer
+NO_PLACE = (MARK + NO_BATCHES.encode()).ljust(MESSAGE)  # of a rank in syncnorm.join
 LONGEST = 120  # characters of a name in the message
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of DDP, torch.compile, FSDP
 _CALL = nn.Module._call_impl.__code__
@@ -185,7 +187,7 @@ def _gather(place: _Place, device: torch.device, group: Communicator) -> list[_P
         message = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
         received = [t.cpu().numpy().tobytes() for t in uncounted(group).all_gather(message)]
     try:
-        return [_Place(*json.loads(text)) for text in received if any(text)]  # zeros: a rank without batches
+        return [_Place(*json.loads(text)) for text in received if text != NO_PLACE]
     except (ValueError, TypeError):
         raise DesyncError(
             f"expected all ranks to call the same layer, got {place} on rank {group.rank}, while another rank is in "

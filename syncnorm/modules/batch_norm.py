@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import is_lazy
 
-from .. import arguments, checkpointing, finite, functional
+from .. import arguments, finite, functional
 from ..communicators import ALONE, Communicator, LocalCommunicator, ProcessGroupLike
 from ..exchange import NO_EXCHANGE
 from .process_group import ProcessGroupMixin, ProcessGroupReference
@@ -175,14 +175,13 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
         """
         if isinstance(input, fx.Proxy) and self._fits_one_node(input):
             return self._as_node(input, residual=residual, mask=mask)
-        communicates = self.training and not checkpointing.recomputes()
-        group = self._group.enter(input) if communicates else ALONE  # first: it counts the call
+        group = self._group.enter(input, recalls=True) if self.training else ALONE  # first: it counts the call
         if isinstance(input, Tensor):
             self._check_input_dim(input)
         exchange: Any = NO_EXCHANGE
         if not isinstance(group, LocalCommunicator):
             exchange = self._exchange(group, input, residual, mask)
-        elif communicates and (self.check_finite or finite.in_debug()):
+        elif self.training and (self.check_finite or finite.in_debug()):
             exchange = self._group.history.exchange(self, group)  # which knows the name of the layer
         weight, bias, running_mean, running_var, batches = self._tensors()
         if self.training and not self.track_running_stats:

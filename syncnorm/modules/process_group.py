@@ -8,8 +8,8 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, fx, nn
 
-from .. import functional, transforms
-from ..communicators import Collectives, Communicator, LocalCommunicator, ProcessGroupLike, communicator
+from .. import checkpointing, functional, transforms
+from ..communicators import ALONE, Collectives, Communicator, LocalCommunicator, ProcessGroupLike, communicator
 from ..job.launcher import names_several_ranks, warn_if_not_joined
 from .agreement import History
 
@@ -102,12 +102,14 @@ class ProcessGroupReference:
         self._resolved = cast(Communicator, group)
         self.history.forget()
 
-    def enter(self, input: Tensor) -> Communicator | None:
+    def enter(self, input: Tensor, *, recalls: bool = False) -> Communicator | None:
         """Return the communicator of the group for a call of the norm, and count the call.
 
         The norm calls this before it checks anything. So a rank that has left a call by an exception, whatever that
         was, is at another call than the other ranks from then on, and they see it. None: torch is compiling the call
         for the default group. Calls that communicate on no rank are not counted.
+
+        `recalls`: in a recomputation the norm takes the moments of its first pass, and does not communicate.
         """
         group = self.resolve() if self._resolved is None else self._resolved
         if isinstance(group, LocalCommunicator) or torch.compiler.is_compiling():
@@ -116,6 +118,8 @@ class ProcessGroupReference:
         if isinstance(chosen, LocalCommunicator):
             if names_several_ranks() and not functional.without_values(input):
                 warn_if_not_joined()
+        elif recalls and checkpointing.recomputes():
+            return ALONE
         elif isinstance(input, Tensor) and not (functional.without_values(input) or transforms.recording()):
             self.history.count(chosen)
         return chosen
