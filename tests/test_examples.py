@@ -188,3 +188,47 @@ def test_a_minimal_example_with_plain_batch_norm_has_not(minimal_losses, tmp_pat
     [expected] = minimal_losses(script, "alone", 1)
     for losses in minimal_losses(plain, "mpirun", 2):
         assert abs(losses[0] - expected[0]) > 1e-3
+
+
+UNEVEN = CNN.parent / "uneven.py"
+BATCHES = {2: (5, 2), 4: (4, 0, 3, 1)}  # of each shard
+
+
+@pytest.fixture(scope="module")
+def train_unevenly(tmp_path_factory):
+    """Return the losses of a training on shards of unequal length, run once for each set of arguments."""
+    known = {}
+
+    def run(norm, launcher, ranks, shards):
+        key = norm, launcher, ranks, shards
+        if key not in known:
+            path = tmp_path_factory.mktemp("uneven") / "record.json"
+            options = ["--norm", norm, "--dtype", "float64", "--out", path, "--batches", *BATCHES[shards]]
+            job = launch(launcher, ranks, UNEVEN, *options, NO_COLOR="1")
+            assert job.returncode == 0, job.stderr
+            record = json.loads(path.read_text())
+            assert record["ranks"] == ranks
+            assert f"step {len(record['loss']) - 1}: loss " in job.stdout
+            known[key] = losses(record)
+        return known[key]
+
+    return run
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("torchrun", 2), ("torchrun", 4), ("mpirun", 2), ("mpirun", 4)])
+def test_cnn_on_shards_of_unequal_length_has_the_losses_of_one_process(train_unevenly, launcher, ranks):
+    expected = train_unevenly("sync_bn", "alone", 1, ranks)
+    assert len(expected) == max(BATCHES[ranks])
+    torch.testing.assert_close(train_unevenly("sync_bn", launcher, ranks, ranks), expected, rtol=0, atol=1e-12)
+
+
+def test_cnn_on_shards_of_unequal_length_with_plain_batch_norm_has_not(train_unevenly):
+    """The negative control. Torch's own join would let the ranks of such a model train on."""
+    difference = train_unevenly("bn", "torchrun", 2, 2) - train_unevenly("bn", "alone", 1, 2)
+    assert difference.abs().max() > 1e-2
+
+
+def test_cnn_on_shards_needs_a_rank_for_each():
+    job = launch("torchrun", 2, UNEVEN, "--batches", 3, 2, 1)
+    assert job.returncode != 0
+    assert "--batches: expected 1 rank, or as many as shards (3), got 2" in job.stderr
