@@ -80,7 +80,7 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
 
     Raises:
         ValueError: this rank is not a member of the group, or the mesh has more than one dimension.
-        TypeError: `process_group` is something else.
+        TypeError: `process_group` is something else, or a group of torchft, whose members change.
     """
     if type(process_group) in _known:
         return process_group  # type: ignore[return-value]
@@ -133,6 +133,11 @@ def _of_process_group(group: dist.ProcessGroup) -> Communicator:
 
     if group is dist.group.WORLD and (default := _current_default()) is not None:
         return default
+    if any(kind.__module__.partition(".")[0] == "torchft" for kind in type(group).__mro__):
+        raise TypeError(
+            f"expected a process group with fixed members, got {type(group).__name__} of torchft, whose members "
+            "change: statistics would be those of other ranks from step to step"
+        )
     if (resolve := _resolvers.get(type(group))) is not None:
         return resolve(group)
     if group is dist.group.WORLD:
