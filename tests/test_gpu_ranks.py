@@ -25,6 +25,7 @@ from oracle import CHANNELS, Case, Plain, assert_matches, in_one_process, on_sha
 from processes import run
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from worst import check, error
 
 import syncnorm
@@ -345,3 +346,50 @@ def test_a_message_of_another_layer_is_found_at_the_next_step(backward):
         assert f"SyncBatchNorm no. {2 if rank else 1}, called outside a model: C = 4, float32, input (3, 4, 5)" in text
         assert f"on rank {rank}, while another rank was elsewhere" in text
         assert after == ([4, 4] if backward else before)
+
+
+def samples_of(step, rank):
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(2 + rank, 3, 4, generator=generator, dtype=torch.float64) + rank
+
+
+def hard_situations(counts):
+    """Run out of batches, in steps that are checkpointed; then recompute the statistics; then have NaN on one rank."""
+    group = CountingCommunicator(syncnorm.communicator())
+    layer = syncnorm.SyncBatchNorm(3, process_group=group, device=DEVICE, dtype=torch.float64)
+    batches = [samples_of(step, group.rank).to(DEVICE) for step in range(counts[group.rank])]
+    grads = []
+    with syncnorm.join(layer):
+        for x in batches:
+            y = checkpoint(lambda x: layer(x).sin(), x.requires_grad_(), use_reentrant=False)
+            y.sum().backward()
+            grads.append(x.grad.cpu())
+    trained = [buffer.cpu().clone() for buffer in layer.buffers()]
+    syncnorm.recompute_running_stats(layer, [x.detach() for x in batches])
+    recomputed = [buffer.cpu().clone() for buffer in layer.buffers()]
+    x = torch.full((2, 3, 4), float("nan") if group.rank == 1 else 0.5, device=DEVICE, dtype=torch.float64)
+    with pytest.raises(syncnorm.NonFiniteError) as raised, syncnorm.debug():
+        layer(x)
+    return grads, trained, recomputed, str(raised.value)
+
+
+def test_hard_situations_on_a_device():
+    counts = (1, 3)
+    outcomes = run_ranks(hard_situations, 2, counts, timeout=TIMEOUT)
+    layer = nn.BatchNorm1d(3, dtype=torch.float64)
+    seen = []
+    for step in range(max(counts)):
+        present = [rank for rank in (0, 1) if step < counts[rank]]
+        x = torch.cat([samples_of(step, rank) for rank in present]).requires_grad_()
+        layer(x).sin().sum().backward()
+        seen.append(x.detach())
+        grads = torch.cat([outcomes[rank][0][step] for rank in present])
+        torch.testing.assert_close(grads, x.grad, rtol=1e-9, atol=1e-9)
+    values = torch.cat(seen).movedim(1, 0).flatten(1)
+    for _, trained, recomputed, text in outcomes:
+        for buffer, expected in zip(trained, layer.buffers(), strict=True):
+            torch.testing.assert_close(buffer, expected, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(recomputed[0], values.mean(1), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(recomputed[1], values.var(1), rtol=1e-11, atol=1e-11)
+        assert "rank 1: forward of " in text
+        assert "24 values in channels 0, 1, 2" in text
