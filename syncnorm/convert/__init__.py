@@ -171,7 +171,7 @@ def _from_sync(layer: nn.Module) -> nn.Module:
         kind = kind.cls_to_become
     old: nn.Module = become(layer, kind)
     is_norm = isinstance(layer, SyncBatchNorm)  # else an activation; nn.ReLU has inplace too
-    of_ours = ("_group", "_eps", "activation", "inplace") if is_norm else ()
+    of_ours = ("_group", "_eps", "activation", "inplace", "check_finite") if is_norm else ()
     for name in (ORIGIN, _FUSED, *of_ours):
         old.__dict__.pop(name, None)
     if issubclass(kind, nn.SyncBatchNorm):
