@@ -16,7 +16,9 @@ from ..modules.batch_norm import ORIGIN, class_after_conversion
 __all__ = ["check_convertible", "check_revertible"]
 
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # SyncBatchNorm.forward can replace these
-_OWN_NAMES = ("activation", "inplace", "check_finite", "process_group", "_group")  # attributes that SyncBatchNorm.forward reads
+_OWN_NAMES = (  # attributes that SyncBatchNorm.forward reads
+    *("activation", "inplace", "check_finite", "process_group", "_group"),
+)
 _FSDP, _COMPILED = "_fsdp_wrapped_module", "_orig_mod"  # attributes that hold a wrapped module
 _TRAINING = 5  # position of this argument in torch's batch_norm functions
 
