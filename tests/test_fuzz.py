@@ -84,8 +84,8 @@ def cases(draw, world_size):
     if draw(one_in(4)):
         fields["param_dtype"] = torch.float64
     layer = draw(layers(residual))
-    # What a mask leaves out is 50 times as far off. float16 ends at 65504; and in place the values that count are had
-    # from an output that was rounded, whose error is multiplied by those others.
+    # Values that the mask leaves out are 50 times as large. They exceed float16. In place, backward recomputes the
+    # input from the rounded output, and multiplies its error by them.
     near = masked and (dtype == torch.float16 or (dtype in HALVES and "inplace" in layer))
     return Case(
         split,
@@ -115,12 +115,12 @@ def fuzz(run, tmp_path):
     number = run(random_seed, 1)[0] if LONG else 0
     if LONG:
         print(f"seed {number}")
-    by_rank = run.__name__ == "run_under_mpirun"  # the ranks draw alike, but would not stop shrinking at the same time
+    under_mpi = run.__name__ == "run_under_mpirun"  # whose ranks draw alike, but would stop shrinking at other times
     profile = settings(
         max_examples=BATCHES,
         deadline=None,
         database=None,
-        phases=[Phase.generate, Phase.shrink] if LONG and not by_rank else [Phase.generate],
+        phases=[Phase.generate, Phase.shrink] if LONG and not under_mpi else [Phase.generate],
         report_multiple_bugs=False,
         verbosity=Verbosity.quiet,  # the error names the case, which is shorter than the batch
         suppress_health_check=list(HealthCheck),  # of slow and large examples: one is a start of the ranks
@@ -193,7 +193,8 @@ def test_plain_batch_norm_on_shards_fails_every_case(run, fuzz, world_size):
 
 @pytest.mark.parametrize("world_size", [4])
 def test_thousands_of_steps_hold_no_memory_and_keep_the_ranks_alike(run, world_size, monkeypatch):
-    monkeypatch.setitem(run.__globals__, "TIMEOUT", SECONDS)
+    if LONG:
+        monkeypatch.setitem(run.__globals__, "TIMEOUT", SECONDS)
     results = run(soak, world_size, STEPS, WARMUP, COMPARED)
     expected = soak_in_one_process(COMPARED, world_size)
     nonempty = sum(any(sizes) for sizes in sizes_of(STEPS, world_size))
