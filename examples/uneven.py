@@ -12,7 +12,6 @@ samples that are present, and with --out writes them into a JSON file.
 """
 
 import argparse
-import contextlib
 import functools
 import json
 from pathlib import Path
@@ -52,16 +51,14 @@ def train(args, group):
     model = cnn(images.shape[1], int(labels.max()) + 1, NORMS[args.norm]).to(device, dtype)
     if args.norm == "sync_bn":
         model = syncnorm.convert_sync_batchnorm(model)
-    join = contextlib.nullcontext()
     if dist.is_initialized() and group.size > 1:
         model = DistributedDataParallel(model)
-        # the mean over the ranks that have a batch is the mean over the samples
-        join = syncnorm.join(model, divide_by_initial_world_size=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
 
     shards = list(enumerate(args.batches)) if group.size == 1 else [(group.rank, args.batches[group.rank])]
     losses = torch.zeros(max(args.batches), dtype=torch.float64, device=device)
-    with join:
+    # the mean over the ranks that have a batch is the mean over the samples, since all batches have the same size
+    with syncnorm.join(model, divide_by_initial_world_size=False):
         for step in range(max(batches for _, batches in shards)):
             batch = batch_of_step(step, len(args.batches) * args.batch_size, len(labels), args.seed)
             mine = torch.cat([batch.view(-1, args.batch_size)[shard] for shard, batches in shards if step < batches])

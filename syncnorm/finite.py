@@ -16,7 +16,7 @@ from torch import Tensor
 from . import transforms
 from .communicators.label import NO_BATCHES
 from .errors import NonFiniteError, printable
-from .exchange import Exchange
+from .exchange import ELSEWHERE, Exchange
 
 __all__ = ["can_check", "check", "debug", "in_debug"]
 
@@ -38,17 +38,18 @@ class debug(contextlib.ContextDecorator):  # noqa: N801  # as torch.no_grad
 
     In the block all layers of SyncBatchNorm check their inputs in training, as with `check_finite=True`, and in
     backward what the gradients of their outputs add to the sums of all ranks. The environment variable SYNCNORM_DEBUG=1
-    does the same for the whole program. All ranks must do so alike.
+    does the same for the whole program. Use it on all ranks or on none.
 
     A check reads as many numbers as the message of a layer has. On a GPU it waits for the device. What torch.compile
     has compiled, and transforms of torch.func, are not checked. A `torch.amp.GradScaler` makes gradients infinite on
     purpose: turn it off, or use `check_finite=True` instead, which only checks inputs.
 
-    Collectives: none more, unless there is something to report: then one all-gather of 512 bytes.
+    Collectives: no additional ones, unless a value is not finite: then one all-gather of 512 bytes.
 
     Raises:
-        NonFiniteError: on all ranks alike, with the layer and the ranks. Running statistics have not changed, so a
-            program can skip the step and train on.
+        NonFiniteError: on all ranks, with the layer and the ranks. This layer has not changed its running statistics.
+            Layers before it have. A program can catch an error in forward, skip the step and train on. After an error
+            in backward it must zero the gradients, and DistributedDataParallel cannot train on.
     """
 
     def __enter__(self) -> debug:
@@ -91,7 +92,7 @@ def check(total: Tensor, own: Tensor, tensor: Tensor, exchange: Exchange, *, bac
     if _is_finite(total):
         return
     places = exchange.places(_described(own, tensor), backward=backward)
-    found = {rank: place for rank, place in enumerate(places) if not place.endswith((FINITE, NO_BATCHES))}
+    found = {rank: place for rank, place in enumerate(places) if not place.endswith((FINITE, NO_BATCHES, ELSEWHERE))}
     name = "gradients" if backward else "inputs"
     raise NonFiniteError(
         "\n".join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from .modules.process_group import ProcessGroupReference
 
 __all__ = ["join"]
 
+GRACE = 1.0  # seconds to wait for the error of a thread
 SHARDED = "FullyShardedDataParallel", "FSDPModule"  # classes of modules that gather parameters in forward
 
 
@@ -30,21 +32,25 @@ class join(Joinable):  # noqa: N801  # as torch.no_grad
     """Let ranks run out of batches: they go on answering the collectives of the ranks that have some.
 
         with syncnorm.join(model):
-            for x, target in batches:  # of which each rank has another number
+            for x, target in batches:  # each rank may have a different number of them
                 loss = loss_of(model(x), target)
                 ...
 
     A rank that reaches the end of the block takes part in the others' collectives of SyncBatchNorm, with no values and
     no gradient, until all ranks have reached it. So statistics and gradients are those of the samples present at each
-    step. At the end all ranks have the running statistics of a rank that made the last step.
+    step. At the end all ranks have the running statistics of a rank that took part in the last step. Collectives of the
+    program, and those of norms whose features or space are split, are not answered.
 
     If the model is or contains DistributedDataParallel, the block also does what
     `torch.distributed.algorithms.join.Join` does for it: ranks without batches take part in its all-reduces too, and at
     the end all ranks have the last parameters. At each step these ranks receive the gradients of the others, so that a
-    ZeroRedundancyOptimizer can update its shard. Forward passes under `torch.no_grad`, such as those of an evaluation,
-    are allowed in the block.
+    ZeroRedundancyOptimizer can update its shard. Each backward pass must follow one call of
+    DistributedDataParallel, except under `no_sync`. Forward passes under `torch.no_grad`, such as those of an
+    evaluation, are allowed in the block. Ranks without batches make no optimizer steps: optimizers with a state, such
+    as momentum, differ between the ranks afterwards. Load the state of a rank that took part in the last step on all
+    ranks, or make a new optimizer, before you go on.
 
-    It is also a `Joinable`, the first one in a `Join` of one's own:
+    It is also a `Joinable`, the first one in your own `Join`:
 
         with Join([syncnorm.join(model), model, optimizer]):
 
@@ -53,31 +59,41 @@ class join(Joinable):  # noqa: N801  # as torch.no_grad
             FullyShardedDataParallel and torch.compile.
         *joinables: what else joins, such as a ZeroRedundancyOptimizer.
         enable: False: do nothing, for batches that are known to be even.
-        **options: arguments of `Join`, for DistributedDataParallel and `joinables`: `throw_on_early_termination`, and
-            `divide_by_initial_world_size`.
+        divide_by_initial_world_size: DistributedDataParallel divides gradients by the number of all ranks. False: by
+            the number of ranks that still have batches, which is right for mean losses of batches of equal size.
+        throw_on_early_termination: raise RuntimeError on all ranks as soon as one has no batches left.
 
     Collectives: all ranks enter and leave the block. Entering divides each process group of the layers once. In the
-    block each collective of a layer is preceded by an all-reduce of 8 float64 on the CPU. The layers compare their
+    block each collective of a layer is preceded by an all-reduce of 9 float64 on the CPU. The layers compare their
     calls anew in the block and after it. Leaving it broadcasts the running statistics, if some rank ran out of batches.
 
     Raises:
         DesyncError: on all ranks, those without batches included, if the others are in different calls or layers, or
             if a rank does not come.
         ValueError: the model contains FullyShardedDataParallel, or a layer that has no parameters yet.
-        TypeError: a communicator of a layer has no `split`, or `options` are given without anything that takes them.
-        RuntimeError: the model is compiled, or already in such a block.
+        TypeError: a communicator of a layer has no `split`.
+        RuntimeError: the model is compiled, or already in such a block; another block has layers in the same process
+            group; MPI does not support threads.
 
-    Source: what torch.distributed calls the join context.
+    See also: `torch.distributed.algorithms.join.Join`.
     """
 
-    def __init__(self, model: nn.Module, *joinables: Joinable, enable: bool = True, **options: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        *joinables: Joinable,
+        enable: bool = True,
+        divide_by_initial_world_size: bool = True,
+        throw_on_early_termination: bool = False,
+    ):
         super().__init__()
         self.model, self.enable = model, enable
         wrapped = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
         self._others: list[Any] = [*wrapped, *joinables]
-        if options and not self._others:
-            raise TypeError(f"expected DistributedDataParallel, or other joinables, for {', '.join(options)}, got none")
-        self._options = options
+        self._options = {
+            "divide_by_initial_world_size": divide_by_initial_world_size,
+            "throw_on_early_termination": throw_on_early_termination,
+        }
         self._join: Join | None = None
         self._groups: list[tuple[UnevenGroup, list[SyncBatchNorm]]] = []
         self._answers: list[_Answers] | None = None
@@ -86,7 +102,11 @@ class join(Joinable):  # noqa: N801  # as torch.no_grad
 
     def __enter__(self) -> join:
         if self.enable and self._others:
-            self._join = Join([self, *self._others], **self._options)
+            try:
+                self._join = Join([self, *self._others], **self._options)
+            except BaseException:
+                self._stop()
+                raise
             self._join.__enter__()  # type: ignore[no-untyped-call]
         elif self.enable:
             self._start()
@@ -97,11 +117,15 @@ class join(Joinable):  # noqa: N801  # as torch.no_grad
     ) -> None:
         try:
             if self._join is not None:
+                if kind is None:
+                    self._answer()  # before the first step of torch's, in which the others may call a part of the model
                 self._join.__exit__(kind, error, traceback)
             elif self.enable and kind is None:
                 self._finish()
         except RuntimeError as failed:
-            for answers in self._answers or []:  # they know why
+            known = self._options["throw_on_early_termination"]
+            for answers in [] if known else self._answers or []:  # they may know why
+                answers.join(GRACE)
                 if answers.error is not None and answers.error is not failed:
                     raise answers.error from failed
             raise
@@ -117,8 +141,8 @@ class join(Joinable):  # noqa: N801  # as torch.no_grad
     @property
     def join_device(self) -> torch.device:
         """The device of the model."""
-        parameter = next(self.model.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        tensor = next(itertools.chain(self.model.parameters(), self.model.buffers()), None)
+        return torch.device("cpu") if tensor is None else tensor.device
 
     @property
     def join_process_group(self) -> Any:
@@ -149,14 +173,16 @@ class join(Joinable):  # noqa: N801  # as torch.no_grad
                 raise RuntimeError("expected a model that is not in syncnorm.join, got one that is already")
             if group.size > 1:
                 by_group.setdefault(id(group), (group, []))[1].append(layer)
-        self._groups = [(UnevenGroup(group), of_group) for group, of_group in by_group.values()]
+        throws = self._options["throw_on_early_termination"] and not self._others
+        self._groups = [(UnevenGroup(group, throws=throws), of_group) for group, of_group in by_group.values()]
         self._answers = None
         references = []
         for uneven, of_group in self._groups:
             for reference in {id(layer._group): layer._group for layer in of_group}.values():
                 reference.substitute(uneven)
                 references.append(reference)
-        self._stop = weakref.finalize(self, _end, references, self._register_hooks())
+        groups = [uneven for uneven, _ in self._groups]
+        self._stop = weakref.finalize(self, _end, groups, references, self._register_hooks())
 
     def _register_hooks(self) -> list[RemovableHandle | _Receiving]:
         this = weakref.ref(self)
@@ -294,14 +320,19 @@ class _Receiving:
     @staticmethod
     def _receive(reducer: Any) -> None:
         buckets = reducer._get_zeros_like_grad_buckets()
-        for work in [reducer._run_comm_hook(bucket) for bucket in buckets]:
-            work.wait()
-        for bucket in buckets:
+        reduced = [reducer._run_comm_hook(bucket) for bucket in buckets]
+        for bucket, future in zip(buckets, reduced, strict=True):
+            value = future.wait()
+            bucket.buffer().copy_(value[0] if isinstance(value, list | tuple) else value)
             for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
                 parameter.grad = gradient.view_as(parameter).clone()
 
 
-def _end(references: list[ProcessGroupReference], handles: list[RemovableHandle | _Receiving]) -> None:
+def _end(
+    groups: list[UnevenGroup], references: list[ProcessGroupReference], handles: list[RemovableHandle | _Receiving]
+) -> None:
+    for group in groups:
+        group.close()
     for reference in references:
         reference.substitute(None)
     for handle in handles:

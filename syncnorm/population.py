@@ -30,7 +30,7 @@ def recompute_running_stats(
     forward: Callable[[nn.Module, Any], object] | None = None,
     progress: bool = False,
 ) -> None:
-    """Set the running statistics to mean and variance of all values that the layers receive, on all ranks together.
+    """Set the running statistics to the mean and variance of all values that the layers receive, on all ranks together.
 
         running_mean = Σ x / n        running_var = Σ (x - running_mean)² / (n - 1)
 
@@ -45,7 +45,7 @@ def recompute_running_stats(
 
     Args:
         model: with layers of this package, of torch.nn or others that have `running_mean` and `running_var`, except
-            InstanceNorm. DistributedDataParallel and torch.compile around it are left out of the calls.
+            InstanceNorm. DistributedDataParallel and torch.compile around it are unwrapped first.
         batches: of this rank, on the device of the model. Ranks may have different numbers of them, or none.
         process_group: the ranks. None: each layer's own process group if it has one, else that of
             `syncnorm.communicator()`.
@@ -56,9 +56,8 @@ def recompute_running_stats(
     Collectives: those of `syncnorm.join`, and one all-gather of Python objects for each process group.
 
     Raises:
-        ValueError: on all ranks, if a layer has received 1 value per channel; the model is not supported by
-            `syncnorm.join`.
-        SyncNormError: the ranks' models have other layers, or a rank did not come.
+        ValueError: a layer has received 1 value per channel, or the model is not supported by `syncnorm.join`.
+        SyncNormError: the models differ between ranks, or a rank did not come.
 
     Source: precise batch normalization, in Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021.
     """
@@ -121,13 +120,18 @@ def _merged(group: Communicator, layers: Sequence[Layer], values: dict[int, Tens
 @contextlib.contextmanager
 def _kept(model: nn.Module) -> Iterator[None]:
     """Restore the values of all buffers and the modes of all modules afterwards."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        for buffer, values in buffers:
-            buffer.copy_(values)
+        for owner, name, buffer, values in buffers:
+            owner[name] = buffer.copy_(values)
         for module, mode in modes:
             module.training = mode
 

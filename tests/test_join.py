@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
 from syncnorm import DesyncError, SyncBatchNorm, testing
+from syncnorm.communicators import uneven
 from syncnorm.communicators.uneven import UnevenGroup
 from syncnorm.testing import CountingCommunicator
 
@@ -238,7 +239,7 @@ def counted():
     group = CountingCommunicator(syncnorm.communicator())
     layer = SyncBatchNorm(3, process_group=group)
     own = group.split(0)
-    group._for_joins = own, own
+    group._for_joins = uneven._Own(own, own)
     with syncnorm.join(layer):
         for _ in range(3):
             own.calls.clear()
@@ -247,9 +248,9 @@ def counted():
     return calls
 
 
-def test_a_collective_is_preceded_by_one_of_eight_numbers(run):
+def test_a_collective_is_preceded_by_one_of_nine_numbers(run):
     for calls in run(counted, 2):
-        assert calls == [("all_reduce", 64), ("all_reduce", 72), ("all_reduce", 64), ("all_reduce", 64)]
+        assert calls == [("all_reduce", 72), ("all_reduce", 72), ("all_reduce", 72), ("all_reduce", 64)]
 
 
 def diverging():
@@ -329,7 +330,8 @@ def refusals():
             lambda: syncnorm.join(lazy).__enter__(),
             lambda: syncnorm.join(compiled).__enter__(),
             lambda: syncnorm.join(FSDPModule()).__enter__(),
-            lambda: syncnorm.join(layer, throw_on_early_termination=True),
+            lambda: syncnorm.join(SyncBatchNorm(3)).__enter__(),
+            lambda: syncnorm.join(layer, divide_by_initial_worldsize=False),
         ):
             try:
                 attempt()
@@ -353,26 +355,84 @@ def test_what_cannot_work_is_refused():
             "ValueError: expected layers that have parameters in syncnorm.join",
             "RuntimeError: expected a model that is not compiled in syncnorm.join",
             "ValueError: expected a model without FSDPModule in syncnorm.join",
-            "TypeError: expected DistributedDataParallel, or other joinables, for throw_on_early_termination",
+            "RuntimeError: expected one syncnorm.join at a time for the layers of a process group",
+            "TypeError: join.__init__() got an unexpected keyword argument 'divide_by_initial_worldsize'",
             "ValueError: expected syncnorm.join(model) as the first joinable of a Join",
         ]
 
 
-def early():
+def early(with_ddp):
     group = syncnorm.communicator()
-    ddp = DistributedDataParallel(SyncBatchNorm(3))
+    model = DistributedDataParallel(SyncBatchNorm(3)) if with_ddp else SyncBatchNorm(3)
     try:
-        with syncnorm.join(ddp, throw_on_early_termination=True):
+        with syncnorm.join(model, throw_on_early_termination=True):
             for _ in range(1 + group.rank):
-                ddp(torch.randn(4, 3)).sum().backward()
+                model(torch.randn(4, 3)).sum().backward()
     except RuntimeError as error:
         return str(error)
     return None
 
 
-def test_torch_s_options_are_passed_on():
-    texts = testing.run_ranks(early, 2)
-    assert all("exhaust" in text for text in texts)
+def test_ranks_can_be_told_to_end_together():
+    for text in testing.run_ranks(early, 2, True):
+        assert "exhaust" in text  # torch's words
+    for text in testing.run_ranks(early, 2, False):
+        assert text.startswith(
+            "expected as many batches on all ranks with throw_on_early_termination=True, got none on 1"
+        )
+
+
+def one_rank_starts_anew():
+    """Rank 1 leaves a block by an exception and enters the next one, while rank 0 is still in the first."""
+    group = syncnorm.communicator()
+    layer = SyncBatchNorm(3)
+    layer(torch.randn(2, 3))
+    try:
+        if group.rank == 1:
+            with contextlib.suppress(ZeroDivisionError), syncnorm.join(layer):
+                raise ZeroDivisionError
+        with syncnorm.join(layer):
+            for _ in range(group.rank):
+                layer(torch.randn(2, 3))
+    except DesyncError as error:
+        return str(error)
+    return None
+
+
+def test_a_rank_in_another_block_is_found_out():
+    """Else its batches would count in an earlier block. Rank 1 is told so, or finds that rank 0 has ended."""
+    with pytest.raises((DesyncError, testing.RankError)):
+        raise_texts(testing.run_ranks(one_rank_starts_anew, 2, timeout=20))
+
+
+def raise_texts(texts):
+    assert "expected all ranks to be in the same block of syncnorm.join, got rank 0 in block 1" in texts[0]
+    raise DesyncError(texts[0])
+
+
+@pytest.mark.parametrize("ranks", [2, 91, 113, 127, 257, 1000, 8192])
+def test_equal_numbers_of_many_ranks_are_found_equal(ranks):
+    """The squares of their sums have no float64, whose rounding must not matter."""
+    for value in (2**20 - 1, 2**20 - 3, 699_050, 1):
+        total, total_of_squares = float(ranks * value), float(ranks * value**2)
+        assert uneven._agree(ranks, int(total), int(total_of_squares))
+        assert not uneven._agree(ranks, int(total) + 1, int(total_of_squares) + 2 * value + 1)
+
+
+def timeouts():
+    from datetime import timedelta
+
+    from syncnorm.communicators.sharing import timeout_of
+
+    world = syncnorm.communicator()
+    given = syncnorm.communicator(torch.distributed.new_group(timeout=timedelta(seconds=7)))
+    return [timeout_of(group._current_group()) for group in (given, given.split(0), world, world.split(world.rank))]
+
+
+def test_groups_have_the_timeout_of_the_group_that_they_are_made_from():
+    for given, part, world, own in testing.run_ranks(timeouts, 2):
+        assert given == part == 7
+        assert world == own
 
 
 def in_torch_s_own_join():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -16,7 +17,7 @@ from ..job import forks
 from ..job.desync import fails_by_arguments, raise_desync
 from .contiguous import as_contiguous, write_back
 from .label import Label
-from .sharing import has_cpu_backend, route_of, shared_memory_of
+from .sharing import has_cpu_backend, route_of, shared_memory_of, timeout_of
 
 if TYPE_CHECKING:
     from .shared_memory import SharedMemory
@@ -143,7 +144,7 @@ class ProcessGroupCommunicator:
         """Return the ranks that pass the same `block`, in the order of their ranks in the job.
 
         If this group is the whole job, all ranks call one `dist.new_group` for each block. Otherwise each rank calls
-        one `dist.new_group`, for its own block.
+        one `dist.new_group`, for its own block. The timeout is that of this group.
 
         Raises:
             RuntimeError: on every rank, if this group is not the whole job and the ranks of a block belong to
@@ -153,7 +154,7 @@ class ProcessGroupCommunicator:
         places = self.all_gather_object((block, dist.get_rank(), groups_so_far))
         if self.size == dist.get_world_size():
             members = {number: [rank for other, rank, _ in places if other == number] for number, *_ in places}
-            groups = {number: dist.new_group(ranks) for number, ranks in members.items()}
+            groups = {number: dist.new_group(ranks, timeout=self._timeout()) for number, ranks in members.items()}
             return ProcessGroupCommunicator(groups[block])
         for number in {number for number, *_ in places}:
             if len({groups for other, _, groups in places if other == number}) > 1:
@@ -165,9 +166,16 @@ class ProcessGroupCommunicator:
         ranks = [rank for other, rank, _ in places if other == block]
         backend = dist.get_backend(self.group)
         made = dist.new_group(
-            ranks, backend=None if backend == "undefined" else backend, use_local_synchronization=True
+            ranks,
+            backend=None if backend == "undefined" else backend,
+            timeout=self._timeout(),
+            use_local_synchronization=True,
         )
         return ProcessGroupCommunicator(made)
+
+    def _timeout(self) -> timedelta:
+        """Return the timeout of the group's collectives, which its parts take over."""
+        return timedelta(seconds=timeout_of(self._current_group()))
 
     def _run(self, collective: Callable[..., Any], *tensors: Any, **arguments: Any) -> None:
         """Run a collective of tensors. Errors about its arguments, raised before it starts, are unchanged."""

@@ -27,7 +27,7 @@ from .segment import Segment, new_name, unlink
 if TYPE_CHECKING:
     from .shared_memory import SharedMemory
 
-__all__ = ["has_cpu_backend", "route_of", "shared_memory_of"]
+__all__ = ["has_cpu_backend", "route_of", "shared_memory_of", "timeout_of"]
 
 
 class _Decision(NamedTuple):
@@ -73,7 +73,7 @@ def _decide(group: dist.ProcessGroup) -> _Decision:
     _, store = dist.distributed_c10d._world.pg_map.get(group, (None, None))
     if store is None or group.size() == 1:  # no store: a group that another library has made
         return _Decision(None, backend)
-    board = _Board(store, group.rank(), dist.get_process_group_ranks(group), _timeout_of(group))
+    board = _Board(store, group.rank(), dist.get_process_group_ranks(group), timeout_of(group))
     ranks = [json.loads(place) for place in board.exchange("place", json.dumps(_place()))]
     if refusals := {rank: place["refusal"] for rank, place in enumerate(ranks) if place["refusal"]}:
         _warn(group, {rank: why for rank, why in refusals.items() if why != SWITCHED_OFF})
@@ -164,7 +164,7 @@ def has_cpu_backend(group: dist.ProcessGroup) -> bool:
     return True
 
 
-def _timeout_of(group: dist.ProcessGroup) -> float:
+def timeout_of(group: dist.ProcessGroup) -> float:
     """Return the timeout of a group's collectives, in seconds."""
     try:
         backend: Any = group._get_backend(torch.device("cpu" if has_cpu_backend(group) else "cuda"))

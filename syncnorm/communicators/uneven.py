@@ -12,6 +12,7 @@ included.
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ class _Header(NamedTuple):
     rows: float = 0  # of the tensor, of any shape (rows, length)
     length: float = 0
     on_accelerator: float = 0
+    block: float = 0  # of syncnorm.join, counted in each group
 
 
 class UnevenGroup:
@@ -52,13 +54,22 @@ class UnevenGroup:
 
     Args:
         group: the ranks. All of them must construct this at the same time: it divides the group the first time.
+        throws: raise as soon as a rank has no batches left.
+
+    Raises:
+        RuntimeError: the group is in use by another one, or its MPI does not support threads.
+        TypeError: the group has no `split`.
     """
 
     takes_labels = True
 
-    def __init__(self, group: Communicator):
-        self.rank, self.size = group.rank, group.size
-        self._group, self._announced_to = _of_its_own(group)
+    def __init__(self, group: Communicator, *, throws: bool = False):
+        self.rank, self.size, self.throws = group.rank, group.size, throws
+        own = _of_its_own(group)
+        own.blocks += 1
+        self.block = own.blocks
+        self._own, self._group, self._announced_to = own, own.group, own.for_cpu
+        own.is_used = True
         self.answered = 0  # collectives of other ranks
 
     @property
@@ -114,13 +125,17 @@ class UnevenGroup:
             message[:, -2], message[:, -1] = announced.number, announced.number**2
             self._group.all_reduce(message)
 
+    def close(self) -> None:
+        """Leave the group to the next block."""
+        self._own.is_used = False
+
     def _announce(self, kind: int, tensor: Tensor, label: Label | None) -> None:
         number = 0 if label is None else label.number
         length = tensor.shape[-1] if tensor.dim() else 1
-        what = kind, tuple(tensor.shape), tensor.dtype, tensor.device.type, number
+        what = kind, tuple(tensor.shape), tensor.dtype, tensor.device.type, number, self.block
         check = zlib.crc32(repr(what).encode()) % NUMBERS
         header = _Header(
-            *(1, check, check**2, number, kind, tensor.numel() // max(length, 1), length, not tensor.is_cpu)
+            *(1, check, check**2, number, kind, tensor.numel() // max(length, 1), length, not tensor.is_cpu, self.block)
         )
         name = "all_reduce" if kind == ALL_REDUCE else "all_gather"
         self._exchange(header, f"{name} of {tuple(tensor.shape)}" + (f" of {label}" if label else ""))
@@ -132,31 +147,70 @@ class UnevenGroup:
             DesyncError: on all ranks, if they announce different things.
         """
         total = self._announced_to.all_reduce(torch.tensor(own, dtype=torch.float64, device="cpu")).tolist()
-        ranks, check, check_squared = total[:3]
+        ranks, check, check_squared = map(int, total[:3])
         if ranks == 0:
             return None
-        if ranks * check_squared != check**2:
+        if self.throws and ranks < self.size:
+            raise RuntimeError(
+                f"expected as many batches on all ranks with throw_on_early_termination=True, got none on "
+                f"{self.size - ranks} of {self.size} ranks"
+            )
+        if not _agree(ranks, check, check_squared):
             places = self._announced_to.all_gather_object(where)
             raise DesyncError(
                 "expected all ranks that have batches to be in the same call of the same layer, got\n"
                 + "\n".join(f"  rank {rank}: {printable(place)}" for rank, place in enumerate(places))
             )
-        return _Header(*(value / ranks for value in total))
+        announced = _Header(*(value / ranks for value in total))
+        if announced.block != self.block:
+            raise DesyncError(
+                f"expected all ranks to be in the same block of syncnorm.join, got rank {self.rank} in block "
+                f"{self.block} and another one in block {announced.block:g}: a rank has left a block by an exception"
+            )
+        return announced
 
     def __repr__(self) -> str:
         return f"UnevenGroup({self._group!r})"
 
 
-def _of_its_own(group: Communicator) -> tuple[Communicator, Communicator]:
-    """Return a group of the same ranks, and one of them for CPU tensors. They are made once for each group."""
-    made: tuple[Communicator, Communicator] | None = getattr(group, "_for_joins", None)
-    if made is None:
+@dataclass
+class _Own:
+    """Groups of the same ranks as a group, for the collectives of its norms in syncnorm.join.
+
+    Attributes:
+        group: for what is announced.
+        for_cpu: for the headers.
+        blocks: how many there have been.
+        is_used: whether a block has not ended.
+    """
+
+    group: Communicator
+    for_cpu: Communicator
+    blocks: int = 0
+    is_used: bool = False
+
+
+def _of_its_own(group: Communicator) -> _Own:
+    """Return the groups of a group. They are made once."""
+    own: _Own | None = getattr(group, "_for_joins", None)
+    if own is None:
         if not callable(getattr(group, "split", None)):
             raise TypeError(f"expected a communicator that defines split(block) in syncnorm.join, got {group!r}")
-        own = group.split(0)
-        made = own, _for_cpu(own)
-        group._for_joins = made  # type: ignore[attr-defined]
-    return made
+        if not getattr(uncounted(group), "takes_threads", True):
+            raise RuntimeError("expected an MPI that supports threads (MPI_THREAD_MULTIPLE) in syncnorm.join, got none")
+        made = group.split(0)
+        own = group._for_joins = _Own(made, _for_cpu(made))  # type: ignore[attr-defined]
+    if own.is_used:
+        raise RuntimeError(
+            "expected one syncnorm.join at a time for the layers of a process group, got a second one: pass the models "
+            "together, as in syncnorm.join(nn.ModuleList([generator, discriminator]))"
+        )
+    return own
+
+
+def _agree(ranks: int, total: int, total_of_squares: int) -> bool:
+    """Return whether the values of so many ranks are equal, by their sum and the sum of their squares."""
+    return ranks * total_of_squares == total**2  # of integers, since the products have no float64
 
 
 def _for_cpu(group: Communicator) -> Communicator:

@@ -66,8 +66,8 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
             of a weight well above σ is accurate. If a weight is below σ, the output no longer determines the input. Its
             gradient then tends to 0 with the weight, with an error of at most the sum of |dL/dz| (|x̂| + 1).
 
-        check_finite: raise NonFiniteError if the input of a rank has NaN or Inf, before they enter the statistics. Set
-            the attribute of existing layers, or see `syncnorm.debug`.
+        check_finite: raise NonFiniteError if the input of a rank has NaN or Inf, before they enter the statistics. For
+            an existing layer, set `layer.check_finite = True`, or see `syncnorm.debug`.
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 3 float64 in forward and one of
     2C + 2 in backward (none if the input needs no gradient). All ranks of the group must issue them, in the same order.
@@ -80,7 +80,8 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
     Raises:
         DesyncError: on every rank, if the ranks are in different layers or calls, or if their inputs differ in C or
             dtype. On a GPU it is raised at the next step (docs page `collectives`, "Stamps").
-        NonFiniteError: on every rank, with `check_finite`, if the input of a rank has NaN or Inf. Nothing has changed.
+        NonFiniteError: on every rank, with `check_finite`, if the input of a rank has NaN or Inf. This layer has
+            not changed.
         ValueError: the input does not have C channels, the residual has another shape, or the mask does not broadcast;
             the activation is unknown or not supported with inplace; eps is negative, or 0 in training; this rank is not
             in the group; the whole batch has one value per channel. (The last one is not checked for a mask on a GPU,

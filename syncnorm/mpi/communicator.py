@@ -42,6 +42,7 @@ class MpiCommunicator:
     ranks may be at different calls.
     """
 
+    takes_threads: bool = MPI.Query_thread() == MPI.THREAD_MULTIPLE
     unusable = ""  # why collectives raise; set on the class in a forked child
 
     def __init__(self, comm: MPI.Comm, timeout: timedelta | None = None):
