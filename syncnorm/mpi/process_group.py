@@ -308,7 +308,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         given = NO_TIME if opts is None else opts.timeout  # negative if the caller passed no timeout
         limit = given if given > NO_TIME else self.timeout
         work = MpiWork(f"{name} {self.where}", started, list(result), limit, self.all, self.health, record)
-        if sum(tensor.nbytes for tensor in work.tensors) <= MOST_BYTES_KEPT:
+        if sum(tensor.numel() * tensor.element_size() for tensor in work.tensors) <= MOST_BYTES_KEPT:
             self._kept.append(work)
         return work
 
