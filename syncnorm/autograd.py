@@ -193,7 +193,7 @@ class Normalize(Function):
             if through_statistics:
                 if grad_statistics is not None:  # of a backward pass through this backward pass
                     sums = _added(sums, _sums_of(grad_statistics, statistics))
-                own = sums.clone() if finite.in_debug() and not followed else None
+                own = sums.clone() if finite.checks() and not followed else None
                 summed = sums if config.exchange.size == 1 else _sum_over_ranks(sums, config, followed)
                 if own is not None:
                     finite.check(summed, own, grad_output, config.exchange, backward=True)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .communicators import ALONE, Communicator, uncounted
-from .communicators.label import MARK, Label
+from .communicators.label import MARK, Label, report
 from .errors import DesyncError, printable
 from .job import desync
 from .kernels import Stamp, flags
@@ -143,7 +143,7 @@ class Exchange:
     def places(self, addition: str, *, backward: bool) -> list[str]:
         """Return what each rank is in, with what it adds. Collective: one all-gather of 512 bytes on the CPU."""
         here = f"{self._place(backward)}: {addition}" if addition else self._place(backward)
-        message = torch.frombuffer(bytearray((MARK + here.encode())[:MESSAGE].ljust(MESSAGE)), dtype=torch.uint8)
+        message = torch.frombuffer(bytearray(report(here, MESSAGE)), dtype=torch.uint8)
         with torch._C._DisableFuncTorch():
             received = [t.numpy().tobytes().rstrip() for t in uncounted(self.group).all_gather(message)]
         return [t[len(MARK) :].decode(errors="ignore") if t.startswith(MARK) else ELSEWHERE for t in received]

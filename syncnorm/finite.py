@@ -18,7 +18,7 @@ from .communicators.label import NO_BATCHES
 from .errors import NonFiniteError, printable
 from .exchange import ELSEWHERE, Exchange
 
-__all__ = ["can_check", "check", "debug", "in_debug"]
+__all__ = ["check", "checks", "debug"]
 
 FEW = 8  # channels that a message names
 FINITE = "finite"
@@ -64,14 +64,9 @@ class debug(contextlib.ContextDecorator):  # noqa: N801  # as torch.no_grad
         _blocks -= 1
 
 
-def in_debug() -> bool:
-    """Return whether the program is in a block of `debug`, and not in code that cannot check."""
-    return _blocks > 0 and can_check()
-
-
-def can_check() -> bool:
-    """Return whether values can be read now."""
-    return not (torch.compiler.is_compiling() or transforms.active())
+def checks(asked: bool = False) -> bool:
+    """Return whether a layer checks: if it is asked to or in a block of `debug`, and values can be read now."""
+    return (asked or _blocks > 0) and not (torch.compiler.is_compiling() or transforms.active())
 
 
 def _is_finite(values: Tensor) -> bool:

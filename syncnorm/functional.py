@@ -100,7 +100,7 @@ def sync_batch_norm(
             others = weight, bias, residual, running_mean, running_var, num_batches_tracked
             stamp = exchange.stamp(backward=False)
             moments = Moments.of(input, mask, *others, stamp=stamp, are_plain=are_plain)
-            own = moments.values.clone() if finite.in_debug() or (check_finite and finite.can_check()) else None
+            own = moments.values.clone() if finite.checks(check_finite) else None
             if exchange.size > 1:
                 moments = _of_all_ranks(moments, exchange)
             if own is not None:

@@ -88,8 +88,8 @@ class join(Joinable):  # noqa: N801  # as torch.no_grad
     ):
         super().__init__()
         self.model, self.enable = model, enable
-        wrapped = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-        self._others: list[Any] = [*wrapped, *joinables]
+        self._wrapped = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+        self._others: list[Any] = [*self._wrapped, *joinables]
         self._options = {
             "divide_by_initial_world_size": divide_by_initial_world_size,
             "throw_on_early_termination": throw_on_early_termination,
@@ -195,11 +195,10 @@ class join(Joinable):  # noqa: N801  # as torch.no_grad
             if isinstance(module, DistributedDataParallel):  # which does so where it is the first joinable
                 module.reducer._set_forward_pass_work_handle(work, bool(module._divide_by_initial_world_size))
 
-        wrapped = [module for module in self.model.modules() if isinstance(module, DistributedDataParallel)]
         handles: list[RemovableHandle | _Receiving] = [
-            next(iter(wrapped), self.model).register_forward_pre_hook(notify)
+            next(iter(self._wrapped), self.model).register_forward_pre_hook(notify)
         ]
-        for module in wrapped:
+        for module in self._wrapped:
             handles += [*_announce_no_backward(module), _Receiving(module)]
         return handles
 

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from . import arguments
 from .communicators import Communicator, ProcessGroupLike
 from .join import join
+from .kernels import RawMoments, halves
+from .kernels.reference import or_one
 from .moments import Moments
 from .statistics import Layer, check_same_layers, layers_by_group
 
@@ -74,46 +76,39 @@ def recompute_running_stats(
                 model(batch[0] if isinstance(batch, list | tuple) else batch)
     of_groups = [_merged(group, layers, values) for group, layers in groups]
     for (_, layers), merged in zip(groups, of_groups, strict=True):
-        for layer, (mean, squares, count) in zip(layers, merged, strict=True):
-            if count > 0:
+        for layer, moments in zip(layers, merged, strict=True):
+            mean, squares = halves(moments)
+            if moments[-1] > 0:
                 layer.buffers["running_mean"].copy_(mean)
-                layer.buffers["running_var"].copy_(squares / (count - 1))
+                layer.buffers["running_var"].copy_(squares / (moments[-1] - 1))
 
 
-def _nothing(layer: Layer) -> Tensor:
+def _nothing(layer: Layer) -> RawMoments:
     """Return the moments of no values, [mean, M2, count], (2C + 1,)."""
     mean = layer.buffers["running_mean"]
-    return mean.new_zeros(2 * mean.numel() + 1, dtype=torch.float64)
+    return RawMoments(mean.new_zeros(2 * mean.numel() + 1, dtype=torch.float64))
 
 
-def _pooled(one: Tensor, other: Tensor) -> Tensor:
+def _pooled(one: RawMoments, other: RawMoments) -> RawMoments:
     """Return the moments of two sets of values together."""
-    mean, squares, count = _parts(one)
-    other_mean, other_squares, other_count = _parts(other)
-    total = count + other_count
-    share = other_count / total.clamp(min=torch.finfo(total.dtype).tiny)  # 0 of no values
+    (mean, squares), (other_mean, other_squares) = halves(one), halves(other)
+    total = one[-1:] + other[-1:]
+    share = other[-1:] / or_one(total)
     apart = other_mean - mean
-    return torch.cat([mean + share * apart, squares + other_squares + apart.square() * count * share, total])
+    pooled = torch.cat([mean + share * apart, squares + other_squares + apart.square() * one[-1:] * share, total])
+    return RawMoments(pooled)
 
 
-def _parts(moments: Tensor) -> tuple[Tensor, ...]:
-    """Return mean, M2 and count, (C,), (C,) and (1,)."""
-    channels = len(moments) // 2
-    return torch.split(moments, [channels, channels, 1])
-
-
-def _merged(group: Communicator, layers: Sequence[Layer], values: dict[int, Tensor]) -> list[tuple[Tensor, ...]]:
-    """Return mean, M2 and count of each layer over the ranks of a group. Raise if a layer has had one value."""
-    of_ranks = group.all_gather_object({layer.path: values[id(layer.module)].cpu() for layer in layers})
+def _merged(group: Communicator, layers: Sequence[Layer], values: dict[int, RawMoments]) -> list[RawMoments]:
+    """Return the moments of each layer over the ranks of a group. Raise if a layer has had one value."""
+    of_ranks = group.all_gather_object({layer.path: RawMoments(values[id(layer.module)].cpu()) for layer in layers})
     check_same_layers(of_ranks)
-    merged: list[tuple[Tensor, ...]] = []
-    for layer in layers:
-        mean, squares, count = _parts(functools.reduce(_pooled, [of_rank[layer.path] for of_rank in of_ranks]))
-        if 0 < count <= 1:
+    merged = [functools.reduce(_pooled, [of_rank[layer.path] for of_rank in of_ranks]) for layer in layers]
+    for layer, moments in zip(layers, merged, strict=True):
+        if 0 < moments[-1] <= 1:
             raise ValueError(
-                f"expected more than 1 value per channel in the batches, got {count.item():g} in {layer.path}"
+                f"expected more than 1 value per channel in the batches, got {moments[-1].item():g} in {layer.path}"
             )
-        merged.append((mean, squares, count))
     return merged
 
 
@@ -137,13 +132,13 @@ def _kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _collecting(layers: Sequence[Layer], values: dict[int, Tensor]) -> Iterator[None]:
+def _collecting(layers: Sequence[Layer], values: dict[int, RawMoments]) -> Iterator[None]:
     """Let the layers normalize by the batch, and add the moments of their inputs to `values`."""
 
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input = args[0] if args else kwargs["input"]
         mask = arguments.parse_mask(kwargs.get("mask"), input)
-        values[id(module)] = _pooled(values[id(module)], Moments.of(input, mask).raw.to(values[id(module)].device))
+        values[id(module)] = _pooled(values[id(module)], Moments.of(input, mask).raw)
 
     handles = []
     try:

@@ -124,6 +124,7 @@ def _of_default_group(world: dist.ProcessGroup) -> Communicator:
 
     global _of_world
     if _of_world is None or _of_world[0]() is not world:
+        _check_members(world)
         _of_world = weakref.ref(world), ProcessGroupCommunicator()
     return _of_world[1]
 
@@ -133,19 +134,23 @@ def _of_process_group(group: dist.ProcessGroup) -> Communicator:
 
     if group is dist.group.WORLD and (default := _current_default()) is not None:
         return default
-    if any(kind.__module__.partition(".")[0] == "torchft" for kind in type(group).__mro__):
-        raise TypeError(
-            f"expected a process group with fixed members, got {type(group).__name__} of torchft, whose members "
-            "change: statistics would be those of other ranks from step to step"
-        )
     if (resolve := _resolvers.get(type(group))) is not None:
         return resolve(group)
     if group is dist.group.WORLD:
         return _of_default_group(group)
     made = _made.get(id(group))
     if made is None:
+        _check_members(group)
         _made[id(group)] = made = ProcessGroupCommunicator(group)  # keeps the group alive, so its id stays unique
     return made
+
+
+def _check_members(group: dist.ProcessGroup) -> None:
+    if any(kind.__module__.partition(".")[0] == "torchft" for kind in type(group).__mro__):
+        raise TypeError(
+            f"expected a process group with fixed members, got {type(group).__name__} of torchft, whose members "
+            "change: statistics would be those of other ranks from step to step"
+        )
 
 
 def _device_mesh_type() -> type:

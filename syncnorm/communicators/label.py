@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["MARK", "NO_BATCHES", "Label"]
+__all__ = ["MARK", "NO_BATCHES", "Label", "report"]
 
 MARK = b"syncnorm "  # how a message for a report begins
 NO_BATCHES = "has no batches left"  # what a rank in syncnorm.join reports
+
+
+def report(text: str, length: int) -> bytes:
+    """Return the message of so many bytes in which a rank tells the others a text."""
+    return (MARK + text.encode())[:length].ljust(length)
 
 
 class Label(NamedTuple):

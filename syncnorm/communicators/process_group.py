@@ -17,7 +17,7 @@ from ..job import forks
 from ..job.desync import fails_by_arguments, raise_desync
 from .contiguous import as_contiguous, write_back
 from .label import Label
-from .sharing import has_cpu_backend, route_of, shared_memory_of, timeout_of
+from .sharing import route_of, shared_memory_of, timeout_of
 
 if TYPE_CHECKING:
     from .shared_memory import SharedMemory
@@ -109,10 +109,6 @@ class ProcessGroupCommunicator:
         group = dist.group.WORLD if self.group is None else self.group
         assert group is not None
         return group
-
-    def takes_cpu_tensors(self) -> bool:
-        """Return whether the backend of the group takes CPU tensors. NCCL alone does not."""
-        return has_cpu_backend(self._current_group())
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Overwrite `tensor` with that of `root` (a rank of this group): one `dist.broadcast`."""

@@ -1,7 +1,7 @@
 """A group of ranks of which some may run out of batches. These answer the collectives of the others.
 
 A rank that has no batches left cannot know which collective the others issue next, or whether there is one. So the
-ranks that have some announce each collective: all ranks of the group sum a header of `HEADER` float64 on the CPU. It
+ranks that have some announce each collective: all ranks of the group sum a header of 9 float64 on the CPU. It
 counts the ranks that take part, and says what they are in. A rank without batches adds a header of zeros, reads the
 sum, and takes part with zeros: no values, no gradient. The loop ends when no rank has announced anything.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from ..errors import DesyncError, printable
 from . import Communicator, uncounted
-from .label import MARK, NO_BATCHES, Label
+from .label import NO_BATCHES, Label, report
 from .process_group import ProcessGroupCommunicator
+from .sharing import has_cpu_backend, timeout_of
 
 __all__ = ["UnevenGroup"]
 
@@ -118,8 +120,8 @@ class UnevenGroup:
             rows, length = int(announced.rows), int(announced.length)
             where = device if announced.on_accelerator else torch.device("cpu")
             if announced.kind == ALL_GATHER:
-                report = bytearray((MARK + NO_BATCHES.encode()).ljust(length))
-                self._group.all_gather(torch.frombuffer(report, dtype=torch.uint8).to(where))
+                message = torch.frombuffer(bytearray(report(NO_BATCHES, length)), dtype=torch.uint8)
+                self._group.all_gather(message.to(where))
                 continue
             message = torch.zeros(rows, length, dtype=torch.float64, device=where)
             message[:, -2], message[:, -1] = announced.number, announced.number**2
@@ -214,8 +216,10 @@ def _agree(ranks: int, total: int, total_of_squares: int) -> bool:
 
 
 def _for_cpu(group: Communicator) -> Communicator:
+    """Return a group of the same ranks that sums CPU tensors. One of NCCL alone does not."""
     inner = uncounted(group)
-    if isinstance(inner, ProcessGroupCommunicator) and inner.group is not None and not inner.takes_cpu_tensors():
-        ranks = dist.get_process_group_ranks(inner.group)
-        return ProcessGroupCommunicator(dist.new_group(ranks, backend="gloo", use_local_synchronization=True))
-    return inner
+    if not isinstance(inner, ProcessGroupCommunicator) or inner.group is None or has_cpu_backend(inner.group):
+        return inner
+    ranks, timeout = dist.get_process_group_ranks(inner.group), timedelta(seconds=timeout_of(inner.group))
+    made = dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
+    return ProcessGroupCommunicator(made)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import transforms
 from ..communicators import Communicator, uncounted
-from ..communicators.label import MARK, NO_BATCHES
+from ..communicators.label import NO_BATCHES, report
 from ..errors import DesyncError
 from ..exchange import Exchange, Layer, is_compiled
 
@@ -25,7 +25,7 @@ __all__ = ["History"]
 COMPARED_CALLS = 2  # of a SyncBatchNorm. The second detects ranks whose first step ended in a caught exception
 
 MESSAGE = 512  # bytes that each rank sends, for every layer
-NO_PLACE = (MARK + NO_BATCHES.encode()).ljust(MESSAGE)  # of a rank in syncnorm.join
+NO_PLACE = report(NO_BATCHES, MESSAGE)  # of a rank in syncnorm.join
 LONGEST = 120  # characters of a name in the message
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of DDP, torch.compile, FSDP
 _CALL = nn.Module._call_impl.__code__

@@ -182,7 +182,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
         exchange: Any = NO_EXCHANGE
         if not isinstance(group, LocalCommunicator):
             exchange = self._exchange(group, input, residual, mask)
-        elif self.training and (self.check_finite or finite.in_debug()):
+        elif self.training and finite.checks(self.check_finite):
             exchange = self._group.history.exchange(self, group)  # which knows the name of the layer
         weight, bias, running_mean, running_var, batches = self._tensors()
         if self.training and not self.track_running_stats:

@@ -19,7 +19,7 @@ from .buffers import memory_at, message, stage
 from .datatypes import ARITHMETIC, arithmetic
 from .forks import forbid
 from .health import health
-from .library import MPI, raise_mpi_error, ranks_in_the_job
+from .library import MPI, raise_mpi_error, ranks_in_the_job, takes_threads
 from .timeout import wait_until
 from .unfinished import hold
 
@@ -42,7 +42,6 @@ class MpiCommunicator:
     ranks may be at different calls.
     """
 
-    takes_threads: bool = MPI.Query_thread() == MPI.THREAD_MULTIPLE
     unusable = ""  # why collectives raise; set on the class in a forked child
 
     def __init__(self, comm: MPI.Comm, timeout: timedelta | None = None):
@@ -51,6 +50,11 @@ class MpiCommunicator:
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.health = health(comm)
+
+    @property
+    def takes_threads(self) -> bool:
+        """Whether several threads may communicate at the same time."""
+        return takes_threads()
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks in place: one `MPI_Allreduce`. float16 and bfloat16 are summed in float32."""

@@ -16,7 +16,7 @@ except (ImportError, RuntimeError) as error:  # without MPI, the type depends on
         "pip install 'syncnorm[mpi]', or pip install mpi4py for the MPI of your cluster"
     ) from error
 
-__all__ = ["MPI", "raise_mpi_error", "ranks_in_the_job"]
+__all__ = ["MPI", "raise_mpi_error", "ranks_in_the_job", "takes_threads"]
 
 ARGUMENT_ERRORS = (  # error classes that MPI detects before it communicates
     *(MPI.ERR_ARG, MPI.ERR_BUFFER, MPI.ERR_COMM, MPI.ERR_COUNT, MPI.ERR_GROUP, MPI.ERR_OP),
@@ -29,6 +29,11 @@ def raise_mpi_error(error: MPI.Exception, name: str, comm: MPI.Comm) -> NoReturn
     if error.Get_error_class() in ARGUMENT_ERRORS:
         raise error
     raise_desync(error, f"{name}: {error}", ranks_in_the_job(comm))
+
+
+def takes_threads() -> bool:
+    """Return whether several threads may call MPI at the same time."""
+    return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
 
 
 def _make_progress() -> None:

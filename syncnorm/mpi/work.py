@@ -21,7 +21,7 @@ from ..errors import DesyncError
 from ..job.desync import raise_desync
 from . import unfinished
 from .health import Health
-from .library import MPI, raise_mpi_error, ranks_in_the_job
+from .library import MPI, raise_mpi_error, ranks_in_the_job, takes_threads
 from .timeout import overdue, wait_until
 
 __all__ = ["NO_TIME", "MpiFuture", "MpiWork", "Started"]
@@ -173,7 +173,7 @@ class MpiFuture(Future[list[Tensor]]):
         while not self._settled() and time.monotonic() < until:
             os.sched_yield()
         if not self._settled():
-            if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            if not takes_threads():
                 self._settle()
             else:
                 self.deadline = time.monotonic() + work.timeout.total_seconds()
