@@ -4,6 +4,7 @@ from . import functional, testing
 from .communicators import Communicator, communicator
 from .communicators.subgroups import new_subgroups
 from .convert import convert_sync_batchnorm, register_conversion, revert_sync_batchnorm
+from .convert.patch import patch_torch
 from .errors import DesyncError, NonFiniteError, RunningStatsError, SyncNormError
 from .finite import debug
 from .job.init import init
@@ -33,6 +34,7 @@ __all__ = [
     "init",
     "join",
     "new_subgroups",
+    "patch_torch",
     "recompute_running_stats",
     "register_conversion",
     "revert_sync_batchnorm",

@@ -15,9 +15,9 @@ TIMEOUT = 60  # seconds for the ranks of one test
 TIERS = {  # the files of each tier, without test_
     "unit": """
         architecture arguments autograd bench_baselines bench_cases bench_copy_baseline bench_graph bench_job
-        bench_targets bench_timing checkpointing convert convert_classes convert_refused default_device exchange
-        finite folding functional fused fusion fuzz join kernels launcher launches many_forwards masks modules moments
-        package pickles population running sharded_norms state statistics subgroups tensor_parallel tracing transforms
+        bench_targets bench_timing checkpointing convert convert_classes convert_known convert_refused default_device
+        exchange finite folding functional fused fusion fuzz join kernels launcher launches many_forwards masks modules
+        moments package pickles population running sharded_norms state statistics subgroups tensor_parallel tracing transforms
         without_values
     """,
     "ranks": "communicators mismatch mpi_backend shared_memory testing torch_distributed",
@@ -129,9 +129,11 @@ def tier(item):
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
-    """Mark each test with its tier. Under mpirun, leave to larger jobs what needs more ranks than this one has."""
+    """Mark each test with its tier and with what one worker of xdist runs. Under mpirun, choose by the ranks."""
     for item in items:
-        item.add_marker(tier(item))
+        item.add_marker(mark := tier(item))
+        if mark in ("ranks", "launchers", "system"):  # which start processes, and share results within a file
+            item.add_marker(pytest.mark.xdist_group("system" if mark == "system" else item.path.stem))
     if not config.pluginmanager.has_plugin("pytest_mpi"):
         skip = pytest.mark.skip(reason="needs pytest-mpi, and mpirun")
         for item in items:
@@ -141,10 +143,13 @@ def pytest_collection_modifyitems(config, items):
         return
     from mpi4py import MPI
 
+    size = MPI.COMM_WORLD.size
+
     def fits(item):
+        """Return whether a test belongs in this job, not in a larger one, nor in one of half the ranks."""
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        ranks = getattr(params.get("case"), "world_size", params.get("world_size", 1))
-        return ranks <= MPI.COMM_WORLD.size
+        ranks = getattr(params.get("case"), "world_size", params.get("world_size", size))
+        return size // 2 < ranks <= size or ranks < size == 2
 
     deselected = [item for item in items if not fits(item)]
     config.hook.pytest_deselected(items=deselected)

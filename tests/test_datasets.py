@@ -112,6 +112,30 @@ def write_binary(folder, batches):
         (folder / f"{name}.bin").write_bytes(np.column_stack([labels.astype(np.uint8), pixels]).tobytes())
 
 
+def test_digits_are_those_that_scikit_learn_loads():
+    from sklearn.datasets import load_digits
+
+    parts = datasets.digits()
+    images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    bunch = load_digits()
+    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0)).numpy()
+    assert np.array_equal(images.squeeze(1).numpy() * 16, bunch.images[order])
+    assert np.array_equal(labels.numpy(), bunch.target[order])
+    assert [len(tensor) for part in parts for tensor in part] == [1500, 1500, 297, 297]
+
+
+def test_digits_are_read_without_scikit_learn(monkeypatch):
+    monkeypatch.setattr(sys, "modules", {n: m for n, m in sys.modules.items() if n.partition(".")[0] != "sklearn"})
+    datasets.digits()
+    assert "sklearn" not in sys.modules
+
+
+def test_digits_need_scikit_learn(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):
+        datasets.digits()
+
+
 @pytest.mark.parametrize(
     "write",
     [*(functools.partial(write_pickles, pickled=p) for p in PICKLED.values()), write_binary],

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -184,14 +185,6 @@ class Readings(nn.Module):
         return self.read(self, z, both)
 
 
-def functional_relu(model, z, both):
-    return nn.functional.relu(z)
-
-
-def method_relu(model, z, both):
-    return z.relu()
-
-
 def read_twice(model, z, both):
     return model.relu(z) + z
 
@@ -217,9 +210,113 @@ def noted(model, z, both):
     return model.relu(z)
 
 
+FUNCTIONS = {  # the activation that a function is, or None if no norm computes it
+    "relu": (
+        F.relu,
+        torch.relu,
+        partial(F.relu, inplace=True),
+        lambda z: F.relu(z, True),
+        torch.relu_,
+        lambda z: z.relu(),
+        lambda z: z.relu_(),
+    ),
+    "silu": (F.silu, partial(F.silu, inplace=True)),
+    "leaky_relu": (F.leaky_relu, lambda z: F.leaky_relu(z, 0.01)),
+    "gelu_tanh": (partial(F.gelu, approximate="tanh"),),
+    None: (F.gelu, lambda z: F.leaky_relu(z, 0.2), partial(F.leaky_relu, negative_slope=0.1), F.elu, lambda z: z.abs()),
+}
+
+
+class Called(nn.Module):
+    """A norm that is followed by a function, as in torchvision's Inception."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.norm, self.function = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), function
+
+    def forward(self, x):
+        return self.function(self.norm(self.conv(x))).square()
+
+
+@pytest.mark.parametrize(
+    ("name", "function"), [(name, function) for name, functions in FUNCTIONS.items() for function in functions]
+)
+def test_functions_are_absorbed(name, function, monkeypatch):
+    monkeypatch.setattr(Called, "function", staticmethod(function), raising=False)
+    model = Called(None)
+    del model.function
+    assert_fused_is_equal(model, {} if name is None else {"norm": name})
+
+
+def test_a_function_after_a_fused_layer_computes_nothing():
+    """The negative control: it would else be computed twice."""
+    layer = convert_sync_batchnorm(Called(F.silu), fuse=True).norm
+    z = layer(torch.randn(3, 2, 4, 4))
+    assert torch.equal(F.silu(z), z)
+    assert type(F.silu(z)) is torch.Tensor
+    assert not torch.equal(F.silu(F.silu(z)), z)
+    assert torch.equal(F.relu(z), F.relu(F.silu(z)))  # of what the layer has computed
+    assert type(z + 1) is torch.Tensor
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile itself
+@pytest.mark.parametrize("function", [F.relu, F.silu])
+def test_compiled_and_traced_models_with_a_function(function):
+    model = convert_sync_batchnorm(Called(function).double(), fuse=True)
+    x = torch.randn(3, 1, 9, 9, dtype=torch.float64)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+        with pytest.warns(DeprecationWarning, match=r"torch\.jit\.trace"):
+            traced = torch.jit.trace(model, x)
+        torch.testing.assert_close(traced(x), model(x))
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+class Untraceable(nn.Module):
+    """Has parts that torch.fx can trace, and a forward that it cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.relu = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.SiLU()) for _ in range(2)])
+        self.tail = nn.Sequential(nn.BatchNorm2d(2), self.relu)
+
+    def forward(self, x):
+        x = self.relu(self.norm(self.stem(x)))
+        for layer in self.layers:
+            x = layer(x) if x.sum() != 0 else x
+        return self.tail(x)
+
+
+def test_auto_fuses_the_parts_that_can_be_traced_and_names_the_rest():
+    model = Untraceable().double()
+    original, synchronized = copy.deepcopy(model), convert_sync_batchnorm(copy.deepcopy(model))
+    with pytest.raises(TypeError, match="can trace with fuse=True, got Untraceable"):
+        convert_sync_batchnorm(copy.deepcopy(model), fuse=True)
+    with pytest.warns(UserWarning, match=r"cannot trace the forward of the model, layers; .* an activation: norm$"):
+        model = convert_sync_batchnorm(model, fuse="auto")
+    assert activations(model) == {"layers.0.1": "silu", "layers.1.1": "silu", "tail.0": "relu"}
+    assert isinstance(model.relu, convert.fusion.ReLUIfNeeded)  # the forward that is not traced may call it
+    assert_same_steps(model, synchronized)
+    assert [type(m) for m in revert_sync_batchnorm(model).modules()] == [type(m) for m in original.modules()]
+
+
+def test_auto_without_what_cannot_be_traced_says_nothing():
+    model = convert_sync_batchnorm(ResNet(), fuse="auto")
+    assert activations(model) == ALONE
+
+
+def test_fuse_is_one_of_three():
+    with pytest.raises(ValueError, match=r"expected fuse to be one of \(False, True, 'auto'\), got 'yes'"):
+        convert_sync_batchnorm(ResNet(), fuse="yes")
+
+
 @pytest.mark.parametrize(
     "read",
-    [functional_relu, method_relu, read_twice, called_twice, read_in_eval, read_without_the_argument, read_by_nobody],
+    [read_twice, called_twice, read_in_eval, read_without_the_argument, read_by_nobody],
 )
 def test_norms_that_are_not_fused(read):
     assert_fused_is_equal(Readings(read), {})

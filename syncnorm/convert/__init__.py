@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from ..communicators import ProcessGroupLike
 from ..modules import SyncBatchNorm
-from ..modules.batch_norm import ORIGIN, class_after_conversion
+from ..modules.batch_norm import class_after_conversion
+from ..modules.known import ORIGIN
 from ..modules.process_group import ProcessGroupReference
 from . import fusion
 from .checks import check_convertible, check_revertible
@@ -22,16 +24,19 @@ Converter = Callable[[Any, ProcessGroupLike], nn.Module]
 
 _registered: dict[type[nn.Module], Converter] = {}
 _FUSED = "_took_over"  # attribute of a layer that absorbed the activation after it
+_FUSE = False, True, "auto"
 
 
 def convert_sync_batchnorm(
-    module: nn.Module, process_group: ProcessGroupLike = None, *, fuse: bool = False
+    module: nn.Module, process_group: ProcessGroupLike = None, *, fuse: bool | Literal["auto"] = False
 ) -> nn.Module:
     """Return `module` with every BatchNorm layer in it replaced by a `SyncBatchNorm`.
 
     These layers are replaced: BatchNorm1d, 2d and 3d, their Lazy forms, torch.nn.SyncBatchNorm, subclasses of them that
-    keep their forward, and classes passed to `register_conversion`. InstanceNorm and all other layers are kept.
-    Containers are changed in place. The result is `module` itself, unless that is a BatchNorm layer.
+    keep their forward, and classes passed to `register_conversion`. So are timm's BatchNormAct2d and SyncBatchNormAct,
+    with the activation and the dropout in them, and the NaiveSyncBatchNorm of detectron2 and mmdet3d. InstanceNorm and
+    all other layers are kept. Containers are changed in place. The result is `module` itself, unless that is a
+    BatchNorm layer.
 
     The new layer is an instance of the original class, with its methods and its check of the input:
     isinstance(layer, nn.BatchNorm2d) still holds. The exception is torch.nn.SyncBatchNorm, which
@@ -39,16 +44,17 @@ def convert_sync_batchnorm(
     buffer objects, hooks, training flag and other attributes, and handles of hooks stay valid. A layer that occurs
     several times in the model is converted once.
 
-    With `fuse`, a layer absorbs an activation module if nothing else reads the layer's output: nn.ReLU, nn.LeakyReLU
-    with slope 0.01, nn.SiLU or nn.GELU(approximate="tanh"). Outputs and gradients stay the same. Forward and backward
-    each save a pass over the data and, except for ReLU, backward saves one tensor less. An activation module that is
-    called only after such layers becomes nn.Identity. An nn.ReLU that is also called elsewhere, as in torchvision's
-    ResNet, still works there and returns the output of such a layer unchanged. (Without an autograd graph it computes
-    the ReLU again, with the same result.)
+    With `fuse`, a layer absorbs an activation if nothing else reads the layer's output: nn.ReLU, nn.LeakyReLU with
+    slope 0.01, nn.SiLU or nn.GELU(approximate="tanh"), or one of the functions and methods of Tensor that compute them,
+    such as F.relu. Outputs and gradients stay the same. Forward and backward each save a pass over the data and, except
+    for ReLU, backward saves one tensor less. An activation module that is called only after such layers becomes
+    nn.Identity. An nn.ReLU that is also called elsewhere, as in torchvision's ResNet, still works there and returns the
+    output of such a layer unchanged. (Without an autograd graph it computes the ReLU again, with the same result.) A
+    function is still called, and returns the output of such a layer as it is: until then, that output is a subclass of
+    Tensor.
 
     `fuse` does not change:
 
-    - functions such as F.relu;
     - activation modules other than nn.ReLU that are also called elsewhere;
     - layers that are called twice or whose output a hook reads;
     - relu(bn(x) + identity). Write this in the forward as
@@ -65,30 +71,49 @@ def convert_sync_batchnorm(
             torch.jit or torch.export turns it into a graph.
         process_group: of the new layers and of existing SyncBatchNorm layers, as in `SyncBatchNorm`. If it is None,
             existing SyncBatchNorm and torch.nn.SyncBatchNorm layers keep their own.
-        fuse: let layers absorb the activations that follow them.
+        fuse: let layers absorb the activations that follow them. "auto": take models that torch.fx cannot trace, too.
+            The largest parts that it can trace are fused, and a warning names the forwards and layers that are left.
 
     Collectives: none.
 
     Raises:
+        ValueError: `fuse` is not one of False, True and "auto".
         TypeError: `module` is not a torch.nn.Module; a BatchNorm has its own forward, or an attribute with the name of
-            one of SyncBatchNorm's; a layer is parametrized, compiled or sharded; a scripted, traced or exported part of
+            one of SyncBatchNorm's; a layer splits its batch on purpose, as lightly's SplitBatchNorm; a layer is parametrized, compiled or sharded; a scripted, traced or exported part of
             the model computes a BatchNorm; `fuse` is set and torch.fx cannot trace the model. The model is unchanged.
     """
+    if fuse not in _FUSE:
+        raise ValueError(f"expected fuse to be one of {_FUSE}, got {fuse!r}")
     check_convertible(module, _is_registered)
-    if not fuse or isinstance(module, _BatchNorm) or _is_registered(module):  # nothing follows a single layer
+    if not fuse or _is_registered(module):
         return replace(module, lambda layer: _to_sync(layer, process_group), _is_registered, {})
-    norms, activations = fusion.find_fusions(module, _can_absorb, _is_registered)
+    found = fusion.find_fusions(module, _can_absorb, _is_registered, in_parts=fuse == "auto")
+    if found.untraced:
+        _warn_of_those_left(module, found)
 
     def exchange(layer: nn.Module) -> nn.Module:
-        if layer in activations:
-            return _replace_activation(layer, activations[layer])
+        if layer in found.activations:
+            return _replace_activation(layer, found.activations[layer])
         new = _to_sync(layer, process_group)
-        if layer in norms:
-            new.activation = norms[layer]  # type: ignore[assignment]
+        if layer in found.norms:
+            new.activation = found.norms[layer]  # type: ignore[assignment]
             new.__dict__[_FUSED] = True
+            if layer in found.called:
+                new.calls_function = True  # type: ignore[assignment]
         return new
 
     return replace(module, exchange, _is_registered, {})
+
+
+def _warn_of_those_left(model: nn.Module, found: fusion.Fusion) -> None:
+    """Warn of the forwards that torch.fx cannot trace, and of the norms which therefore absorb nothing."""
+    left = [name for name, layer in model.named_modules() if _can_absorb(layer) and layer not in found.norms]
+    names = {layer: name or "the model" for name, layer in model.named_modules()}
+    warnings.warn(
+        f"torch.fx cannot trace the forward of {', '.join(names[layer] for layer in found.untraced)}; these layers "
+        f"were converted without an activation: {', '.join(left) or 'none'}",
+        stacklevel=3,
+    )
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
@@ -149,10 +174,11 @@ def _to_sync(layer: nn.Module, process_group: ProcessGroupLike) -> nn.Module:
 
 
 def _can_absorb(layer: nn.Module) -> bool:
-    if isinstance(layer, SyncBatchNorm):
-        own_forward = type(layer).forward is not SyncBatchNorm.forward or "forward" in vars(layer)
-        return layer.activation is None and not layer.inplace and not own_forward
-    return isinstance(layer, _BatchNorm) and not _is_registered(layer)
+    if not isinstance(layer, _BatchNorm) or _is_registered(layer) or "forward" in vars(layer):
+        return False
+    if isinstance(layer, SyncBatchNorm) and (layer.activation is not None or layer.inplace):
+        return False
+    return fusion.followed_by_activation_at_most(layer)
 
 
 def _replace_activation(activation: nn.Module, kind: type[nn.Module]) -> nn.Module:
@@ -165,13 +191,14 @@ def _from_sync(layer: nn.Module) -> nn.Module:
     if ORIGIN not in layer.__dict__:
         if layer.__dict__.pop(_FUSED, False):  # constructed as a SyncBatchNorm
             layer.activation = None  # type: ignore[assignment]
+            layer.__dict__.pop("calls_function", None)
         return layer
     kind, own = layer.__dict__[ORIGIN]
     if issubclass(kind, _LazyNormBase) and not isinstance(layer, _LazyNormBase):
         kind = kind.cls_to_become
     old: nn.Module = become(layer, kind)
     is_norm = isinstance(layer, SyncBatchNorm)  # else an activation; nn.ReLU has inplace too
-    of_ours = ("_group", "_eps", "activation", "inplace", "check_finite") if is_norm else ()
+    of_ours = ("_group", "_eps", "activation", "inplace", "check_finite", "calls_function") if is_norm else ()
     for name in (ORIGIN, _FUSED, *of_ours):
         old.__dict__.pop(name, None)
     if issubclass(kind, nn.SyncBatchNorm):

@@ -10,12 +10,12 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..modules import SyncBatchNorm
-from ..modules.batch_norm import ORIGIN, class_after_conversion
+from ..modules import SyncBatchNorm, known
+from ..modules.batch_norm import class_after_conversion
+from ..modules.known import ORIGIN
 
 __all__ = ["check_convertible", "check_revertible"]
 
-_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # SyncBatchNorm.forward can replace these
 _OWN_NAMES = (  # attributes that SyncBatchNorm.forward reads
     *("activation", "inplace", "check_finite", "process_group", "_group"),
 )
@@ -40,7 +40,12 @@ def check_convertible(module: nn.Module, is_closed: Callable[[nn.Module], bool])
             continue
         if tie := _tie(path, layer):
             what = f"a {tie} one ({_TIES[tie].convert})"
-        elif kind.forward not in _FORWARDS or "forward" in vars(layer):
+        elif reason := known.reason_against(kind):
+            raise TypeError(
+                f"expected BatchNorm layers that can be synchronized, got one at {_place(path)}: {kind.__qualname__}; "
+                f"{reason}; replace it by torch.nn.BatchNorm2d first"
+            )
+        elif known.parts_after(kind) is None or "forward" in vars(layer):
             what = "one with its own forward"
         elif name := _conflicting_name(layer):
             what = f"one with an attribute {name!r}, which SyncBatchNorm also uses,"

@@ -22,10 +22,10 @@ def replace(
     """Exchange `module` and its descendants, except those of closed modules. Each is exchanged once."""
     if module not in done:
         done[module] = new = exchange(module)
-        if new is module and not is_closed(module):
-            for name, child in module._modules.items():
+        if not is_closed(module):
+            for name, child in new._modules.items():
                 if child is not None:
-                    module._modules[name] = replace(child, exchange, is_closed, done)
+                    new._modules[name] = replace(child, exchange, is_closed, done)
     return done[module]
 
 

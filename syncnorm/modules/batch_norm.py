@@ -14,11 +14,12 @@ from torch.nn.parameter import is_lazy
 from .. import arguments, finite, functional
 from ..communicators import ALONE, Communicator, LocalCommunicator, ProcessGroupLike
 from ..exchange import NO_EXCHANGE
+from . import known
+from .activated import Activated
+from .known import ORIGIN
 from .process_group import ProcessGroupMixin, ProcessGroupReference
 
-__all__ = ["ORIGIN", "LazySyncBatchNorm", "SyncBatchNorm", "class_after_conversion"]
-
-ORIGIN = "_converted_from"  # attribute of a converted layer: its original class and torch process group
+__all__ = ["LazySyncBatchNorm", "SyncBatchNorm", "class_after_conversion"]
 
 
 class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
@@ -101,6 +102,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
     activation: str | None = None  # the default of converted layers and of old pickles
     inplace: bool = False
     check_finite: bool = False
+    calls_function: bool = False  # whether the model calls the activation as a function, after this layer
 
     def __init__(
         self,
@@ -187,7 +189,8 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
         weight, bias, running_mean, running_var, batches = self._tensors()
         if self.training and not self.track_running_stats:
             running_mean = running_var = batches = None
-        return functional.sync_batch_norm(
+        called = self.activation if self.calls_function else None
+        output = functional.sync_batch_norm(
             input,
             running_mean,
             running_var,
@@ -200,10 +203,11 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
             process_group=exchange,
             mask=mask,
             residual=residual,
-            activation=self.activation,
+            activation=None if called and torch.compiler.is_compiling() else self.activation,
             inplace=self.inplace,
             check_finite=self.check_finite,
         )
+        return output if called is None or torch.compiler.is_compiling() else Activated.of(output, called)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """Return weight, bias, running_mean, running_var and num_batches_tracked, where they usually are.
@@ -360,10 +364,13 @@ def _synchronized(original: type[Any]) -> type[SyncBatchNorm]:
     Methods are looked up in `original`, then in SyncBatchNorm, then in torch's _BatchNorm. So SyncBatchNorm.forward
     replaces torch's, and what `original` itself defines is kept: its check of the input, its methods and attributes.
     For torch.nn.SyncBatchNorm the class is SyncBatchNorm itself, since DistributedDataParallel rejects torch's on CPUs.
+    A class of another library that is `known` keeps what its forward does after the norm.
     """
     lazy = issubclass(original, _LazyNormBase)
     base: type[Any] = LazySyncBatchNorm if lazy else SyncBatchNorm
-    if issubclass(original, nn.SyncBatchNorm) or issubclass(base, original):
+    is_of_torch = issubclass(original, nn.SyncBatchNorm)
+    parts = known.parts_after(original)
+    if (is_of_torch and not parts) or issubclass(base, original):
         return base
 
     def __new__(cls: type[Any], *_: Any, **__: Any) -> Any:  # noqa: N807
@@ -384,6 +391,9 @@ def _synchronized(original: type[Any]) -> type[SyncBatchNorm]:
         namespace["__new__"], namespace["__reduce_ex__"] = __new__, __reduce_ex__
         if lazy:
             namespace["cls_to_become"] = _synchronized(original.cls_to_become)
+        if parts is not None and original.forward is not _BatchNorm.forward:
+            namespace["forward"] = known.forward_of(base, parts)
 
-    kind: type[Any] = types.new_class(base.__name__, (original, base), exec_body=fill)
+    bases = (base,) if is_of_torch else (original, base)
+    kind: type[Any] = types.new_class(base.__name__, bases, exec_body=fill)
     return kind

@@ -30,9 +30,9 @@ __all__ = [
 ]
 
 GRACE = 20.0  # seconds after the timeout before a rank that has not ended is killed
-PRELOADED = [  # imported once for all ranks: syncnorm and torch, a late import of torch's backward, the test runner
+PRELOADED = [  # imported once for all ranks: syncnorm and torch, what every optimizer imports late, the test runner
     worker.__name__,
-    "torch.fx.experimental.symbolic_shapes",
+    "torch._dynamo",
     *({"pytest"} & sys.modules.keys()),
 ]
 
