@@ -79,8 +79,9 @@ def convert_sync_batchnorm(
     Raises:
         ValueError: `fuse` is not one of False, True and "auto".
         TypeError: `module` is not a torch.nn.Module; a BatchNorm has its own forward, or an attribute with the name of
-            one of SyncBatchNorm's; a layer splits its batch on purpose, as lightly's SplitBatchNorm; a layer is parametrized, compiled or sharded; a scripted, traced or exported part of
-            the model computes a BatchNorm; `fuse` is set and torch.fx cannot trace the model. The model is unchanged.
+            one of SyncBatchNorm's; a layer splits its batch on purpose, as lightly's SplitBatchNorm; a layer is
+            parametrized, compiled or sharded; a scripted, traced or exported part of the model computes a BatchNorm;
+            `fuse` is set and torch.fx cannot trace the model. The model is unchanged.
     """
     if fuse not in _FUSE:
         raise ValueError(f"expected fuse to be one of {_FUSE}, got {fuse!r}")
