@@ -19,7 +19,6 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"syncnorm {version}"
 
-autodoc_mock_imports = ["lightning"]  # of the integrations
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
 autodoc_typehints = "signature"
