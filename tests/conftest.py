@@ -129,11 +129,9 @@ def tier(item):
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
-    """Mark each test with its tier and with what one worker of xdist runs. Under mpirun, choose by the ranks."""
+    """Mark each test with its tier. Under mpirun, choose by the ranks."""
     for item in items:
-        item.add_marker(mark := tier(item))
-        if mark in ("ranks", "launchers", "system"):  # which start processes, and share results within a file
-            item.add_marker(pytest.mark.xdist_group("system" if mark == "system" else item.path.stem))
+        item.add_marker(tier(item))
     if not config.pluginmanager.has_plugin("pytest_mpi"):
         skip = pytest.mark.skip(reason="needs pytest-mpi, and mpirun")
         for item in items:
