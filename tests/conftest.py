@@ -3,13 +3,16 @@
 A file belongs to the tier that `TIERS` names. Tests of a unit file that start ranks belong to the tier `ranks`.
 """
 
+import os
 import traceback
+from unittest import mock
 
 import pytest
 import torch
 
 import syncnorm
 from syncnorm import communicators, testing
+from syncnorm.job.launcher import detect_launcher
 
 TIMEOUT = 60  # seconds for the ranks of one test
 TIERS = {  # the files of each tier, without test_
@@ -89,6 +92,17 @@ def run(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _launcher_is_forgotten(request):
+    """Restore the environment, to which joining a job adds, and forget the launcher. A job of mpirun goes on."""
+    if request.config.getoption("--with-mpi", default=False):
+        yield
+        return
+    with mock.patch.dict(os.environ):
+        yield
+    detect_launcher.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ from launchers import launch
 import syncnorm
 from syncnorm.bench import cases, job, layer, report, targets, timing
 from syncnorm.communicators import LocalCommunicator
-from syncnorm.job import launcher
 from syncnorm.testing import run_ranks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -121,8 +120,6 @@ def test_a_candidate_that_fails_is_told_after_all_others_were_timed(monkeypatch,
     monkeypatch.setattr(layer, "layers", with_a_graph)
     monkeypatch.setattr(layer, "join", lambda: job.Job(LocalCommunicator(), CPU))
     monkeypatch.setattr(layer.memory, "keep", lambda: False)  # for this process
-    for name in (*launcher.RENDEZVOUS, *launcher.SIZES):  # an earlier test of this process may have set them
-        monkeypatch.delenv(name, raising=False)
     files = report.Files(json=tmp_path / "layer.json", markdown=tmp_path / "layer.md")
     with pytest.raises(RuntimeError, match=r"expected all candidates to run, got .*CUDA graph"):
         layer.main(files, quick=True, only="2x8x2x2")
