@@ -2,72 +2,107 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from launchers import launch
+from launchers import Jobs, launch
 
 CNN = Path(__file__).parent.parent / "examples" / "cnn.py"
+UNEVEN = CNN.parent / "uneven.py"
 STEPS = 8
 BACKENDS = {"alone": "alone", "torchrun": "nccl" if torch.cuda.device_count() >= 4 else "gloo", "mpirun": "mpi4py"}
 
 
-@pytest.fixture(scope="module")
-def train(tmp_path_factory):
-    """Return the record of a training, run once for each set of arguments."""
-    records = {}
+BATCHES = {2: (5, 2), 4: (4, 0, 3, 1)}  # of each shard
 
-    def run(norm, launcher, ranks, seed=0, dtype="float64"):
-        key = norm, launcher, ranks, seed, dtype
-        if key not in records:
-            path = tmp_path_factory.mktemp("cnn") / "record.json"
-            options = {"--norm": norm, "--batch-per-rank": 8 // ranks, "--steps": STEPS, "--seed": seed, "--out": path}
-            options["--dtype"] = dtype
-            job = launch(launcher, ranks, CNN, *[word for option in options.items() for word in option], NO_COLOR="1")
-            assert job.returncode == 0, job.stderr
-            records[key] = json.loads(path.read_text())
-            assert str(path) in job.stdout
-            assert f"{norm}, {ranks} x {8 // ranks} samples" in job.stderr
-        return records[key]
+
+def cnn(ranks, norm="sync_bn", seed=0, dtype="float64", steps=STEPS, checkpoint=None):
+    """Return the command of a training with a global batch of 8."""
+    options = {"--norm": norm, "--batch-per-rank": 8 // ranks, "--steps": steps, "--seed": seed, "--dtype": dtype}
+    if checkpoint is not None:
+        options |= {"--checkpoint": checkpoint, "--checkpoint-every": 2}
+    return [CNN, *[word for option in options.items() for word in option]]
+
+
+def uneven(shards, norm="sync_bn"):
+    """Return the command of a training on shards of unequal length."""
+    return [UNEVEN, "--norm", norm, "--dtype", "float64", "--batches", *BATCHES[shards]]
+
+
+def trainings(ranks):
+    """Return those that jobs of any launcher run."""
+    some = {"sync_bn": cnn(ranks)} | {f"{n} shards": uneven(n) for n in BATCHES if ranks in (1, n)}
+    if ranks < 4:
+        some |= {"bn": cnn(ranks, "bn"), "5 steps": cnn(ranks, steps=5, checkpoint=Jobs.CHECKPOINT)}
+    return some
+
+
+OF_ALONE_AND_TORCHRUN = {
+    ranks: {
+        "float32": cnn(ranks, dtype="float32"),
+        "2 shards, bn": uneven(2, "bn"),
+        "4 steps": cnn(ranks, steps=4, checkpoint=Jobs.CHECKPOINT),
+    }
+    for ranks in (1, 2)
+}
+LAUNCHES = [("torchrun", 2), ("torchrun", 4), ("mpirun", 2), ("mpirun", 4)]
+PLAN = {(launcher, ranks): trainings(ranks) for launcher, ranks in LAUNCHES}
+PLAN["alone", 1] = trainings(1) | OF_ALONE_AND_TORCHRUN[1] | {"seed 1": cnn(1, seed=1)}
+PLAN["torchrun", 2] |= OF_ALONE_AND_TORCHRUN[2]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    return Jobs(tmp_path_factory.mktemp("cnn"), PLAN)
+
+
+@pytest.fixture(scope="module")
+def train(jobs):
+    """Return the losses of a training of the plan."""
+
+    def run(name, launcher, ranks):
+        return torch.tensor(jobs.record(launcher, ranks, name)["loss"], dtype=torch.float64)
 
     return run
 
 
-LAUNCHES = [("torchrun", 2), ("torchrun", 4), ("mpirun", 2), ("mpirun", 4)]
-
-
-def losses(record):
-    return torch.tensor(record["loss"], dtype=torch.float64)
+@pytest.mark.parametrize(("launcher", "ranks"), [("alone", 1), *LAUNCHES])
+def test_cnn_says_what_it_does(jobs, launcher, ranks):
+    job = jobs.run(launcher, ranks)
+    of_cnn = [name for name, (script, *_) in PLAN[launcher, ranks].items() if script is CNN]
+    assert all(f" -> {jobs.files(launcher, ranks, name)[0]}\n" in job.stdout for name in of_cnn)
+    assert job.stderr.count(f", {ranks} x {8 // ranks} samples") == len(of_cnn)
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), LAUNCHES)
 def test_cnn_losses_are_those_of_one_process(train, launcher, ranks):
-    expected = losses(train("sync_bn", "alone", 1))
+    expected = train("sync_bn", "alone", 1)
     assert expected[-1] < expected[0]
-    torch.testing.assert_close(losses(train("sync_bn", launcher, ranks)), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(train("sync_bn", launcher, ranks), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
 def test_cnn_losses_with_plain_batch_norm_are_not(train, launcher):
     """The negative control."""
-    assert (losses(train("bn", launcher, 2)) - losses(train("bn", "alone", 1))).abs().max() > 1e-2
+    assert (train("bn", launcher, 2) - train("bn", "alone", 1)).abs().max() > 1e-2
 
 
-def test_cnn_in_float32_agrees_to_its_rounding(train):
-    one, two = (train("sync_bn", *who, dtype="float32") for who in (("alone", 1), ("torchrun", 2)))
-    difference = (losses(two) - losses(one)).abs().max()
+def test_cnn_in_float32_agrees_to_its_rounding(train, jobs):
+    difference = (train("float32", "torchrun", 2) - train("float32", "alone", 1)).abs().max()
     assert 1e-12 < difference < 1e-5  # so the other trainings really were in float64
-    assert [two["dtype"], train("sync_bn", "torchrun", 2)["dtype"]] == ["float32", "float64"]
+    of_dtypes = [jobs.record("torchrun", 2, name)["dtype"] for name in ("float32", "sync_bn")]
+    assert of_dtypes == ["float32", "float64"]
 
 
 def test_cnn_seeds_differ(train):
-    assert not torch.equal(losses(train("sync_bn", "alone", 1, seed=1)), losses(train("sync_bn", "alone", 1)))
+    assert not torch.equal(train("seed 1", "alone", 1), train("sync_bn", "alone", 1))
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("alone", 1), *LAUNCHES])
-def test_cnn_record(train, launcher, ranks):
-    record = train("sync_bn", launcher, ranks)
+def test_cnn_record(jobs, launcher, ranks):
+    record = jobs.record(launcher, ranks, "sync_bn")
     assert (record["backend"], record["ranks"], record["batch_per_rank"]) == (BACKENDS[launcher], ranks, 8 // ranks)
     assert len(record["loss"]) == STEPS
     assert 0 <= record["test_accuracy"] <= 1
@@ -81,47 +116,49 @@ def test_cnn_record(train, launcher, ranks):
     assert (record["per_step"]["gradients"]["collectives"] > 0) == (not alone)
 
 
-def train_with_checkpoint(launcher, ranks, directory, steps, *options):
-    """Return the job that trains with a checkpoint in the directory, and its record."""
-    record = directory / "record.json"
-    record.unlink(missing_ok=True)
-    options = ["--checkpoint", directory / "checkpoint", "--checkpoint-every", 2, "--dtype", "float64", *options]
-    options += ["--out", record]
-    job = launch(launcher, ranks, CNN, "--batch-per-rank", 8 // ranks, "--steps", steps, *options, NO_COLOR="1")
-    return job, json.loads(record.read_text()) if record.exists() else None
+def resume(jobs, steps, launcher, ranks, folder, *options, of=None):
+    """Go on in a new job from the checkpoint after `steps` steps, of another job if need be.
+
+    Return the job, and its record if it has written one.
+    """
+    checkpoint, out = folder / "checkpoint", folder / "record.json"
+    if steps:
+        jobs.run(*of or (launcher, ranks))
+        shutil.copy(jobs.files(*of or (launcher, ranks), f"{steps} steps")[1], checkpoint)
+    words = [*cnn(ranks, checkpoint=checkpoint), "--out", out, "--resume", *options]
+    job = launch(launcher, ranks, *words, NO_COLOR="1")
+    return job, json.loads(out.read_text()) if out.exists() else None
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("alone", 1), ("torchrun", 2), ("mpirun", 2)])
-def test_cnn_resumes_to_the_same_losses(train, launcher, ranks, tmp_path):
-    train_with_checkpoint(launcher, ranks, tmp_path, 5)
-    _, resumed = train_with_checkpoint(launcher, ranks, tmp_path, STEPS, "--resume")
+def test_cnn_resumes_to_the_same_losses(jobs, launcher, ranks, tmp_path):
+    _, resumed = resume(jobs, 5, launcher, ranks, tmp_path)
     assert resumed["resumed_at_step"] == 5
-    assert resumed["loss"] == train("sync_bn", launcher, ranks)["loss"]  # bit for bit
+    assert resumed["loss"] == jobs.record(launcher, ranks, "sync_bn")["loss"]  # bit for bit
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "record.json"]
 
 
-def test_cnn_resumes_on_another_number_of_ranks(train, tmp_path):
-    train_with_checkpoint("torchrun", 2, tmp_path, 4)
-    _, resumed = train_with_checkpoint("alone", 1, tmp_path, STEPS, "--resume")
-    torch.testing.assert_close(losses(resumed), losses(train("sync_bn", "alone", 1)), rtol=0, atol=1e-12)
+def test_cnn_resumes_on_another_number_of_ranks(train, jobs, tmp_path):
+    _, resumed = resume(jobs, 4, "alone", 1, tmp_path, of=("torchrun", 2))
+    losses = torch.tensor(resumed["loss"], dtype=torch.float64)
+    torch.testing.assert_close(losses, train("sync_bn", "alone", 1), rtol=0, atol=1e-12)
 
 
-def test_cnn_starts_anew_where_there_is_no_checkpoint(train, tmp_path):
-    _, record = train_with_checkpoint("alone", 1, tmp_path, STEPS, "--resume")
+def test_cnn_starts_anew_where_there_is_no_checkpoint(jobs, tmp_path):
+    _, record = resume(jobs, 0, "alone", 1, tmp_path)
     assert record["resumed_at_step"] == 0
-    assert record["loss"] == train("sync_bn", "alone", 1)["loss"]
+    assert record["loss"] == jobs.record("alone", 1, "sync_bn")["loss"]
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--seed", 1, "--resume"], "'seed': 0"),
-        (["--resume"], "expected a checkpoint of less than 4 steps, got one of 4"),
+        (["--seed", 1], "'seed': 0"),
+        (["--steps", 4], "expected a checkpoint of less than 4 steps, got one of 4"),
     ],
 )
-def test_cnn_refuses_a_checkpoint_that_does_not_fit(options, text, tmp_path):
-    train_with_checkpoint("alone", 1, tmp_path, 4)
-    job, record = train_with_checkpoint("alone", 1, tmp_path, 4, *options)
+def test_cnn_refuses_a_checkpoint_that_does_not_fit(jobs, options, text, tmp_path):
+    job, record = resume(jobs, 4, "alone", 1, tmp_path, *options)
     assert job.returncode != 0
     assert text in job.stderr
     assert record is None
@@ -175,41 +212,18 @@ def test_a_minimal_example_with_plain_batch_norm_has_not(minimal_losses, tmp_pat
         assert abs(losses[0] - expected[0]) > 1e-3
 
 
-UNEVEN = CNN.parent / "uneven.py"
-BATCHES = {2: (5, 2), 4: (4, 0, 3, 1)}  # of each shard
-
-
-@pytest.fixture(scope="module")
-def train_unevenly(tmp_path_factory):
-    """Return the losses of a training on shards of unequal length, run once for each set of arguments."""
-    known = {}
-
-    def run(norm, launcher, ranks, shards):
-        key = norm, launcher, ranks, shards
-        if key not in known:
-            path = tmp_path_factory.mktemp("uneven") / "record.json"
-            options = ["--norm", norm, "--dtype", "float64", "--out", path, "--batches", *BATCHES[shards]]
-            job = launch(launcher, ranks, UNEVEN, *options, NO_COLOR="1")
-            assert job.returncode == 0, job.stderr
-            record = json.loads(path.read_text())
-            assert record["ranks"] == ranks
-            assert f"step {len(record['loss']) - 1}: loss " in job.stdout
-            known[key] = losses(record)
-        return known[key]
-
-    return run
-
-
-@pytest.mark.parametrize(("launcher", "ranks"), [("torchrun", 2), ("torchrun", 4), ("mpirun", 2), ("mpirun", 4)])
-def test_cnn_on_shards_of_unequal_length_has_the_losses_of_one_process(train_unevenly, launcher, ranks):
-    expected = train_unevenly("sync_bn", "alone", 1, ranks)
+@pytest.mark.parametrize(("launcher", "ranks"), LAUNCHES)
+def test_cnn_on_shards_of_unequal_length_has_the_losses_of_one_process(jobs, train, launcher, ranks):
+    expected = train(f"{ranks} shards", "alone", 1)
     assert len(expected) == max(BATCHES[ranks])
-    torch.testing.assert_close(train_unevenly("sync_bn", launcher, ranks, ranks), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(train(f"{ranks} shards", launcher, ranks), expected, rtol=0, atol=1e-12)
+    assert jobs.record(launcher, ranks, f"{ranks} shards")["ranks"] == ranks
+    assert f"step {len(expected) - 1}: loss " in jobs.run(launcher, ranks).stdout
 
 
-def test_cnn_on_shards_of_unequal_length_with_plain_batch_norm_has_not(train_unevenly):
+def test_cnn_on_shards_of_unequal_length_with_plain_batch_norm_has_not(train):
     """The negative control. Torch's own join would let the ranks of such a model train on."""
-    difference = train_unevenly("bn", "torchrun", 2, 2) - train_unevenly("bn", "alone", 1, 2)
+    difference = train("2 shards, bn", "torchrun", 2) - train("2 shards, bn", "alone", 1)
     assert difference.abs().max() > 1e-2
 
 

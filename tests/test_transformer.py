@@ -2,12 +2,13 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launchers import launch
+from launchers import Jobs, launch
 
 TRANSFORMER = Path(__file__).parent.parent / "examples" / "transformer.py"
 STEPS = 8
@@ -36,29 +37,6 @@ def command(text, norm, ranks, steps=STEPS):
     return [TRANSFORMER, "--norm", norm, "--data", text, *batch, *SMALL]
 
 
-@pytest.fixture(scope="module")
-def train(tmp_path_factory, text):
-    """Return the record of a training, run once for each set of arguments."""
-    records = {}
-
-    def run(norm, launcher, ranks):
-        key = norm, launcher, ranks
-        if key not in records:
-            path = tmp_path_factory.mktemp("transformer") / "record.json"
-            job = launch(launcher, ranks, *command(text, norm, ranks), "--out", path, NO_COLOR="1")
-            assert job.returncode == 0, job.stderr
-            records[key] = json.loads(path.read_text())
-            assert f"-> {path}\n\nThe value of " in job.stdout
-            assert f"{norm}, {ranks} x {GLOBAL_BATCH // ranks} samples" in job.stderr
-        return records[key]
-
-    return run
-
-
-def losses(record):
-    return torch.tensor(record["loss"], dtype=torch.float64)
-
-
 LAUNCHES = [
     ("sync_bn", "torchrun", 2),
     ("sync_bn", "torchrun", 4),
@@ -67,6 +45,36 @@ LAUNCHES = [
     ("ln", "torchrun", 4),
     ("rms", "mpirun", 2),
 ]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, text):
+    trainings = [(norm, "alone", 1) for norm in ("sync_bn", "bn", "ln", "rms")] + LAUNCHES + [("bn", "torchrun", 2)]
+    plan = {}
+    for norm, *job in trainings:
+        plan.setdefault(tuple(job), {})[norm] = command(text, norm, job[1])
+    checkpoint = ["--checkpoint", Jobs.CHECKPOINT, "--checkpoint-every", 2]
+    for job, steps in ((("torchrun", 2), 5), (("mpirun", 2), 5), (("alone", 1), 4)):
+        plan[job][f"{steps} steps"] = [*command(text, "sync_bn", job[1], steps), *checkpoint]
+    return Jobs(tmp_path_factory.mktemp("transformer"), plan)
+
+
+@pytest.fixture(scope="module")
+def train(jobs):
+    """Return the record of a training of the plan."""
+
+    def run(norm, launcher, ranks):
+        record = jobs.record(launcher, ranks, norm)
+        job = jobs.run(launcher, ranks)
+        assert f"-> {jobs.files(launcher, ranks, norm)[0]}\n\nThe value of " in job.stdout
+        assert f"{norm}, {ranks} x {GLOBAL_BATCH // ranks} samples" in job.stderr
+        return record
+
+    return run
+
+
+def losses(record):
+    return torch.tensor(record["loss"], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("norm", "launcher", "ranks"), LAUNCHES)
@@ -112,32 +120,39 @@ def test_gap_between_train_and_eval_mode(train, norm):
     assert gap > 1e-4 if norm == "sync_bn" else gap == 0
 
 
-@pytest.mark.parametrize(("launcher", "ranks"), [("torchrun", 2), ("mpirun", 2)])
-def test_resumes_to_the_same_losses(train, text, launcher, ranks, tmp_path):
-    record = tmp_path / "record.json"
-    checkpoint = ["--checkpoint", tmp_path / "checkpoint", "--checkpoint-every", 2, "--out", record]
-    for steps, options in ((5, []), (STEPS, ["--resume"])):
-        job = launch(launcher, ranks, *command(text, "sync_bn", ranks, steps), *checkpoint, *options)
-        assert job.returncode == 0, job.stderr
-    resumed, expected = json.loads(record.read_text()), train("sync_bn", launcher, ranks)
-    assert resumed["resumed_at_step"] == 5
+def resumed(jobs, text, launcher, ranks, folder, steps, of):
+    """Go on in a new job from a copy of the checkpoint that another job has written after so many steps."""
+    jobs.run(*of)
+    shutil.copy(jobs.files(*of, f"{steps} steps")[1], folder / "checkpoint")
+    options = ["--checkpoint", folder / "checkpoint", "--out", folder / "record.json", "--resume"]
+    return launch(launcher, ranks, *command(text, "sync_bn", ranks), *options)
+
+
+@pytest.mark.parametrize("job", [("torchrun", 2), ("mpirun", 2)], ids=["torchrun", "mpirun"])
+def test_resumes_to_the_same_losses(train, jobs, text, job, tmp_path):
+    ended = resumed(jobs, text, *job, tmp_path, 5, of=job)
+    assert ended.returncode == 0, ended.stderr
+    record, expected = json.loads((tmp_path / "record.json").read_text()), train("sync_bn", *job)
+    assert record["resumed_at_step"] == 5
     for unchanged in ("loss", "valid_bits_per_character", "sample", "per_step"):
-        assert resumed[unchanged] == expected[unchanged]  # bit for bit
+        assert record[unchanged] == expected[unchanged]  # bit for bit
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "record.json"]
 
 
-def test_resumes_on_another_number_of_ranks_and_not_with_another_text(train, text, tmp_path):
-    checkpoint = ["--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "record.json"]
-    assert launch("alone", 1, *command(text, "sync_bn", 1, steps=4), *checkpoint).returncode == 0
+def test_resumes_on_another_number_of_ranks(train, jobs, text, tmp_path):
+    ended = resumed(jobs, text, "mpirun", 2, tmp_path, 4, of=("alone", 1))
+    assert ended.returncode == 0, ended.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    torch.testing.assert_close(losses(record), losses(train("sync_bn", "alone", 1)), rtol=0, atol=TOLERANCE)
+
+
+def test_does_not_resume_with_another_text(jobs, text, tmp_path):
     other = tmp_path / "other"
     other.write_bytes(text.read_bytes() + b"\n\nmore")
-    job = launch("alone", 1, *command(other, "sync_bn", 1), *checkpoint, "--resume")
-    assert job.returncode != 0
-    assert "expected a checkpoint of" in job.stderr
-    assert "crc_of_text" in job.stderr
-    assert launch("mpirun", 2, *command(text, "sync_bn", 2), *checkpoint, "--resume").returncode == 0
-    resumed = json.loads((tmp_path / "record.json").read_text())
-    torch.testing.assert_close(losses(resumed), losses(train("sync_bn", "alone", 1)), rtol=0, atol=TOLERANCE)
+    ended = resumed(jobs, other, "alone", 1, tmp_path, 4, of=("alone", 1))
+    assert ended.returncode != 0
+    assert "expected a checkpoint of" in ended.stderr
+    assert "crc_of_text" in ended.stderr
 
 
 def test_a_sample_of_no_bytes_is_not_printed(text, tmp_path):
