@@ -78,8 +78,9 @@ class Jobs:
                 commands.append([str(word) for word in (*words, "--out", record)])
             job = launch(launcher, ranks, ONE_AFTER_ANOTHER, json.dumps(commands), timeout=180, NO_COLOR="1")
             self.ran[launcher, ranks] = job
-            assert job.returncode == 0, job.stderr
-        return self.ran[launcher, ranks]
+        job = self.ran[launcher, ranks]
+        assert job.returncode == 0, job.stderr
+        return job
 
     def files(self, launcher, ranks, name):
         """Return the paths of a training's record and checkpoint."""
