@@ -38,13 +38,15 @@ def sum_over_ranks(tensor: Tensor, exchange: Exchange, *, backward: bool, follow
     """Return the sum over the ranks. The tensor is overwritten unless a transform is active (`followed`)."""
     if exchange.size == 1:
         return tensor
+    if transforms.exporting():
+        _refuse_recording(exchange)
     if followed:
         return all_reduce(tensor, exchange, backward=backward)
     return exchange.all_reduce(tensor, backward=backward)
 
 
 def _refuse_recording(exchange: Exchange) -> None:
-    if transforms.recording():
+    if transforms.exporting() or (transforms.recording() and not exchange.in_graph):
         raise RuntimeError(
             "expected a model without all-reduces to trace or export, got one that shares its statistics "
             f"among {exchange.size} ranks: call model.eval() or syncnorm.revert_sync_batchnorm(model) first"

@@ -176,7 +176,8 @@ class Normalize(Function):
         input, signs, residual, statistics, weight, bias, mask = tensors
         needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         config: Config = ctx.config
-        followed = torch.is_grad_enabled() or transforms.active(grad_output, grad_statistics)
+        is_transformed = not config.exchange.in_graph and transforms.active(grad_output, grad_statistics)
+        followed = torch.is_grad_enabled() or is_transformed
         chosen = _kernels_of_backward(config, followed, grad_output, *tensors)
         kept = Saved(input, signs, residual)
         if signs is not None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import _C
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -109,7 +109,7 @@ class Segments(NamedTuple):
 
 def enclosing() -> Segments | None:
     """Return the segments that the program is in. None: it is in none, or in one that is traced or transformed."""
-    if is_dynamo_compiling() or (_top(True) is None and _grad_is_enabled() and _graph_task() == -1):
+    if transforms.compiling() or (_top(True) is None and _grad_is_enabled() and _graph_task() == -1):
         return None
     if transforms.active() or is_compiling():
         return None

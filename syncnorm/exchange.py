@@ -80,6 +80,8 @@ class Exchange:
 
     __slots__ = "call", "channels", "dtype", "factor", "group", "layer", "offset", "shape", "size"
 
+    in_graph = False  # of torch.compile
+
     def __init__(self, group: Communicator, layer: Layer | None = None, call: int = 0):
         self.group = group
         self.layer = None if _compiled else layer
@@ -172,13 +174,9 @@ NO_EXCHANGE = Exchange(ALONE)
 
 
 def note_compilation() -> None:
-    """Send no more stamps. torch.compile calls this when it traces a call, and leaves it out of the compiled code."""
+    """Send no more stamps: torch.compile has traced a call."""
     global _compiled
     _compiled = True
-
-
-# What torch.compiler.assume_constant_result does, which imports the compiler.
-note_compilation._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_compiled() -> bool:

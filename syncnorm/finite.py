@@ -66,7 +66,7 @@ class debug(contextlib.ContextDecorator):  # noqa: N801  # as torch.no_grad
 
 def checks(asked: bool = False) -> bool:
     """Return whether a layer checks: if it is asked to or in a block of `debug`, and values can be read now."""
-    return (asked or _blocks > 0) and not (torch.compiler.is_compiling() or transforms.active())
+    return (asked or _blocks > 0) and not (transforms.compiling() or transforms.active())
 
 
 def _is_finite(values: Tensor) -> bool:

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_dynamo_compiling
 
-from . import arguments, checkpointing, finite, running, transforms
+from . import arguments, checkpointing, finite, one_value, recorded, running, transforms
 from .all_reduce import sum_over_ranks
 from .autograd import normalize
 from .communicators import LocalCommunicator, ProcessGroupLike, communicator
-from .exchange import NO_EXCHANGE, Exchange, note_compilation, of_function
+from .exchange import NO_EXCHANGE, Exchange, of_function
 from .job.launcher import warn_if_not_joined
 from .kernels import PLAIN, Stamp, StampError, plain
 from .moments import Moments
@@ -69,6 +70,16 @@ def sync_batch_norm(
     Unlike the module, the function does not compare which layer and call the ranks are in. For forward-mode AD and vmap
     see the class.
     """
+    if is_dynamo_compiling():
+        return _batch_norm_in_graph(
+            *(input, running_mean, running_var, weight, bias, training, momentum, eps),
+            num_batches_tracked=num_batches_tracked,
+            handle=recorded.handle_of(process_group) if training else 0,
+            mask=mask,
+            residual=residual,
+            activation=activation,
+            inplace=inplace,
+        )
     are_plain = arguments.check_batch_norm_arguments(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
     )
@@ -105,9 +116,8 @@ def sync_batch_norm(
                 moments = _of_all_ranks(moments, exchange)
             if own is not None:
                 finite.check(moments.values, own, input, exchange, backward=False)
-            if (mask is not None or input.numel() <= input.shape[1]) and _one_value(input, mask, moments):
-                _check(moments, exchange)
-                raise _one_value_error(input, mask, exchange)
+            if mask is not None or input.numel() <= input.shape[1]:
+                moments = _more_than_one_value(input, mask, moments, exchange)
             if segments is not None:
                 segments.keep(checkpointing.Call(moments, exchange))
             moved = running.to_move(running_mean, running_var, num_batches_tracked, momentum)
@@ -144,6 +154,9 @@ def layer_norm(
     positions, and one of 2R + 2 in backward. Otherwise none. Unlike the module, the function does not compare the other
     axes of the ranks. If they differ, the call hangs, fails or returns a wrong result.
     """
+    if process_group is not None and is_dynamo_compiling():
+        handle = recorded.handle_of(process_group)
+        return _layer_norm_in_graph(input, normalized_shape, weight, bias, eps, handle=handle)
     arguments.check_numbers(eps=eps)
     shape = arguments.parse_normalized_shape(input, normalized_shape, weight, bias, split=process_group is not None)
     exchange = _sharing(input, process_group, input.shape[: -len(shape)], "layer_norm")
@@ -179,6 +192,11 @@ def rms_norm(
     Collectives: with a process group of more than one rank, one all-reduce of R + 3 float64 in forward, for R
     positions, and one of R + 2 in backward. Otherwise none. As in `layer_norm`, the other axes are not compared.
     """
+    if process_group is not None and is_dynamo_compiling():
+        options = {"bias": bias, "eps_outside": eps_outside}
+        return _rms_norm_in_graph(
+            input, normalized_shape, weight, eps, handle=recorded.handle_of(process_group), **options
+        )
     arguments.check_numbers_or_none(eps=eps)
     arguments.check_flags(eps_outside=eps_outside)
     shape = arguments.parse_normalized_shape(input, normalized_shape, weight, bias, split=process_group is not None)
@@ -220,6 +238,9 @@ def group_norm(
     one of 2 N num_groups + 2 in backward. Otherwise none. Unlike the module, the function does not compare N and
     num_groups of the ranks. If they differ, the call hangs, fails or returns a wrong result.
     """
+    if process_group is not None and is_dynamo_compiling():
+        handle = recorded.handle_of(process_group)
+        return _group_norm_in_graph(input, num_groups, weight, bias, eps, handle=handle)
     arguments.check_numbers(eps=eps)
     arguments.check_groups(input, num_groups, weight, bias, split=process_group is not None)
     exchange = _sharing(input, process_group, torch.Size([len(input), num_groups]), "group_norm")
@@ -233,6 +254,8 @@ def group_norm(
 
 def without_values(tensor: Tensor) -> bool:
     """Return whether a tensor has no values: on the meta device, or in a FakeTensorMode that records no graph."""
+    if transforms.compiling():
+        return False
     if tensor.is_meta or not isinstance(tensor, FakeTensor):
         return tensor.is_meta
     return not (torch.compiler.is_compiling() or transforms.recording())
@@ -243,8 +266,7 @@ def _sharing_batch(input: Tensor, process_group: ProcessGroupLike) -> Exchange:
     if without_values(input):
         return NO_EXCHANGE
     if process_group is None and isinstance(communicator(), LocalCommunicator):
-        if not torch.compiler.is_compiling():
-            warn_if_not_joined()
+        warn_if_not_joined()
         return NO_EXCHANGE
     return _exchange(input, process_group, input.shape[1], "sync_batch_norm", "C")
 
@@ -263,9 +285,6 @@ def _exchange(input: Tensor, process_group: ProcessGroupLike, channels: int, nam
     group = communicator(process_group)
     if isinstance(group, LocalCommunicator):
         return NO_EXCHANGE
-    if torch.compiler.is_compiling():
-        note_compilation()
-        return Exchange(group)
     return _on(Exchange(group, of_function(name, axis)), input, channels)
 
 
@@ -274,21 +293,24 @@ def _on(exchange: Exchange, input: Tensor, channels: int) -> Exchange:
     return exchange if transforms.recording() else exchange.on(input, channels)
 
 
-def _one_value(input: Tensor, mask: Tensor | None, moments: Moments) -> bool:
-    """Return whether the whole batch has one value per channel. This rank has no more. Reads the device."""
+def _more_than_one_value(input: Tensor, mask: Tensor | None, moments: Moments, exchange: Exchange) -> Moments:
+    """Return the moments. Raise if the whole batch has one value per channel, where this rank has no more.
+
+    Reads the device, unless there is a mask on it: then it checks nothing.
+    """
     if mask is not None and not mask.is_cpu:
-        return False
+        return moments
+    place = input.shape, mask is not None, exchange.rank, exchange.size
+    if transforms.compiling():
+        return one_value.refuse(moments, *place)
     if without_values(input):
-        return mask is None and len(input) * input.shape[2:].numel() == 1
-    return bool((plain(moments.count) == 1).any())
-
-
-def _one_value_error(input: Tensor, mask: Tensor | None, exchange: Exchange) -> ValueError:
-    return ValueError(
-        f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
-        + (" and a mask" if mask is not None else "")
-        + (f" on rank {exchange.rank} and 1 value on all {exchange.size} ranks" if exchange.size > 1 else "")
-    )
+        found = mask is None and len(input) * input.shape[2:].numel() == 1
+    else:
+        found = bool((plain(moments.count) == 1).any())
+    if found:
+        _check(moments, exchange)
+        raise one_value.error(*place)
+    return moments
 
 
 def _check(moments: Moments, exchange: Exchange) -> None:
@@ -326,3 +348,9 @@ def _of_all_ranks(moments: Moments, exchange: Exchange) -> Moments:
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
+
+
+_batch_norm_in_graph = recorded.in_graph(sync_batch_norm)
+_layer_norm_in_graph = recorded.in_graph(layer_norm)
+_rms_norm_in_graph = recorded.in_graph(rms_norm)
+_group_norm_in_graph = recorded.in_graph(group_norm)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import kernels, transforms
 from .kernels import RawMoments, Running
 from .moments import Moments
 
@@ -29,7 +29,7 @@ def to_move(
     """
     if running_mean is None or running_var is None:
         return None
-    if not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1:
+    if not transforms.compiling() and torch._C._current_graph_task_id() != -1:
         return None  # inside a backward pass
     return Running(running_mean, running_var, num_batches_tracked, momentum)
 

@@ -10,16 +10,18 @@ These functions run in every step of a layer, so they must be fast.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
-from torch import _C, Tensor
+from torch import _C, Tensor, compiler
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
-__all__ = ["active", "batched", "recording", "unwrapped"]
+__all__ = ["active", "batched", "compiling", "exporting", "of_compiler", "recording", "unwrapped"]
 
 # torch.jit.trace warns of comparisons of shapes, which it does not record. torch ignores the warning in its own code.
 warnings.filterwarnings("ignore", category=TracerWarning, module=__package__)
@@ -27,7 +29,27 @@ warnings.filterwarnings("ignore", category=TracerWarning, module=__package__)
 _torch_func = _C._are_functorch_transforms_active
 _jit_trace = _C._is_tracing
 _modes, _mode, _PROXY = _C._len_torch_dispatch_stack, _C._get_dispatch_mode, _C._TorchDispatchModeKey.PROXY
+_is_exporting = getattr(compiler, "is_exporting", lambda: False)  # not in PyTorch 2.6
 _is_batch = _C._functorch.is_legacy_batchedtensor
+
+
+_compiling = False
+
+
+@contextlib.contextmanager
+def of_compiler() -> Iterator[None]:
+    """Run what torch.compile records, in which its tracer is not taken for a transform."""
+    global _compiling
+    before, _compiling = _compiling, True
+    try:
+        yield
+    finally:
+        _compiling = before
+
+
+def compiling() -> bool:
+    """Return whether torch.compile records what runs, or runs what it has recorded."""
+    return _compiling
 
 
 def active(*grads: Tensor | None) -> bool:
@@ -37,7 +59,7 @@ def active(*grads: Tensor | None) -> bool:
     """
     if _torch_func() or forward_ad._current_level >= 0:
         return True
-    if is_dynamo_compiling():  # torch.compile can trace the reference kernels, but not the checks below
+    if _compiling or is_dynamo_compiling():
         return False
     for grad in grads:
         if grad is not None and _is_batch(grad):
@@ -47,9 +69,14 @@ def active(*grads: Tensor | None) -> bool:
 
 def recording() -> bool:
     """Return whether torch.jit.trace, make_fx or torch.export is recording operations."""
-    if is_dynamo_compiling():
+    if _compiling or is_dynamo_compiling():
         return False
     return _jit_trace() or (_modes() > 0 and (_mode(_PROXY) is not None or is_compiling()))
+
+
+def exporting() -> bool:
+    """Return whether torch.compile records operations for torch.export."""
+    return _compiling and _is_exporting()
 
 
 def unwrapped(*tensors: Tensor | None) -> tuple[Any, ...]:

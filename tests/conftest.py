@@ -18,7 +18,7 @@ TIMEOUT = 60  # seconds for the ranks of one test
 TIERS = {  # the files of each tier, without test_
     "unit": """
         architecture arguments autograd bench_baselines bench_cases bench_copy_baseline bench_graph bench_job
-        bench_targets bench_timing checkpointing convert convert_classes convert_known convert_refused
+        bench_targets bench_timing checkpointing compile convert convert_classes convert_known convert_refused
         default_device exchange finite folding functional fused fusion fuzz join kernels launcher launches
         many_forwards masks modules moments package patch pickles population running sharded_norms state
         statistics subgroups tensor_parallel tracing transforms without_values

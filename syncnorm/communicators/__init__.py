@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch.distributed as dist
 
+from .compiled import handle_of, register
 from .local import LocalCommunicator
 from .protocol import Collectives, Communicator
 
@@ -103,9 +104,12 @@ def communicator(process_group: ProcessGroupLike = None) -> Communicator:
         from ..mpi.communicator import of_comm
 
         return of_comm(process_group)  # type: ignore[arg-type]
+    if handle_of(process_group) is not None:  # seen before: torch.compile cannot trace what follows
+        return process_group  # type: ignore[return-value]
     if isinstance(process_group, Collectives) and not isinstance(process_group, type):
         if type(process_group).__module__.startswith(_PACKAGE):
             _known.add(type(process_group))
+        register(process_group)
         return process_group  # type: ignore[return-value]  # split may be missing, which new_subgroups checks
     raise TypeError(
         "expected process_group to be a torch.distributed ProcessGroup, a one-dimensional DeviceMesh, an mpi4py Comm, "

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import DesyncError
 from ..job import forks
 from ..job.desync import fails_by_arguments, raise_desync
+from .compiled import register
 from .contiguous import as_contiguous, write_back
 from .label import Label
 from .sharing import route_of, shared_memory_of, timeout_of
@@ -45,9 +46,9 @@ class ProcessGroupCommunicator:
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = group
-        self._is_traced = False  # whether torch.compile has traced an all-reduce
         # The group, and the memory that its ranks share. Both end when the group is destroyed.
         self._known: tuple[weakref.ref[dist.ProcessGroup], weakref.ref[SharedMemory] | None] | None = None
+        register(self)
 
     @property
     def rank(self) -> int:
@@ -71,15 +72,7 @@ class ProcessGroupCommunicator:
         return write_back(tensor, message)
 
     def _all_reduce_in_memory(self, tensor: Tensor, label: Label | None) -> bool:
-        """Sum the tensor in shared memory. Return False if the backend of the group has to sum it.
-
-        torch.compile cannot trace it, and a rank may stop to compile before another. So once it has traced a call, the
-        backend sums.
-        """
-        if torch.compiler.is_compiling():
-            self._is_traced = True
-        if self._is_traced:
-            return False
+        """Sum the tensor in shared memory. Return False if the backend of the group has to sum it."""
         self._check()
         try:
             memory = self._shared_memory()

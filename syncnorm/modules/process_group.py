@@ -133,9 +133,9 @@ class ProcessGroupReference:
         """
         if group is None or isinstance(group, LocalCommunicator) or functional.without_values(input):
             return group
-        self.history.check_sizes(layer, input, sizes, group)
         if torch.compiler.is_compiling():
             return group
+        self.history.check_sizes(layer, input, sizes, group)
         return self.history.exchange(layer, group)  # type: ignore[return-value]  # which functional takes for one
 
     def __str__(self) -> str:

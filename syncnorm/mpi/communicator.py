@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..communicators.compiled import register
 from ..communicators.contiguous import write_back
 from ..job.desync import raise_desync
 from .buffers import memory_at, message, stage
@@ -50,6 +51,7 @@ class MpiCommunicator:
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.health = health(comm)
+        register(self)
 
     @property
     def takes_threads(self) -> bool:

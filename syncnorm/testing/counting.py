@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..communicators import Communicator, ProcessGroupLike, communicator, uncounted
+from ..communicators.compiled import register
 from ..communicators.label import Label
 
 __all__ = ["Call", "CountingCommunicator"]
@@ -31,6 +32,7 @@ class CountingCommunicator:
     def __init__(self, process_group: ProcessGroupLike = None):
         self.communicator = communicator(process_group)
         self.calls: list[Call] = []
+        register(self)
 
     @property
     def uncounted(self) -> Communicator:

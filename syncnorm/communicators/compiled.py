@@ -1,0 +1,97 @@
+"""The all-reduce of compiled code: an operator that torch.compile records as one node and does not look into.
+
+A graph holds no communicator. So each communicator has a number in this process, its handle, which the graph holds as
+a constant. When the graph runs, the operator looks the communicator up and calls its `all_reduce`: memory that the
+ranks of a host share, MPI and wrapped communicators work in compiled code as they do elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+from torch.utils import checkpoint
+
+__all__ = ["all_reduce", "handle_of", "keep_order", "of_handle", "register"]
+
+ISSUES_COLLECTIVES = True  # lets `syncnorm.job.desync` recognize these functions
+
+_HANDLE = "_syncnorm_handle"  # attribute of a communicator
+_handles = itertools.count(1)
+_registered: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def register(communicator: Any) -> None:
+    """Give a communicator its handle, unless it has one, takes no attributes or no weak references."""
+    attributes = getattr(communicator, "__dict__", None)
+    if attributes is None or _registered.get(attributes.get(_HANDLE)) is communicator:  # a copy has that of another
+        return
+    handle = next(_handles)
+    with contextlib.suppress(TypeError):
+        _registered[handle] = communicator
+        attributes[_HANDLE] = handle
+
+
+def handle_of(communicator: Any) -> Any:
+    """Return the handle of a communicator, as torch.compile can read it. None: it has none."""
+    return getattr(communicator, _HANDLE, None)
+
+
+def of_handle(handle: int) -> Any:
+    """Return the communicator with a handle."""
+    communicator = _registered.get(handle)
+    if communicator is None:
+        raise RuntimeError(
+            "expected the process group that a model was compiled with, got none: it no longer exists. Keep it, or "
+            "call torch.compiler.reset()"
+        )
+    return communicator
+
+
+def all_reduce(tensor: Tensor, handle: int) -> Tensor:
+    """Return the sum of a tensor over the ranks of the communicator with this handle, as a new tensor."""
+    return torch.ops.syncnorm.all_reduce.default(tensor, handle)  # type: ignore[no-any-return]
+
+
+def _all_reduce(tensor: Tensor, group: int) -> Tensor:
+    summed: Tensor = of_handle(group).all_reduce(tensor.clone(memory_format=torch.contiguous_format))
+    return summed
+
+
+@functools.cache
+def keep_order() -> None:
+    """Make torch.compile keep the order and the number of the all-reduces, which must be the same on all ranks.
+
+    The graphs of the ranks may differ, since they are compiled for inputs of other sizes, and independent operations
+    would be ordered as it suits each graph. Activation checkpointing would issue an all-reduce again in backward, and
+    torch cannot do that with an ordered operator.
+    """
+    from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+
+    _register_effectful_op(torch.ops.syncnorm.all_reduce.default, _EffectType.ORDERED)
+    if (mode := getattr(checkpoint, "_CachingTorchDispatchMode", None)) is not None:
+        torch.library.register_torch_dispatch("syncnorm::all_reduce", mode, _save, lib=_library)
+
+
+def _save(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """Let the mode by which torch.utils.checkpoint records what is computed again save the sum, whatever its policy."""
+    policy, mode.policy_fn = mode.policy_fn, lambda *_, **__: checkpoint.CheckpointPolicy.MUST_SAVE
+    try:
+        return type(mode).__torch_dispatch__(mode, operator, types, args, kwargs)
+    finally:
+        mode.policy_fn = policy
+
+
+_library = Library("syncnorm", "DEF")  # type: ignore[no-untyped-call]
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # a CUDA graph would replay without the program of the host
+_library.define(  # type: ignore[no-untyped-call]
+    "all_reduce(Tensor tensor, int group) -> Tensor", tags=() if _UNSAFE is None else (_UNSAFE,)
+)
+_library.impl("all_reduce", _all_reduce, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("syncnorm::all_reduce", lambda tensor, group: torch.empty_like(tensor), lib=_library)

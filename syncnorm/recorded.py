@@ -1,0 +1,93 @@
+"""The norms in a graph of torch.compile: one call, which the compiler does not look into while it traces a model.
+
+Tracing each line of Python of a norm would take about a second. So the graph gets a call of the same function that runs
+without a compiler. AOTAutograd then runs it with tensors without values, and records torch's operations, those of
+backward too. A graph holds no group of ranks: it holds the handle of one (`communicators.compiled`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import transforms
+from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator, compiled
+from .exchange import NO_EXCHANGE, Exchange, note_compilation
+
+__all__ = ["RecordedExchange", "handle_of", "in_graph"]
+
+_calls: list[Callable[..., Tensor]] = []
+
+
+class RecordedExchange(Exchange):
+    """The collectives of one call in a graph, whose messages have the number 0."""
+
+    __slots__ = ("handle",)
+    in_graph = True
+
+    def __init__(self, handle: int):
+        note_compilation()
+        super().__init__(compiled.of_handle(handle))
+        self.handle = handle
+
+    @property
+    def group(self) -> Communicator:
+        """The ranks. The graph does not keep them alive."""
+        group: Communicator = compiled.of_handle(self.handle)
+        return group
+
+    @group.setter
+    def group(self, group: Communicator) -> None: ...
+
+    def all_reduce(self, tensor: Tensor, *, backward: bool) -> Tensor:
+        """Return the sum of the message over the ranks, as a new tensor."""
+        return compiled.all_reduce(tensor, self.handle)
+
+
+def in_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return what calls a function of this package in a graph.
+
+    It takes the function's arguments, with `handle` in the place of `process_group`.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: Any, handle: int, **options: Any) -> Tensor:
+        exchange = RecordedExchange(handle) if handle else NO_EXCHANGE
+        with transforms.of_compiler():
+            return function(*arguments, process_group=exchange, **options)
+
+    _calls.append(call)
+    return call
+
+
+def handle_of(process_group: ProcessGroupLike) -> int:
+    """Return the handle of a group, while torch.compile traces. 0: this rank is alone in it."""
+    handle = _prepare()
+    if process_group is NO_EXCHANGE:  # type: ignore[comparison-overlap]  # as a module passes it
+        return 0
+    return handle if process_group is None else _handle(communicator(process_group))
+
+
+def _handle(group: Communicator) -> int:
+    return 0 if isinstance(group, LocalCommunicator) else compiled.handle_of(group)
+
+
+def _prepare() -> int:
+    """Return the handle of the default group. torch.compile calls this, and does not trace it."""
+    _allow()
+    return _handle(communicator())
+
+
+@functools.cache
+def _allow() -> None:
+    compiled.keep_order()
+    for call in _calls:
+        torch.compiler.allow_in_graph(call)  # type: ignore[no-untyped-call]
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler.
+_prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
