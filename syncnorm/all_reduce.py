@@ -17,7 +17,7 @@ from . import transforms
 from .exchange import Exchange
 from .kernels import plain
 
-__all__ = ["all_reduce", "sum_over_ranks"]
+__all__ = ["all_reduce", "recording_error", "sum_over_ranks"]
 
 
 def all_reduce(tensor: Tensor, exchange: Exchange, *, backward: bool) -> Tensor:
@@ -30,7 +30,8 @@ def all_reduce(tensor: Tensor, exchange: Exchange, *, backward: bool) -> Tensor:
     """
     if exchange.size == 1:
         return tensor
-    _refuse_recording(exchange)
+    if transforms.recording() and not exchange.in_graph:
+        raise recording_error(exchange.size)
     return _AllReduce.apply(tensor, exchange, backward)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -38,19 +39,17 @@ def sum_over_ranks(tensor: Tensor, exchange: Exchange, *, backward: bool, follow
     """Return the sum over the ranks. The tensor is overwritten unless a transform is active (`followed`)."""
     if exchange.size == 1:
         return tensor
-    if transforms.exporting():
-        _refuse_recording(exchange)
     if followed:
         return all_reduce(tensor, exchange, backward=backward)
     return exchange.all_reduce(tensor, backward=backward)
 
 
-def _refuse_recording(exchange: Exchange) -> None:
-    if transforms.exporting() or (transforms.recording() and not exchange.in_graph):
-        raise RuntimeError(
-            "expected a model without all-reduces to trace or export, got one that shares its statistics "
-            f"among {exchange.size} ranks: call model.eval() or syncnorm.revert_sync_batchnorm(model) first"
-        )
+def recording_error(ranks: int) -> RuntimeError:
+    """Return the error for a tracer that would record no all-reduce, or one that the program could not issue."""
+    return RuntimeError(
+        "expected a model without all-reduces to trace or export, got one that shares its statistics "
+        f"among {ranks} ranks: call model.eval() or syncnorm.revert_sync_batchnorm(model) first"
+    )
 
 
 class _AllReduce(Function):

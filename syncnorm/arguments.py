@@ -90,7 +90,7 @@ def check_batch_norm_arguments(
         True if all tensors are plain ones on the CPU. False: they may be.
     """
     tensors = input, running_mean, running_var, weight, bias, num_batches_tracked
-    are_plain = not torch.compiler.is_dynamo_compiling() and quick_check()(*tensors)
+    are_plain = quick_check()(*tensors)
     if not are_plain:
         _check_tensors(*tensors)
     if not (type(training) is bool and type(eps) is type(momentum) is float):  # which is quick to see

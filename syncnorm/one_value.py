@@ -11,8 +11,8 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.library import Library
 
+from . import operators
 from .kernels import Packed
 from .moments import Moments
 
@@ -44,11 +44,7 @@ def _refuse_one_value(values: Tensor, place: int, shape: list[int], is_masked: b
     return values.clone()
 
 
-_library = Library("syncnorm", "FRAGMENT")  # type: ignore[no-untyped-call]
-_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # it reads the device
-_library.define(  # type: ignore[no-untyped-call]
+operators.define(
     "refuse_one_value(Tensor values, int place, SymInt[] shape, bool is_masked, int rank, int ranks) -> Tensor",
-    tags=() if _UNSAFE is None else (_UNSAFE,),
+    _refuse_one_value,
 )
-_library.impl("refuse_one_value", _refuse_one_value, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("syncnorm::refuse_one_value", lambda values, *_: torch.empty_like(values), lib=_library)

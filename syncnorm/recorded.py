@@ -8,6 +8,7 @@ backward too. A graph holds no group of ranks: it holds the handle of one (`comm
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 
 from . import transforms
+from .all_reduce import recording_error
 from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator, compiled
 from .exchange import NO_EXCHANGE, Exchange, note_compilation
 
-__all__ = ["RecordedExchange", "handle_of", "in_graph"]
+__all__ = ["ALONE", "RecordedExchange", "handle_of", "in_graph"]
 
+ALONE = 0  # the handle of no group
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not in PyTorch 2.6
 _calls: list[Callable[..., Tensor]] = []
 
 
@@ -29,19 +33,19 @@ class RecordedExchange(Exchange):
     __slots__ = ("handle",)
     in_graph = True
 
-    def __init__(self, handle: int):
+    def __init__(self, handle: int | None):
+        if handle is None:
+            raise RuntimeError(
+                "expected a process group that takes attributes and weak references in torch.compile, got one without"
+            )
+        group = compiled.of_handle(handle)
+        if (reason := getattr(group, "not_in_graph", None)) is not None:
+            raise RuntimeError(reason)
+        if _is_exporting():
+            raise recording_error(group.size)
         note_compilation()
-        super().__init__(compiled.of_handle(handle))
+        super().__init__(weakref.proxy(group))  # the graph does not keep the group alive
         self.handle = handle
-
-    @property
-    def group(self) -> Communicator:
-        """The ranks. The graph does not keep them alive."""
-        group: Communicator = compiled.of_handle(self.handle)
-        return group
-
-    @group.setter
-    def group(self, group: Communicator) -> None: ...
 
     def all_reduce(self, tensor: Tensor, *, backward: bool) -> Tensor:
         """Return the sum of the message over the ranks, as a new tensor."""
@@ -55,8 +59,8 @@ def in_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     @functools.wraps(function)
-    def call(*arguments: Any, handle: int, **options: Any) -> Tensor:
-        exchange = RecordedExchange(handle) if handle else NO_EXCHANGE
+    def call(*arguments: Any, handle: int | None, **options: Any) -> Tensor:
+        exchange = NO_EXCHANGE if handle == ALONE else RecordedExchange(handle)
         with transforms.of_compiler():
             return function(*arguments, process_group=exchange, **options)
 
@@ -64,19 +68,19 @@ def in_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-def handle_of(process_group: ProcessGroupLike) -> int:
-    """Return the handle of a group, while torch.compile traces. 0: this rank is alone in it."""
+def handle_of(process_group: ProcessGroupLike) -> int | None:
+    """Return the handle of a group, or ALONE, while torch.compile traces. None: it has none, which the call refuses."""
     handle = _prepare()
     if process_group is NO_EXCHANGE:  # type: ignore[comparison-overlap]  # as a module passes it
-        return 0
+        return ALONE
     return handle if process_group is None else _handle(communicator(process_group))
 
 
-def _handle(group: Communicator) -> int:
-    return 0 if isinstance(group, LocalCommunicator) else compiled.handle_of(group)
+def _handle(group: Communicator) -> int | None:
+    return ALONE if isinstance(group, LocalCommunicator) else compiled.handle_of(group)
 
 
-def _prepare() -> int:
+def _prepare() -> int | None:
     """Return the handle of the default group. torch.compile calls this, and does not trace it."""
     _allow()
     return _handle(communicator())

@@ -15,13 +15,13 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from torch import _C, Tensor, compiler
+from torch import _C, Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
-__all__ = ["active", "batched", "compiling", "exporting", "of_compiler", "recording", "unwrapped"]
+__all__ = ["active", "batched", "compiling", "of_compiler", "recording", "unwrapped"]
 
 # torch.jit.trace warns of comparisons of shapes, which it does not record. torch ignores the warning in its own code.
 warnings.filterwarnings("ignore", category=TracerWarning, module=__package__)
@@ -29,7 +29,6 @@ warnings.filterwarnings("ignore", category=TracerWarning, module=__package__)
 _torch_func = _C._are_functorch_transforms_active
 _jit_trace = _C._is_tracing
 _modes, _mode, _PROXY = _C._len_torch_dispatch_stack, _C._get_dispatch_mode, _C._TorchDispatchModeKey.PROXY
-_is_exporting = getattr(compiler, "is_exporting", lambda: False)  # not in PyTorch 2.6
 _is_batch = _C._functorch.is_legacy_batchedtensor
 
 
@@ -74,14 +73,9 @@ def recording() -> bool:
     return _jit_trace() or (_modes() > 0 and (_mode(_PROXY) is not None or is_compiling()))
 
 
-def exporting() -> bool:
-    """Return whether torch.compile records operations for torch.export."""
-    return _compiling and _is_exporting()
-
-
 def unwrapped(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Return the tensors without the wrappers of transforms that have ended, as torch's own operations take them."""
-    return tensors if is_dynamo_compiling() else unwrap_dead_wrappers(tensors)
+    return unwrap_dead_wrappers(tensors)
 
 
 def batched(tensor: Tensor) -> bool:

@@ -342,6 +342,37 @@ def test_a_group_that_no_longer_exists(x):
         loss.backward()
 
 
+class Slotted:
+    """A group that takes no attributes, so it can have no handle."""
+
+    __slots__ = ()
+    rank, size = 0, 2
+    all_reduce, all_gather = Twins.all_reduce, Twins.all_gather
+    broadcast = all_gather_object = barrier = all_gather
+
+
+def test_a_group_that_can_have_no_handle_is_refused(x):
+    with pytest.raises(RuntimeError, match="expected a process group that takes attributes and weak references"):
+        compiled(SyncBatchNorm(3, process_group=Slotted()).double())(x)
+
+
+def in_join():
+    """Return the error of a compiled call in syncnorm.join, and whether the layer has counted the batch."""
+    torch._dynamo.reset()
+    layer = SyncBatchNorm(3)
+    with syncnorm.join(layer):
+        with pytest.raises(RuntimeError) as caught:
+            compiled(lambda x: layer(x))(torch.randn(4, 3))
+        layer(torch.randn(4, 3))
+    return str(caught.value), layer.num_batches_tracked.item()
+
+
+def test_compiled_calls_in_join_are_refused():
+    for text, batches in syncnorm.testing.run_ranks(in_join, 2):
+        assert "expected a model that is not compiled in syncnorm.join, got one in torch.compile" in text
+        assert batches == 1
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_issues_no_further_collective(x, use_reentrant):
     group = Twins()

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library
 from torch.utils import checkpoint
+
+from .. import operators
 
 __all__ = ["all_reduce", "handle_of", "keep_order", "of_handle", "register"]
 
@@ -76,7 +77,7 @@ def keep_order() -> None:
 
     _register_effectful_op(torch.ops.syncnorm.all_reduce.default, _EffectType.ORDERED)
     if (mode := getattr(checkpoint, "_CachingTorchDispatchMode", None)) is not None:
-        torch.library.register_torch_dispatch("syncnorm::all_reduce", mode, _save, lib=_library)
+        torch.library.register_torch_dispatch("syncnorm::all_reduce", mode, _save, lib=operators.LIBRARY)
 
 
 def _save(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -88,10 +89,4 @@ def _save(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
         mode.policy_fn = policy
 
 
-_library = Library("syncnorm", "DEF")  # type: ignore[no-untyped-call]
-_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # a CUDA graph would replay without the program of the host
-_library.define(  # type: ignore[no-untyped-call]
-    "all_reduce(Tensor tensor, int group) -> Tensor", tags=() if _UNSAFE is None else (_UNSAFE,)
-)
-_library.impl("all_reduce", _all_reduce, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("syncnorm::all_reduce", lambda tensor, group: torch.empty_like(tensor), lib=_library)
+operators.define("all_reduce(Tensor tensor, int group) -> Tensor", _all_reduce)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import DesyncError, printable
 from . import Communicator, uncounted
+from .compiled import register
 from .label import NO_BATCHES, Label, report
 from .process_group import ProcessGroupCommunicator
 from .sharing import has_cpu_backend, timeout_of
@@ -64,6 +65,10 @@ class UnevenGroup:
     """
 
     takes_labels = True
+    not_in_graph = (
+        "expected a model that is not compiled in syncnorm.join, got one in torch.compile: how many ranks "
+        "have batches is only known when it runs"
+    )
 
     def __init__(self, group: Communicator, *, throws: bool = False):
         self.rank, self.size, self.throws = group.rank, group.size, throws
@@ -73,6 +78,7 @@ class UnevenGroup:
         self._own, self._group, self._announced_to = own, own.group, own.for_cpu
         own.is_used = True
         self.answered = 0  # collectives of other ranks
+        register(self)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -81,11 +87,6 @@ class UnevenGroup:
 
     def all_reduce(self, tensor: Tensor, label: Label | None = None) -> Tensor:
         """Sum `tensor` over the ranks in place. Those without batches add zeros, with the stamp of the label."""
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "expected a model that is not compiled in syncnorm.join, got one in torch.compile: how many ranks "
-                "have batches is only known when it runs"
-            )
         self._announce(ALL_REDUCE, tensor, label)
         return self._group.all_reduce(tensor)
 
