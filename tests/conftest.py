@@ -127,7 +127,7 @@ def pytest_report_header():
     """Say what the tests change on this machine."""
     return (
         "the system tier installs Slurm, an ssh server and iproute2 with apt-get if it runs as root, "
-        "and makes the environment .venv-mpich"
+        "and test_mpich.py makes the environment .venv-mpich"
     )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,6 @@ CNN = Path(__file__).parent.parent / "examples" / "cnn.py"
 UNEVEN = CNN.parent / "uneven.py"
 STEPS = 8
 BACKENDS = {"alone": "alone", "torchrun": "nccl" if torch.cuda.device_count() >= 4 else "gloo", "mpirun": "mpi4py"}
-
-
 BATCHES = {2: (5, 2), 4: (4, 0, 3, 1)}  # of each shard
 
 
@@ -123,8 +120,7 @@ def resume(jobs, steps, launcher, ranks, folder, *options, of=None):
     """
     checkpoint, out = folder / "checkpoint", folder / "record.json"
     if steps:
-        jobs.run(*of or (launcher, ranks))
-        shutil.copy(jobs.files(*of or (launcher, ranks), f"{steps} steps")[1], checkpoint)
+        jobs.copy_checkpoint(*of or (launcher, ranks), f"{steps} steps", checkpoint)
     words = [*cnn(ranks, checkpoint=checkpoint), "--out", out, "--resume", *options]
     job = launch(launcher, ranks, *words, NO_COLOR="1")
     return job, json.loads(out.read_text()) if out.exists() else None

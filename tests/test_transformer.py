@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 
@@ -122,8 +121,7 @@ def test_gap_between_train_and_eval_mode(train, norm):
 
 def resumed(jobs, text, launcher, ranks, folder, steps, of):
     """Go on in a new job from a copy of the checkpoint that another job has written after so many steps."""
-    jobs.run(*of)
-    shutil.copy(jobs.files(*of, f"{steps} steps")[1], folder / "checkpoint")
+    jobs.copy_checkpoint(*of, f"{steps} steps", folder / "checkpoint")
     options = ["--checkpoint", folder / "checkpoint", "--out", folder / "record.json", "--resume"]
     return launch(launcher, ranks, *command(text, "sync_bn", ranks), *options)
 

@@ -1,6 +1,7 @@
 """Real launchers: run a script under torchrun, under mpirun or alone, with a hard timeout, and leave nothing behind."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -86,6 +87,11 @@ class Jobs:
         """Return the paths of a training's record and checkpoint."""
         path = self.folder / f"{launcher}-{ranks} {name}"
         return path.with_suffix(".json"), path.with_suffix(".checkpoint")
+
+    def copy_checkpoint(self, launcher, ranks, name, path):
+        """Copy the checkpoint that a training has left."""
+        self.run(launcher, ranks)
+        shutil.copy(self.files(launcher, ranks, name)[1], path)
 
     def record(self, launcher, ranks, name):
         """Return what a training has recorded."""
