@@ -12,7 +12,7 @@ author = "the authors of syncnorm"
 release = version = re.search(r'^__version__ = "(.+)"', (ROOT / "syncnorm/__init__.py").read_text(), re.MULTILINE)[1]
 
 extensions = ["docstrings", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "figures", "plots", "records"]
+exclude_patterns = ["_build", "compatibility-table.md", "figures", "plots", "records"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 

@@ -26,10 +26,10 @@ TIERS = {  # the files of each tier, without test_
     "ranks": "communicators mismatch mpi_backend shared_memory testing torch_distributed",
     "launchers": """
         agreement bench_comm bench_figure bench_kernels bench_layer bench_memory bench_report bench_train bootstrap
-        checkpoints cli contrast datasets demo desync docs elastic examples forks gpu_run help install mpich readme
+        checkpoints cli contrast datasets demo desync docs elastic examples forks gpu_run help mpich readme
         rejoin rendezvous shared_memory_faults store timed_communicator transformer unfinished_collectives
     """,
-    "system": "faults launch slurm virtual_cluster",  # root and networks
+    "system": "faults install launch slurm virtual_cluster",  # root, networks, compilers
     "gpu": "gpu_kernels gpu_numerics gpu_ranks gpu_training triton_code triton_kernels",  # see docs/gpu.md
 }
 
@@ -133,6 +133,8 @@ def pytest_report_header():
 
 def tier(item):
     """Return the tier that a test belongs to."""
+    if item.path.parent.name == "ecosystem":
+        return "ecosystem"
     name = item.path.stem.removeprefix("test_")
     tiers = [tier for tier, files in TIERS.items() if name in files.split()]
     if len(tiers) != 1:

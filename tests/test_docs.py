@@ -14,7 +14,9 @@ import syncnorm
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+TABLE = DOCS / "compatibility-table.md"  # which compatibility.md includes
+PAGES = sorted(set(DOCS.glob("*.md")) - {TABLE})
+PROGRAMS = [page for page in PAGES if page.stem != "frameworks"]  # which tests/ecosystem runs
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LAUNCHER = re.compile(r"# (torchrun|mpirun) .*?-n\S* (\d) ")  # the first line of a block for several ranks
 SAID = re.compile(r"rank (\d) of \d: (.+?)(?=rank \d of|\n)")  # torchrun's ranks write a line and its end separately
@@ -74,7 +76,7 @@ def test_every_page_is_reached_from_the_index():
     assert sorted(listed) == [page.stem for page in PAGES if page.stem != "index"]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PROGRAMS if blocks(page)], ids=lambda page: page.stem)
 def test_code_of_one_process_runs(page, tmp_path):
     """All blocks of a page are one program, without those of several ranks and those of other packages."""
     code = [block for block in blocks(page) if not LAUNCHER.match(block) and not block.startswith(BEFORE)]
@@ -83,7 +85,7 @@ def test_code_of_one_process_runs(page, tmp_path):
     python("-W", "error", script)
 
 
-LAUNCHED = [(page, block) for page in PAGES for block in blocks(page) if LAUNCHER.match(block)]
+LAUNCHED = [(page, block) for page in PROGRAMS for block in blocks(page) if LAUNCHER.match(block)]
 
 
 @pytest.mark.parametrize(("page", "block"), LAUNCHED, ids=[f"{page.stem}-{i}" for i, (page, _) in enumerate(LAUNCHED)])

@@ -25,6 +25,8 @@ from programs import FAIL, JOIN, STAY_AWAY
 
 LIBRARIES = os.environ.get("SYNCNORM_TEST_MPI", "mpich").split(",")  # the names of their packages
 CNN = ROOT / "examples" / "cnn.py"
+# What calls MPI, not what is computed with the sums
+CALLS_MPI = [f"tests/test_{name}.py" for name in ("communicators", "exchange", "functional", "join", "mpi_backend")]
 
 
 @pytest.fixture(scope="module", params=LIBRARIES)
@@ -108,7 +110,7 @@ def test_cnn_losses_are_those_of_one_process(run, tmp_path):
 
 
 @pytest.mark.timeout(420)
-@pytest.mark.parametrize(("ranks", "paths"), [(2, []), (4, ["tests/test_mpi_backend.py"])])
+@pytest.mark.parametrize(("ranks", "paths"), [(2, CALLS_MPI), (4, ["tests/test_mpi_backend.py"])], ids=[2, 4])
 def test_what_runs_under_open_mpi(run, ranks, paths):
     options = ["--with-mpi", "-m", "mpi", "--color=no", "-p", "no:cacheprovider", "--timeout-method=thread"]
     output = succeeded(run(ranks, "-m", "pytest", *options, *paths, timeout=400))

@@ -1,0 +1,20 @@
+# Sourced by launch/test --ecosystem after setup.sh: the virtual environment .venv-ecosystem, which has the packages of the
+# extra test-ecosystem, installed if it is not yet, and their tests.
+
+install_ecosystem() {
+    local wanted python=.venv-ecosystem/bin/python
+    wanted=$(cksum pyproject.toml launch/ecosystem.sh)
+    [ "$(cat .venv-ecosystem/installed 2>/dev/null)" = "$wanted" ] && return
+    echo "installing into .venv-ecosystem (two gigabytes)"
+    [ -x "$python" ] || .venv/bin/python -m venv .venv-ecosystem
+    "$python" -m pip install --quiet torch==2.13.0 # the tested version
+    "$python" -m pip install --quiet --editable '.[mpi,test-ecosystem]'
+    echo "$wanted" >.venv-ecosystem/installed
+}
+
+# test_ecosystem ARGUMENT...: run the tests of the other packages. Arguments go to pytest
+test_ecosystem() {
+    install_ecosystem
+    export PATH="$PWD/.venv-ecosystem/bin:$PATH" PYTHONPATH="$PWD/tests/ecosystem/startup"
+    python -m pytest tests/ecosystem "$@"
+}

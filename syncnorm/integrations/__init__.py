@@ -1,0 +1,1 @@
+"""Plugins of other packages. Each module imports the package that it is for, and nothing else imports it."""
