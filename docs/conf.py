@@ -20,6 +20,7 @@ html_theme = "furo"
 html_title = f"syncnorm {version}"
 
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["lightning"]
 autodoc_inherit_docstrings = False
 autodoc_typehints = "signature"
 autodoc_type_aliases = {"ProcessGroupLike": "ProcessGroupLike"}

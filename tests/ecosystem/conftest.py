@@ -52,12 +52,15 @@ class Table:
                 if report.passed:
                     row.passed += 1
                 else:
-                    row.failed.append(report.nodeid.split("::")[-1])
+                    row.failed.append(report.nodeid.split("::")[-1].partition("[")[-1].rstrip("]"))
 
     def pytest_sessionfinish(self):
         """Write the table."""
         order = sorted(self.rows, key=lambda key: (key[0].lower(), key[1]))
-        lines = [f"| {package} | {version(package)} | {what} | {self.rows[package, what]} |" for package, what in order]
+        lines = [
+            f"| {package.replace('_', '-')} | {version(package)} | {what} | {self.rows[package, what]} |"
+            for package, what in order
+        ]
         self.path.write_text(HEAD + "\n".join(lines) + "\n")
 
 

@@ -7,10 +7,10 @@ PATCH = (1, 32, 32)
 
 MODELS = {
     "DexiNed": (lambda: DexiNed(pretrained=False), (3, 64, 64)),
-    "HardNet": (lambda: feature.HardNet(), PATCH),
-    "HardNet8": (lambda: feature.HardNet8(), PATCH),
-    "HyNet": (lambda: feature.HyNet(), PATCH),
-    "KeyNet": (lambda: feature.KeyNet(), PATCH),
-    "OriNet": (lambda: feature.OriNet(), PATCH),
-    "SOSNet": (lambda: feature.SOSNet(), PATCH),
+    "HardNet": (lambda: feature.HardNet(pretrained=False), PATCH),
+    "HardNet8": (lambda: feature.HardNet8(pretrained=False), PATCH),
+    "HyNet": (lambda: feature.HyNet(pretrained=False), PATCH),
+    "KeyNet": (lambda: feature.KeyNet(pretrained=False), PATCH),
+    "OriNet": (lambda: feature.OriNet(pretrained=False), PATCH),
+    "SOSNet": (lambda: feature.SOSNet(pretrained=False), PATCH),
 }

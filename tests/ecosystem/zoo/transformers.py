@@ -42,7 +42,7 @@ MODELS = {
     "MobileViTV2": (of(hf.MobileViTV2Config(width_multiplier=0.5)), IMAGE),
     "EfficientNet": (of(hf.EfficientNetConfig(width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320)), IMAGE),
     "Levit": (of(hf.LevitConfig(image_size=64)), IMAGE),
-    "Cvt": (of(hf.CvtConfig(embed_dim=[12, 24, 48], depth=[1, 1, 1])), IMAGE),
+    "Cvt": (of(hf.CvtConfig(embed_dim=[12, 24, 48], depth=[1, 2, 3])), IMAGE),
     "SwiftFormer": (
         of(hf.SwiftFormerConfig(depths=[1, 1, 1, 1], embed_dims=[16, 16, 32, 32])),
         {"pixel_values": (3, 224, 224)},
