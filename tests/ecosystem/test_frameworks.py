@@ -52,7 +52,9 @@ def execute(launcher, code, folder):
     torchrun = [bin / "torchrun", "--standalone", "--nproc-per-node", 2]
     command = torchrun if launcher == "torchrun" else [sys.executable]
     path = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(PAGE.parents[1])])
-    job = run(*command, "train.py", timeout=240, cwd=folder, env=os.environ | {"PYTHONPATH": path})
+    environment = os.environ | {"PYTHONPATH": path, "YOLO_CONFIG_DIR": str(folder)}
+    del environment["PYTEST_CURRENT_TEST"]  # with which ultralytics writes elsewhere
+    job = run(*command, "train.py", timeout=240, cwd=folder, env=environment)
     return job.returncode, job.stdout
 
 
@@ -92,8 +94,8 @@ def test_ultralytics(ran, tmp_path):
     ((_, launcher, code),) = [program for program in PROGRAMS if program[0] == ULTRALYTICS]
     status, output = execute(launcher, code, tmp_path)
     assert status == 0, output
-    (file,) = tmp_path.rglob("last.pt")
-    checkpoint = torch.load(file, weights_only=False)
-    norms = [layer for layer in checkpoint["ema"].modules() if isinstance(layer, syncnorm.SyncBatchNorm)]
+    (file,) = re.findall("^checkpoint: (.*)$", output, re.MULTILINE)
+    checkpoint = torch.load(tmp_path / file, weights_only=False)
+    norms = [layer for layer in checkpoint["model"].modules() if isinstance(layer, syncnorm.SyncBatchNorm)]
     assert norms
     assert all(layer.num_batches_tracked > 0 for layer in norms)
