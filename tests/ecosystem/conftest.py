@@ -65,6 +65,7 @@ class Table:
 
 
 def pytest_configure(config):
-    """Keep the rows where the table is asked for."""
+    """Keep the rows where the table is asked for, and leave it to other packages what they warn of."""
+    config.addinivalue_line("filterwarnings", "ignore")
     if config.getoption("--table"):
         config.pluginmanager.register(Table(config.getoption("--table")))
