@@ -20,7 +20,7 @@ from .all_reduce import recording_error
 from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator, compiled
 from .exchange import NO_EXCHANGE, Exchange, note_compilation
 
-__all__ = ["ALONE", "RecordedExchange", "handle_of", "in_graph"]
+__all__ = ["ALONE", "RecordedExchange", "alone", "handle_of", "in_graph"]
 
 ALONE = 0  # the handle of no group
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not in PyTorch 2.6
@@ -86,12 +86,20 @@ def _prepare() -> int | None:
     return _handle(communicator())
 
 
+def alone() -> int:
+    """Return ALONE, for what communicates with nobody. torch.compile calls this, and does not trace it."""
+    _allow()
+    return ALONE
+
+
 @functools.cache
 def _allow() -> None:
+    """Keep the compiler from looking into the calls. This comes before each of them."""
     compiled.keep_order()
     for call in _calls:
         torch.compiler.allow_in_graph(call)  # type: ignore[no-untyped-call]
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler.
-_prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _function in (_prepare, alone):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import syncnorm
 from syncnorm import SyncBatchNorm
-from syncnorm.testing import CountingCommunicator
+from syncnorm.testing import CountingCommunicator, run_ranks
 
 pytestmark = [  # by torch.compile itself
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -416,3 +416,21 @@ def test_one_value_in_the_whole_batch(run):
         for (error, in_eager), buffers in found:
             assert error == in_eager
             assert buffers == [[0.0] * 3, [1.0] * 3, 0]
+
+
+def outputs_in_eval():
+    """Compile and export a model that no training has compiled before, and return its outputs by way."""
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), SyncBatchNorm(4, activation="relu")).eval()
+    x = torch.randn(2, 3, 5)
+    return {
+        "eager": model(x),
+        "compiled": torch.compile(model, backend="eager", fullgraph=True)(x),
+        "exported": torch.export.export(model, (x,), strict=True).module()(x),
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_first_model_is_in_eval(world_size):
+    for outputs in run_ranks(outputs_in_eval, world_size):
+        for output in outputs.values():
+            torch.testing.assert_close(output, outputs["eager"])
