@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_dynamo_compiling
 
-from . import arguments, checkpointing, finite, one_value, recorded, running, transforms
+from . import arguments, checkpointing, exported, finite, one_value, recorded, running, transforms
 from .all_reduce import sum_over_ranks
 from .autograd import normalize
 from .communicators import LocalCommunicator, ProcessGroupLike, communicator
@@ -98,6 +98,8 @@ def sync_batch_norm(
     if not training:
         assert running_mean is not None  # checked above
         assert running_var is not None
+        if transforms.exporting() and exported.can_export(input, running_mean, running_var, weight, bias):
+            return exported.batch_norm(input, running_mean, running_var, weight, bias, eps, residual, epilogue)
         moments = Moments.given(running_mean, running_var, input, weight, bias, residual)
         return normalize(input, moments, weight, bias, eps, NO_EXCHANGE, residual=residual, epilogue=epilogue)
     segments = checkpointing.enclosing()

@@ -23,7 +23,6 @@ from .exchange import NO_EXCHANGE, Exchange, note_compilation
 __all__ = ["ALONE", "RecordedExchange", "alone", "handle_of", "in_graph"]
 
 ALONE = 0  # the handle of no group
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not in PyTorch 2.6
 _calls: list[Callable[..., Tensor]] = []
 
 
@@ -41,7 +40,7 @@ class RecordedExchange(Exchange):
         group = compiled.of_handle(handle)
         if (reason := getattr(group, "not_in_graph", None)) is not None:
             raise RuntimeError(reason)
-        if _is_exporting():
+        if transforms.is_exporting():
             raise recording_error(group.size)
         note_compilation()
         super().__init__(weakref.proxy(group))  # the graph does not keep the group alive

@@ -15,13 +15,13 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from torch import _C, Tensor
+from torch import _C, Tensor, compiler
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
-__all__ = ["active", "batched", "compiling", "of_compiler", "recording", "unwrapped"]
+__all__ = ["active", "batched", "compiling", "exporting", "is_exporting", "of_compiler", "recording", "unwrapped"]
 
 # torch.jit.trace warns of comparisons of shapes, which it does not record. torch ignores the warning in its own code.
 warnings.filterwarnings("ignore", category=TracerWarning, module=__package__)
@@ -30,7 +30,7 @@ _torch_func = _C._are_functorch_transforms_active
 _jit_trace = _C._is_tracing
 _modes, _mode, _PROXY = _C._len_torch_dispatch_stack, _C._get_dispatch_mode, _C._TorchDispatchModeKey.PROXY
 _is_batch = _C._functorch.is_legacy_batchedtensor
-
+is_exporting = getattr(compiler, "is_exporting", lambda: False)  # not in PyTorch 2.6
 
 _compiling = False
 
@@ -71,6 +71,11 @@ def recording() -> bool:
     if _compiling or is_dynamo_compiling():
         return False
     return _jit_trace() or (_modes() > 0 and (_mode(_PROXY) is not None or is_compiling()))
+
+
+def exporting() -> bool:
+    """Return whether what is recorded leaves this process: as `recording`, and in torch.export(strict=True)."""
+    return recording() or is_exporting()
 
 
 def unwrapped(*tensors: Tensor | None) -> tuple[Any, ...]:

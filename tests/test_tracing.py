@@ -4,6 +4,7 @@ The oracle is the model itself, on data that the tracer has not seen.
 """
 
 import copy
+import functools
 import io
 
 import pytest
@@ -80,6 +81,34 @@ def test_a_traced_model_does_what_the_model_does(tracer, kind, training):
 def test_an_export_by_the_compiler_does_too(training):
     model = model_with(LAYERS["batch"](), training)
     assert_same(exported_strictly(copy.deepcopy(model)), model)
+
+
+def operators_of_jit(model, x):
+    return {node.kind() for node in torch.jit.trace(model, x).inlined_graph.nodes()}
+
+
+def operators_of_export(model, x, strict):
+    graph = torch.export.export(model, (x,), strict=strict).graph
+    return {str(node.target).removesuffix(".default").replace(".", "::") for node in graph.nodes}
+
+
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "operators",
+    [
+        operators_of_jit,
+        functools.partial(operators_of_export, strict=False),
+        functools.partial(operators_of_export, strict=True),
+    ],
+    ids=["jit", "export", "strict export"],
+)
+def test_in_eval_it_is_torchs_batch_norm(operators, param_dtype):
+    """Where torch's takes the dtypes."""
+    model = syncnorm.SyncBatchNorm(3, activation="relu", dtype=param_dtype).eval()
+    found = operators(model, torch.randn(6, 3, 4))
+    assert ("aten::batch_norm" in found) == (param_dtype == torch.float32)
+    assert "aten::relu" in found
+    assert ("aten::rsqrt" in found) != ("aten::batch_norm" in found)
 
 
 @pytest.mark.parametrize("training", [True, False])

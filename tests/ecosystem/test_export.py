@@ -124,15 +124,24 @@ def quantized(model, qat):
     return move_exported_model_to_eval(convert_pt2e(prepared))
 
 
-@pytest.mark.parametrize("qat", [False, True], ids=["after training", "aware training"])
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_quantization_is_that_of_the_plain_model(activation, qat, ran):
-    """Bit by bit, since both graphs are the same: convolution and norm are folded."""
-    ran("torchao", f"models quantized {'with' if qat else 'without'} training, in eval")
+def test_quantization_after_training_is_that_of_the_plain_model(activation, ran):
+    """Bit by bit, since both graphs are the same."""
+    ran("torchao", "models quantized after training, in eval")
     torch.manual_seed(1)
     original = plain(activation)
-    model = syncnorm.convert_sync_batchnorm(copy.deepcopy(original))
-    x = data()
-    expected, actual = quantized(original, qat)(x), quantized(model, qat)(x)
+    model, x = syncnorm.convert_sync_batchnorm(copy.deepcopy(original)), data()
+    expected, actual = quantized(copy.deepcopy(original), qat=False)(x), quantized(model, qat=False)(x)
     assert torch.equal(actual, expected)
     assert not torch.equal(expected, original(x))  # it is quantized
+
+
+def test_quantization_aware_training_takes_a_reverted_model(ran):
+    """Torchao's quantizers look for the exact class. They leave the output of a converted layer as it is."""
+    ran("torchao", "models prepared for quantization-aware training, reverted")
+    torch.manual_seed(1)
+    original, x = plain("relu"), data()
+    model = syncnorm.convert_sync_batchnorm(copy.deepcopy(original))
+    expected = quantized(copy.deepcopy(original), qat=True)(x)
+    assert not torch.equal(quantized(copy.deepcopy(model), qat=True)(x), expected)
+    assert torch.equal(quantized(syncnorm.revert_sync_batchnorm(model), qat=True)(x), expected)
