@@ -20,7 +20,7 @@ TIERS = {  # the files of each tier, without test_
         architecture arguments autograd bench_baselines bench_cases bench_copy_baseline bench_graph bench_job
         bench_targets bench_timing checkpointing compile convert convert_classes convert_known convert_refused
         default_device exchange finite folding functional fused fusion fuzz join kernels launcher launches
-        many_forwards masks modules moments package patch pickles population running sharded_norms state
+        many_forwards masks modules moments package patch pickles population running sharded_norms sharding state
         statistics subgroups tensor_parallel tracing transforms without_values
     """,
     "ranks": "communicators mismatch mpi_backend shared_memory testing torch_distributed",
