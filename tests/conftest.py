@@ -26,10 +26,10 @@ TIERS = {  # the files of each tier, without test_
     "ranks": "communicators mismatch mpi_backend shared_memory testing torch_distributed",
     "launchers": """
         agreement bench_comm bench_figure bench_kernels bench_layer bench_memory bench_report bench_train bootstrap
-        checkpoints cli contrast datasets demo desync docs elastic examples forks gpu_run help mpich readme
+        checkpoints cli contrast datasets demo desync docs elastic examples forks gpu_run help install mpich readme
         rejoin rendezvous shared_memory_faults store timed_communicator transformer unfinished_collectives
     """,
-    "system": "faults install launch slurm virtual_cluster",  # root, networks, compilers
+    "system": "faults launch slurm virtual_cluster",  # root and networks
     "gpu": "gpu_kernels gpu_numerics gpu_ranks gpu_training triton_code triton_kernels",  # see docs/gpu.md
 }
 

@@ -15,7 +15,7 @@ from virtual_cluster import cluster, namespaces, need_namespaces, processes_in
 
 FAULTY = Path(__file__).parent / "helpers" / "faulty_cnn.py"
 CNN = Path(__file__).parent.parent / "examples" / "cnn.py"
-TIMEOUT = 6  # seconds that a rank waits for another
+TIMEOUT = 10  # seconds that a rank waits for another, also when a busy machine starts them one after the other
 LOST = "PRTE has lost communication with a remote daemon"  # after which Open MPI 5.0's mpirun returns 0
 LIMIT = 60  # for a job, starting and the slowest torchrun included
 
