@@ -7,7 +7,7 @@ install_ecosystem() {
     [ "$(cat .venv-ecosystem/installed 2>/dev/null)" = "$wanted" ] && return
     echo "installing into .venv-ecosystem (two gigabytes)"
     [ -x "$python" ] || .venv/bin/python -m venv .venv-ecosystem
-    "$python" -m pip install --quiet torch==2.13.0 # the tested version
+    "$python" -m pip install --quiet torch==2.13.0 torchvision==0.28.0 # the tested version, and the one that fits it
     "$python" -m pip install --quiet --editable '.[mpi,test-ecosystem]'
     echo "$wanted" >.venv-ecosystem/installed
 }

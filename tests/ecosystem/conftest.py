@@ -30,10 +30,10 @@ class Row:
         self.passed, self.failed, self.norms, self.fused = 0, [], 0, 0
 
     def __str__(self):
-        number = self.passed + len(self.failed)
-        verdict = f"failed: {', '.join(self.failed)}" if self.failed else "passed"
-        verdict = f"{self.passed} of {number} {verdict}" if number > 1 else verdict
-        return f"{verdict}; {self.fused:,} of {self.norms:,} norms fused" if self.norms else verdict
+        words = [f"{self.passed} of {self.passed + len(self.failed)} passed"]
+        words += [f"failed: {', '.join(self.failed)}"] if self.failed else []
+        words += [f"{self.fused:,} of {self.norms:,} norms fused"] if self.norms else []
+        return "; ".join(words)
 
 
 class Table:

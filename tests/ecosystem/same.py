@@ -100,7 +100,7 @@ def assert_same(actual, expected, what):
     assert len(actual) == len(expected), f"{what}: {len(actual)} tensors instead of {len(expected)}"
     largest = max((x.abs().max().item() for x in expected if x.numel()), default=0.0)
     for x, y in zip(actual, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9 * largest, equal_nan=True, msg=lambda m: f"{what}: {m}")
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9 * largest, msg=lambda m: f"{what}: {m}")
 
 
 def assert_same_step(actual, expected, what):
