@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
+from typing import Literal
 
 from . import Communicator, ProcessGroupLike, communicator
 
 __all__ = ["new_subgroups"]
 
 
-def new_subgroups(by: str | int, group: ProcessGroupLike = None) -> Communicator:
+def new_subgroups(by: Literal["node"] | int, group: ProcessGroupLike = None) -> Communicator:
     """Divide a group of ranks and return this rank's part, for statistics shared within a node or a block.
 
     Args:

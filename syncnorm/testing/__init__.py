@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ __all__ = [
     "run_ranks",
 ]
 
+Result = TypeVar("Result")
+
 GRACE = 20.0  # seconds after the timeout before a rank that has not ended is killed
 PRELOADED = [  # imported once for all ranks: syncnorm and torch, what every optimizer imports late, the test runner
     worker.__name__,
@@ -42,8 +44,8 @@ class RankError(RuntimeError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", timeout: float = 60
-) -> list[Any]:
+    fn: Callable[..., Result], world_size: int, *args: Any, backend: str = "gloo", timeout: float = 60
+) -> list[Result]:
     """Call `fn(*args)` on `world_size` new processes that form a group, and return their results by rank.
 
     In each process `syncnorm.communicator()` returns the group. With "gloo" and "nccl" it is torch.distributed's
