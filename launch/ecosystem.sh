@@ -5,8 +5,8 @@ install_ecosystem() {
     local wanted python=.venv-ecosystem/bin/python
     wanted=$(cksum pyproject.toml launch/ecosystem.sh)
     [ "$(cat .venv-ecosystem/installed 2>/dev/null)" = "$wanted" ] && return
-    echo "installing into .venv-ecosystem (two gigabytes)"
-    [ -x "$python" ] || .venv/bin/python -m venv .venv-ecosystem
+    echo "installing into .venv-ecosystem (2 GB, and more with a torch for CUDA)"
+    "$python" -m pip --version >/dev/null 2>&1 || .venv/bin/python -m venv --clear .venv-ecosystem
     "$python" -m pip install --quiet torch==2.13.0 torchvision==0.28.0 # the tested version, and the one that fits it
     "$python" -m pip install --quiet --editable '.[mpi,test-ecosystem]'
     echo "$wanted" >.venv-ecosystem/installed

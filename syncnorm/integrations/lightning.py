@@ -20,8 +20,8 @@ class SyncNormLayerSync(LayerSync):  # type: ignore[misc]
 
         Trainer(plugins=[SyncNormLayerSync()], strategy="ddp", devices=2)
 
-    Lightning calls `apply` before it wraps the module in DistributedDataParallel, and `revert` when it has finished.
-    A strategy for a single device does not call them.
+    Lightning calls `apply` before it wraps the module, and `revert` when it has finished. Only its strategies for
+    DistributedDataParallel and FSDP do. With others, such as DeepSpeed, convert the layers in the module's `__init__`.
 
     Args:
         process_group: as in `syncnorm.convert_sync_batchnorm`.
