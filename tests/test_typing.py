@@ -1,10 +1,14 @@
 """The package's types in the eyes of a user's type checker: a script that is right passes, one that is not does not."""
 
+import os
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from processes import run
+
+ROOT = Path(__file__).parent.parent
 
 SCRIPT = """
     import torch
@@ -59,7 +63,8 @@ def check(tmp_path):
     def check(code):
         (tmp_path / "train.py").write_text(textwrap.dedent(code))
         options = ["--strict", "--cache-dir", tmp_path / "cache", "train.py"]
-        job = run(sys.executable, "-m", "mypy", *options, cwd=tmp_path, timeout=110)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}  # mypy does not see editable installations
+        job = run(sys.executable, "-m", "mypy", *options, cwd=tmp_path, env=environment, timeout=110)
         return job.returncode, job.stdout
 
     return check
