@@ -74,7 +74,7 @@ def sync_batch_norm(
         return _batch_norm_in_graph(
             *(input, running_mean, running_var, weight, bias, training, momentum, eps),
             num_batches_tracked=num_batches_tracked,
-            handle=recorded.handle_of(process_group) if training else recorded.alone(),
+            handle=recorded.handle_of(process_group if training else NO_EXCHANGE),  # type: ignore[arg-type]
             mask=mask,
             residual=residual,
             activation=activation,

@@ -20,7 +20,7 @@ from .all_reduce import recording_error
 from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator, compiled
 from .exchange import NO_EXCHANGE, Exchange, note_compilation
 
-__all__ = ["ALONE", "RecordedExchange", "alone", "handle_of", "in_graph"]
+__all__ = ["ALONE", "RecordedExchange", "handle_of", "in_graph"]
 
 ALONE = 0  # the handle of no group
 _calls: list[Callable[..., Tensor]] = []
@@ -69,9 +69,9 @@ def in_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def handle_of(process_group: ProcessGroupLike) -> int | None:
     """Return the handle of a group, or ALONE, while torch.compile traces. None: it has none, which the call refuses."""
-    handle = _prepare()
     if process_group is NO_EXCHANGE:  # type: ignore[comparison-overlap]  # as a module passes it
-        return ALONE
+        return _alone()
+    handle = _prepare()
     return handle if process_group is None else _handle(communicator(process_group))
 
 
@@ -85,8 +85,8 @@ def _prepare() -> int | None:
     return _handle(communicator())
 
 
-def alone() -> int:
-    """Return ALONE, for what communicates with nobody. torch.compile calls this, and does not trace it."""
+def _alone() -> int:
+    """Return ALONE. torch.compile calls this, and does not trace it."""
     _allow()
     return ALONE
 
@@ -100,5 +100,5 @@ def _allow() -> None:
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler.
-for _function in (_prepare, alone):
+for _function in (_prepare, _alone):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -31,6 +31,7 @@ TIERS = {  # the files of each tier, without test_
     """,
     "system": "faults launch slurm virtual_cluster",  # root and networks
     "gpu": "gpu_kernels gpu_numerics gpu_ranks gpu_training triton_code triton_kernels",  # see docs/gpu.md
+    "ecosystem": "export frameworks model_zoos",  # in its folder
 }
 
 
@@ -133,8 +134,6 @@ def pytest_report_header():
 
 def tier(item):
     """Return the tier that a test belongs to."""
-    if item.path.parent.name == "ecosystem":
-        return "ecosystem"
     name = item.path.stem.removeprefix("test_")
     tiers = [tier for tier, files in TIERS.items() if name in files.split()]
     if len(tiers) != 1:

@@ -18,9 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 import syncnorm
 from syncnorm.testing import run_ranks
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:FSDP will not all-gather.*:UserWarning"),
-]
 SAMPLES, STEPS = 4, 3  # of each rank
 CPU = torch.device("cpu")
 SHAPES = [(2, channels, 5) for channels in (2, 4, 2)]  # of a micro-batch before and after each stage
@@ -48,6 +45,12 @@ def batches(world_size, dtype=torch.float64):
     return [((x + shift).to(dtype), target.to(dtype)) for x, target in draws]
 
 
+def shards(rank, world_size, dtype=torch.float64):
+    """Return what a rank has of the batches."""
+    part = slice(rank * SAMPLES, (rank + 1) * SAMPLES)
+    return [(x[part], target[part]) for x, target in batches(world_size, dtype)]
+
+
 def train(model, data):
     """Train with the mean of the squared errors. Return the model."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -65,8 +68,7 @@ def whole_state(model):
             state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     else:
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-        state = {name: tensor.clone() for name, tensor in state.items()} if state else {}
-        dist.barrier()
+        state = {name: tensor.clone() for name, tensor in state.items()}
     return {name.replace("_fsdp_wrapped_module.", "").replace("module.", ""): t for name, t in state.items()}
 
 
@@ -108,11 +110,9 @@ def states(ways, convert):
 
 
 def wrapped(wrap, convert):
-    rank, size = dist.get_rank(), dist.get_world_size()
     model = network()
     model = wrap(syncnorm.convert_sync_batchnorm(model) if convert else model)
-    part = slice(rank * SAMPLES, (rank + 1) * SAMPLES)
-    return whole_state(train(model, [(x[part], target[part]) for x, target in batches(size)]))
+    return whole_state(train(model, shards(dist.get_rank(), dist.get_world_size())))
 
 
 @functools.cache
@@ -152,11 +152,9 @@ def test_with_plain_batch_norm_it_does_not(way):
 
 def half_precision():
     """Train a model whose layers compute in bfloat16, and return what the norms have."""
-    rank = dist.get_rank()
     model = syncnorm.convert_sync_batchnorm(network(torch.float32))
     fully_shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=True))
-    part = slice(rank * SAMPLES, (rank + 1) * SAMPLES)
-    train(model, [(x[part], target[part]) for x, target in batches(2, torch.float32)])
+    train(model, shards(dist.get_rank(), 2, torch.float32))
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
@@ -174,9 +172,7 @@ def one_axis_of_two():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
     model = syncnorm.convert_sync_batchnorm(network(), mesh["data"])
     model = DistributedDataParallel(model, process_group=mesh["data"].get_group())
-    rank = mesh["data"].get_local_rank()
-    part = slice(rank * SAMPLES, (rank + 1) * SAMPLES)
-    train(model, [(x[part], target[part]) for x, target in batches(2)])
+    train(model, shards(mesh["data"].get_local_rank(), 2))
     return {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
 
 
@@ -197,13 +193,12 @@ def pipeline():
     stage = PipelineStage(own, index, 2, CPU, **examples, group=mesh["stage"].get_group())
     schedule = ScheduleGPipe(stage, 2, loss_fn=lambda output, target: (output - target).square().mean())
     optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
-    part = slice(rank * SAMPLES, (rank + 1) * SAMPLES)
-    for x, target in batches(2):
+    for x, target in shards(rank, 2):
         optimizer.zero_grad()
         if index == 0:
-            schedule.step(x[part])
+            schedule.step(x)
         else:
-            schedule.step(target=target[part])
+            schedule.step(target=target)
         for parameter in own.parameters():
             dist.all_reduce(parameter.grad, group=mesh["data"].get_group())
             parameter.grad /= 2

@@ -43,10 +43,9 @@ def plain(activation):
     return model.eval()
 
 
-def converted(activation, fuse=True):
-    model = syncnorm.convert_sync_batchnorm(plain(activation), fuse=fuse)
-    if fuse:
-        assert model[1].activation == activation
+def converted(activation):
+    model = syncnorm.convert_sync_batchnorm(plain(activation), fuse=True)
+    assert model[1].activation == activation
     return model
 
 

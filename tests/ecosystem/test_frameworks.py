@@ -2,12 +2,12 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launchers import COMMANDS
 from PIL import Image
 from processes import run
 
@@ -48,9 +48,7 @@ ON_RANKS = [program for program in PROGRAMS if program[0] != ULTRALYTICS]
 def execute(launcher, code, folder):
     """Run a program in a folder, and return its exit status and what it printed."""
     (folder / "train.py").write_text(code)
-    bin = Path(sys.executable).parent
-    torchrun = [bin / "torchrun", "--standalone", "--nproc-per-node", 2]
-    command = torchrun if launcher == "torchrun" else [sys.executable]
+    command = COMMANDS["torchrun" if launcher == "torchrun" else "alone"](2)
     path = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(PAGE.parents[1])])
     environment = os.environ | {"PYTHONPATH": path, "YOLO_CONFIG_DIR": str(folder)}
     del environment["PYTEST_CURRENT_TEST"]  # with which ultralytics writes elsewhere
