@@ -4,6 +4,7 @@ A file belongs to the tier that `TIERS` names. Tests of a unit file that start r
 """
 
 import os
+import tempfile
 import traceback
 from unittest import mock
 
@@ -48,11 +49,20 @@ def pytest_addoption(parser, pluginmanager):
         parser.addini("timeout", "seconds for a test: has no effect without pytest-timeout")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    """Register the markers of plugins that are not there, which --strict-markers refuses without them."""
+    """Register the markers of plugins that are not there, and give this run a folder of its own for temporary files.
+
+    --strict-markers refuses markers that nobody has registered. Runs that end at the same time, such as the ranks of
+    mpirun, would remove each other's folders from the one that pytest keeps for all, and fail.
+    """
     for plugin, marker in MARKERS.items():
         if not config.pluginmanager.has_plugin(plugin):
             config.addinivalue_line("markers", marker)
+    if config.option.basetemp is None:  # else the user's, or that of pytest-xdist
+        folder = tempfile.TemporaryDirectory(prefix="syncnorm-tests-", ignore_cleanup_errors=True)
+        config.option.basetemp = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def run_under_mpirun(fn, world_size, *args):
