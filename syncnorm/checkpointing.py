@@ -36,7 +36,7 @@ ATTRIBUTE = "_syncnorm_calls"
 _FORWARD, _BACKWARD = CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__
 _push, _pop = _C._autograd._push_saved_tensors_default_hooks, _C._autograd._pop_saved_tensors_default_hooks
 _grad_is_enabled, _graph_task = torch.is_grad_enabled, _C._current_graph_task_id
-_top = getattr(_C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)  # not in PyTorch 2.6
+_top = _C._autograd._top_saved_tensors_default_hooks
 
 
 class Call(NamedTuple):

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import transforms
 from .all_reduce import recording_error
 from .communicators import Communicator, LocalCommunicator, ProcessGroupLike, communicator, compiled
+from .communicators.order import keep_order
 from .exchange import NO_EXCHANGE, Exchange, note_compilation
 
 __all__ = ["ALONE", "RecordedExchange", "handle_of", "in_graph"]
@@ -94,7 +95,7 @@ def _alone() -> int:
 @functools.cache
 def _allow() -> None:
     """Keep the compiler from looking into the calls. This comes before each of them."""
-    compiled.keep_order()
+    keep_order()
     for call in _calls:
         torch.compiler.allow_in_graph(call)  # type: ignore[no-untyped-call]
 

@@ -15,10 +15,10 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from torch import _C, Tensor, compiler
+from torch import _C, Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
 __all__ = ["active", "batched", "compiling", "exporting", "is_exporting", "of_compiler", "recording", "unwrapped"]
@@ -30,7 +30,6 @@ _torch_func = _C._are_functorch_transforms_active
 _jit_trace = _C._is_tracing
 _modes, _mode, _PROXY = _C._len_torch_dispatch_stack, _C._get_dispatch_mode, _C._TorchDispatchModeKey.PROXY
 _is_batch = _C._functorch.is_legacy_batchedtensor
-is_exporting = getattr(compiler, "is_exporting", lambda: False)  # not in PyTorch 2.6
 
 _compiling = False
 

@@ -117,7 +117,6 @@ def test_each_parameter_has_the_digits_of_its_own_gradient(dtypes):
             torch.testing.assert_close(parameter.grad, grad.to(parameter.dtype))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile itself
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_compiled_training_step_is_one_graph(momentum):
     layers = [syncnorm.SyncBatchNorm(3, momentum=momentum, activation="relu") for _ in range(2)]

@@ -6,6 +6,7 @@ The oracle is one process with torch.nn's BatchNorm on the whole batch in float6
 import contextlib
 import copy
 import gc
+import itertools
 from unittest import mock
 
 import pytest
@@ -18,11 +19,6 @@ from torch.utils.checkpoint import checkpoint
 import syncnorm
 from syncnorm import SyncBatchNorm
 from syncnorm.testing import CountingCommunicator, run_ranks
-
-pytestmark = [  # by torch.compile itself
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]*` is deprecated:DeprecationWarning"),
-]
 
 SIZES = {  # of the shards of each rank, in each step. The first ones are no other size of the input: C = 4, 5 positions
     1: [(3, 4, 6)],
@@ -331,6 +327,23 @@ def test_inductor_keeps_the_order_of_parallel_branches(x):
         results.append((y, *torch.autograd.grad(y.sin().sum(), x)))
     torch.testing.assert_close(*results)
     assert groups[0].lengths == groups[1].lengths == [9, 7, 5, 4, 6, 8]
+
+
+@pytest.mark.timeout(300)
+def test_inductor_waits_with_each_all_reduce_for_the_one_before_it(x):
+    """It does so in any case if it happens to sort the operations in this order: here, by PyTorch 2.13."""
+    waits = []
+
+    def look(nodes):
+        reduces = [node for node in nodes if "syncnorm.all_reduce" in str(getattr(node.node, "op_overload", None))]
+        waits.append([before.get_name() in node.ancestors for before, node in itertools.pairwise(reduces)])
+        return nodes
+
+    settings = torch._inductor.config.patch(_pre_fusion_custom_pass=look, fx_graph_cache=False)
+    model = Branches(Twins())
+    with settings, torch._functorch.config.patch(enable_autograd_cache=False):  # which would keep graphs
+        compiled(model, "inductor")(x).sin().sum().backward()
+    assert waits == [[True, True], [True, True]]  # forward, backward
 
 
 def test_a_group_that_no_longer_exists(x):

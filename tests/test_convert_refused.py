@@ -186,7 +186,6 @@ HOW = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does
 @pytest.mark.parametrize("tie", HOW)
 def test_layers_that_were_tied_since_are_not_reverted(tie):
     model = convert_sync_batchnorm(network())
@@ -224,7 +223,6 @@ def test_the_compiled_layer_itself_is_refused_and_a_compiled_model_is_not():
     assert_refused(convert_sync_batchnorm, nn.Sequential(layer), "at '0._orig_mod'")
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does
 @pytest.mark.parametrize("by", ["torch.compile", "Module.compile"])
 def test_a_model_that_is_compiled_already_is_compiled_anew(by):
     model = nn.Sequential(nn.BatchNorm2d(2))

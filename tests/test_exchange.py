@@ -267,7 +267,6 @@ def calls_without_a_message(kind):
     return layer.num_batches_tracked.item()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]*` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # as the package does, but pytest undoes it
 def test_calls_that_send_nothing_are_not_counted(run):
     assert run(calls_without_a_message, 2, Unlabelled) == [4, 4]
@@ -420,7 +419,6 @@ def compiled():
     return grads, layer.state_dict()
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile itself
 def test_a_rank_may_stop_compiling_before_another():
     """A compiled call sends no stamp, and neither does any call after that."""
     expected, state = compiled()

@@ -200,7 +200,6 @@ def test_eps_can_be_set_and_counts():
         assert vars(copy.deepcopy(layer))["eps"] == vars(pickle.loads(pickle.dumps(layer)))["eps"] == 0.5
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does
 def test_a_fused_model_goes_on_as_before():
     """Hooks, activation checkpointing and torch.compile read no eps."""
     model = trained(nn.Sequential(Block(), Block(nn.ReLU))).train()

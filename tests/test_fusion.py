@@ -259,7 +259,6 @@ def test_a_function_after_a_fused_layer_computes_nothing():
     assert type(z + 1) is torch.Tensor
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile itself
 @pytest.mark.parametrize("function", [F.relu, F.silu])
 def test_compiled_and_traced_models_with_a_function(function):
     model = convert_sync_batchnorm(Called(function).double(), fuse=True)
@@ -269,9 +268,7 @@ def test_compiled_and_traced_models_with_a_function(function):
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
-        with pytest.warns(DeprecationWarning, match=r"torch\.jit\.trace"):
-            traced = torch.jit.trace(model, x)
-        torch.testing.assert_close(traced(x), model(x))
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
         torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
 
 

@@ -187,7 +187,7 @@ def test_launch_wheel_answers_help_without_installing(source):
 
 @needs_compiler
 def test_the_library_asks_for_no_more_than_torch_brings(compiled):
-    """Not even torch 2.6, whose OpenMP is of version 4.5: symbols of a later one are missing there."""
+    """Not even a torch whose OpenMP is of version 4.5: symbols of a later one are missing there."""
     library = compiled.site_packages / KERNELS / LIBRARY
     listing = run("readelf", "--dynamic", "--version-info", "--wide", library, cwd=compiled.directory)
     needed = set(re.findall(r"\(NEEDED\).*\[(?!ld-linux)(.*)\]", listing))

@@ -165,11 +165,11 @@ CHECKS = f"""
 """
 
 
-def test_a_torch_that_is_older_than_the_exchange_api():
+def test_a_torch_without_the_exchange_api():
     """Then the kernels ask Python for each property of a tensor, and `agree` cannot tell."""
     assert hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
-    older = "\n    import torch; del torch.Tensor.__dlpack_c_exchange_api__"
-    assert run_python(f"{older}\n{CHECKS}", SYNCNORM_ISA=cpu.ISA).split() == [cpu.ISA, "False"]
+    without = "\n    import torch; del torch.Tensor.__dlpack_c_exchange_api__"
+    assert run_python(f"{without}\n{CHECKS}", SYNCNORM_ISA=cpu.ISA).split() == [cpu.ISA, "False"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="NOT TESTED: memory is not poisoned where a CUDA device is")

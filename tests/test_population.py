@@ -106,7 +106,6 @@ def compiled(model):
     return torch.compile(model, backend="eager")
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]*` is deprecated:DeprecationWarning")  # torch.compile uses it
 @pytest.mark.parametrize("wrap", [lambda model: model, compiled], ids=["plain", "compiled"])
 def test_alone(wrap):
     model = net(syncnorm.SyncBatchNorm)

@@ -16,11 +16,7 @@ import syncnorm
 from syncnorm.functional import sync_batch_norm
 from syncnorm.testing import CountingCommunicator
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]*` is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # as the package does, but pytest undoes it
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # by torch.export itself
-]
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # as the package does, but pytest undoes it
 
 LAYERS = {
     "batch": lambda: syncnorm.SyncBatchNorm(3, activation="relu"),

@@ -15,7 +15,6 @@ from syncnorm.functional import group_norm, layer_norm, rms_norm, sync_batch_nor
 from syncnorm.testing import CountingCommunicator
 
 # Forward-mode AD loads its decompositions by torch.jit.script.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 
 def share(size):

@@ -8,18 +8,17 @@ ranks of a host share, MPI and wrapped communicators work in compiled code as th
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import checkpoint
 
 from .. import operators
+from .order import keep_order_in_inductor
 
-__all__ = ["all_reduce", "handle_of", "keep_order", "of_handle", "register"]
+__all__ = ["all_reduce", "handle_of", "of_handle", "register"]
 
 ISSUES_COLLECTIVES = True  # lets `syncnorm.job.desync` recognize these functions
 
@@ -57,36 +56,13 @@ def of_handle(handle: int) -> Any:
 
 def all_reduce(tensor: Tensor, handle: int) -> Tensor:
     """Return the sum of a tensor over the ranks of the communicator with this handle, as a new tensor."""
+    keep_order_in_inductor()
     return torch.ops.syncnorm.all_reduce.default(tensor, handle)  # type: ignore[no-any-return]
 
 
 def _all_reduce(tensor: Tensor, group: int) -> Tensor:
     summed: Tensor = of_handle(group).all_reduce(tensor.clone(memory_format=torch.contiguous_format))
     return summed
-
-
-@functools.cache
-def keep_order() -> None:
-    """Make torch.compile keep the order and the number of the all-reduces, which must be the same on all ranks.
-
-    The graphs of the ranks may differ, since they are compiled for inputs of other sizes, and independent operations
-    would be ordered as it suits each graph. Activation checkpointing would issue an all-reduce again in backward, and
-    torch cannot do that with an ordered operator.
-    """
-    from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
-
-    _register_effectful_op(torch.ops.syncnorm.all_reduce.default, _EffectType.ORDERED)
-    if (mode := getattr(checkpoint, "_CachingTorchDispatchMode", None)) is not None:
-        torch.library.register_torch_dispatch("syncnorm::all_reduce", mode, _save, lib=operators.LIBRARY)
-
-
-def _save(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """Let the mode by which torch.utils.checkpoint records what is computed again save the sum, whatever its policy."""
-    policy, mode.policy_fn = mode.policy_fn, lambda *_, **__: checkpoint.CheckpointPolicy.MUST_SAVE
-    try:
-        return type(mode).__torch_dispatch__(mode, operator, types, args, kwargs)
-    finally:
-        mode.policy_fn = policy
 
 
 operators.define("all_reduce(Tensor tensor, int group) -> Tensor", _all_reduce)

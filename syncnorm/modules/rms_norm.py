@@ -29,7 +29,7 @@ class RMSNorm(ProcessGroupMixin, nn.RMSNorm):
     Args:
         normalized_shape: sizes of the last axes on this rank, or size of the last one.
         eps: added to the mean square, or to its root. None: torch.finfo(torch.float64).eps for a float64 input, else
-            torch.finfo(torch.float32).eps, as in torch. (torch 2.6 adds finfo(input.dtype).eps in half precision.)
+            torch.finfo(torch.float32).eps, as in torch.
         elementwise_affine: learn weight (and bias), of normalized_shape.
         device: of the parameters.
         dtype: of the parameters.

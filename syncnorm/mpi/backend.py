@@ -50,8 +50,6 @@ def _env_rendezvous(url: str, **options: Any) -> Iterator[Any]:
 def _leave_out_of_graphs(*classes: type) -> None:
     """Exclude the methods of these classes from torch.compile. C++ calls them inside compiled regions."""
     dynamo = torch._C._dynamo.eval_frame
-    if not hasattr(dynamo, "set_code_exec_strategy"):  # PyTorch 2.6 and earlier
-        return
     skip = dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.SKIP)
     for cls in classes:
         for function in vars(cls).values():

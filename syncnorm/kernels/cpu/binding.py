@@ -40,7 +40,7 @@ _function = getattr(_library, f"syncnorm_function_{ISA}", None)
 if _function is None:
     raise RuntimeError(f"expected functions for {ISA} in {LIBRARY}, got none: {OTHER_VERSION}")
 _function.argtypes, _function.restype = [ctypes.py_object, ctypes.c_int64], ctypes.py_object
-_API = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # of DLPack, from torch 2.10 on
+_API = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # of DLPack
 _KNOWN = (_API, None, True, Tensor, Parameter, MemoryError, StampError, RuntimeError, *DTYPES, torch.uint8, torch.int64)
 _moments, _normalize, _reduce_grad, _grad_input, agree = (_function(_KNOWN, number) for number in range(5))
 

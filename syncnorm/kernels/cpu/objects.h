@@ -62,7 +62,7 @@ struct ExchangeApi {
 
 // The objects that the functions know.
 struct Known {
-    const ExchangeApi *api;  // null: torch is older than it
+    const ExchangeApi *api;  // null: torch has none, or one of another version
     PyObject *none, *yes;
     PyObject *tensor, *parameter;                          // types
     PyObject *no_memory, *mismatch, *other_error;          // errors
