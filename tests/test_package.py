@@ -47,10 +47,15 @@ def test_yaml_files_parse(name):
 
 
 def test_the_workflow_names_what_is_there():
-    paths = re.findall(r"\./launch/\w+|tests/\w+\.py", (ROOT / ".github/workflows/test.yml").read_text())
-    assert {"./launch/test", "./launch/wheel", "tests/test_modules.py"} <= set(paths)
+    workflow = (ROOT / ".github/workflows/test.yml").read_text()
+    paths = re.findall(r"\./launch/\w+", workflow)
+    assert {"./launch/test", "./launch/wheel"} <= set(paths)
     for path in paths:
         assert (ROOT / path).exists(), path
+    environments = re.findall(r" environment: (\w+)", workflow)
+    assert len(environments) == 2
+    for environment in environments:  # of tox
+        assert f"[tool.tox.env.{environment}]" in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md"])
