@@ -29,7 +29,7 @@ napoleon_custom_sections = ["Collectives", "Shapes", "Source"]
 
 nitpicky = True
 nitpick_ignore_regex = [  # what other projects document: the build needs no network
-    ("py:.*", r"(collections|datetime|mpi4py|nn|torch)\..*"),
+    ("py:.*", r"(collections|datetime|mpi4py|nn|pathlib|torch)\..*"),
     ("py:exc", r"(Exception|RuntimeError|TypeError|ValueError)"),
-    ("py:class", r"(Converter|syncnorm\.testing\.Result)"),
+    ("py:class", r"(Converter|syncnorm\.testing\.ranks\.Result|syncnorm\.testing\.whole_batch\.report\.Run)"),
 ]

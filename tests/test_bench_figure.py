@@ -138,4 +138,4 @@ def test_matplotlib_is_asked_for(tmp_path):
     script.write_text("import sys\nsys.modules['matplotlib'] = None\nimport syncnorm.bench.figure")
     done = launch("alone", 1, script)
     assert done.returncode == 1
-    assert "RuntimeError: python -m syncnorm bench --figure draws with matplotlib" in done.stderr
+    assert "RuntimeError: --figure draws with matplotlib" in done.stderr

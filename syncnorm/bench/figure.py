@@ -18,8 +18,7 @@ try:
     from matplotlib.ticker import FixedLocator, NullLocator
 except ImportError as error:
     raise RuntimeError(
-        "python -m syncnorm bench --figure draws with matplotlib, which cannot be imported: "
-        "pip install 'syncnorm[bench]'"
+        "--figure draws with matplotlib, which cannot be imported: pip install 'syncnorm[bench]'"
     ) from error
 
 __all__ = ["check", "draw"]
