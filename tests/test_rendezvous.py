@@ -20,7 +20,7 @@ from syncnorm.job import rendezvous
 from syncnorm.job.rendezvous import address_of_this_host
 from syncnorm.job.slurm import first_host, tasks_per_node
 from syncnorm.job.store import free_port, obstacle, write_once
-from syncnorm.testing import PRELOADED
+from syncnorm.testing.ranks import PRELOADED
 
 HOST = socket.gethostname()
 SPAWN = multiprocessing.get_context("forkserver")

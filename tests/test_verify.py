@@ -97,9 +97,9 @@ def test_a_layer_that_a_rank_skips_is_named():
 
 
 def test_ranks_that_wait_for_ever_are_ended_and_shown():
-    report = verify(planted.waiting_for_ever, BATCHES, [2], timeout=8)
-    assert "still running after 8 s" in report.summary()
-    assert "planted.py" in report.summary()
+    report = verify(planted.waiting_for_ever, BATCHES[:1], [2], timeout=12)
+    assert "still running after 12 s" in report.summary()
+    assert "planted.py" in report.summary(), report.summary()
 
 
 def test_the_assertion_says_what_departs():

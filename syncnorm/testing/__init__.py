@@ -3,6 +3,7 @@
 from .counting import Call, CountingCommunicator
 from .mpirun import mpirun_environment
 from .ranks import RankError, run_ranks
+from .split import split_batch
 from .timed import TimedCommunicator
 from .whole_batch import Report, assert_matches_whole_batch, verify
 
@@ -15,5 +16,6 @@ __all__ = [
     "assert_matches_whole_batch",
     "mpirun_environment",
     "run_ranks",
+    "split_batch",
     "verify",
 ]

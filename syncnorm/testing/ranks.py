@@ -22,6 +22,7 @@ __all__ = ["RankError", "run_ranks"]
 
 Result = TypeVar("Result")
 
+STACKS = 3.0  # seconds for all ranks to write where they are, after the first one has
 GRACE = 20.0  # seconds after the timeout before a rank that has not ended is killed
 PRELOADED = [  # imported once for all ranks: syncnorm and torch, what every optimizer imports late, the test runner
     worker.__name__,
@@ -70,8 +71,10 @@ def run_ranks(
         deadline = time.monotonic() + timeout + GRACE
         try:
             while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-                if any(process.exitcode for process in processes):
-                    break  # the others may wait forever for the one that failed
+                if any(process.exitcode for process in processes):  # the others may wait forever for it
+                    if not any(stack.stat().st_size for stack in directory.glob("stack*")):
+                        break
+                    deadline = min(deadline, time.monotonic() + STACKS)  # at the timeout they write theirs, too
                 time.sleep(0.005)
         finally:
             for process in processes:

@@ -58,7 +58,7 @@ def verify(
         world_sizes: numbers of ranks to try.
         splits: how the samples are dealt out: "even", "random" (any sizes) and "empty" (one rank has none).
         dtypes: of parameters and floating-point inputs on the ranks: torch.float64 and torch.float32.
-        backend: as for `run_ranks`.
+        backend: as for `run_ranks`. With "nccl" the ranks train on CUDA devices.
         convert: False leaves the model as it is built, which holds other layers to the same measure.
         learning_rate: of the gradient descent between the steps.
         seed: of weights, upstream gradients and random splits.
@@ -79,10 +79,10 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="syncnorm-verify-") as name:
         path = Path(name) / "record"
         (traits,) = run_ranks(_alone, 1, plan, path, timeout=timeout)
-        runs = []
+        runs, device = [], "cuda" if backend == "nccl" else "cpu"
         for world_size, split, dtype in itertools.product(world_sizes, splits, dtypes):
             runs.append(Run(world_size, split, dtype))
-            arguments = plan, path, dtype, shards(plan, world_size, split), convert
+            arguments = plan, path, dtype, device, shards(plan, world_size, split), convert
             try:
                 found = run_ranks(_on_rank, world_size, *arguments, backend=backend, timeout=timeout)
             except Exception as error:
@@ -109,17 +109,17 @@ def _alone(plan: Plan, path: Path) -> dict[str, str]:
     model, probed = (revert_sync_batchnorm(build(plan, torch.float64)) for _ in range(2))
     whole = [(0, size(batch)) for batch in plan.batches]
     reference = Reference(model, plan.seed)
-    train(model, plan, torch.float64, whole, reference, lambda tensor: tensor)
+    train(model, plan, torch.float64, "cpu", whole, reference, lambda tensor: tensor)
     torch.save(reference.record, path)
     first = part(plan.batches[0], whole[0], torch.float64)
     return traits_of(probed, lambda: call(probed, first), whole[0][1])
 
 
-def _on_rank(plan: Plan, path: Path, dtype: torch.dtype, ranges: Any, convert: bool) -> Found:
+def _on_rank(plan: Plan, path: Path, dtype: torch.dtype, device: str, ranges: Any, convert: bool) -> Found:
     group = communicator()
-    model = build(plan, dtype)
+    model = build(plan, dtype, device)
     if convert:
         model = convert_sync_batchnorm(model)
     comparison = Comparison(model, torch.load(path, mmap=True), dtype)
-    train(model, plan, dtype, ranges[group.rank], comparison, group.all_reduce)
+    train(model, plan, dtype, device, ranges[group.rank], comparison, group.all_reduce)
     return comparison.found

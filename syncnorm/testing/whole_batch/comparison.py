@@ -64,7 +64,7 @@ class Comparison:
         self.modules = dict(model.named_modules())
         self.inputs: dict[str, Tensor] = {}
         for name, initial in state(model).items():
-            if not torch.equal(initial.double(), record["initial"][name].to(dtype).double()):
+            if not torch.equal(initial.cpu().double(), record["initial"][name].to(dtype).double()):
                 self._note(INITIAL, name.rpartition(".")[0], math.inf, name)
         watch(model, self._after)
 
@@ -84,10 +84,10 @@ class Comparison:
         if len(expected) <= self.seen[name]:
             self._note(CALLS, name, math.inf)
             return
-        found, whole = found.detach(), expected[self.seen[name]]
+        found, whole = found.detach().cpu(), expected[self.seen[name]]
         self.seen[name] += 1
         if x is not None and _is_batch_norm(module) and x.numel():
-            self.inputs[name] = x.detach().double()
+            self.inputs[name] = x.detach().cpu().double()
             if self.number == 0:
                 self.found.statistics.setdefault(name, _moments(self.inputs[name]))
         units = self._units(found, _parts(whole, found, self.samples, self.step["samples"]), _largest(whole))
@@ -100,7 +100,8 @@ class Comparison:
         """See Observer."""
         for name in calls(self.step) - self.seen:
             self._note(CALLS, name, math.inf)
-        for name, buffer in buffers(self.model).items():
+        for name, on_device in buffers(self.model).items():
+            buffer = on_device.cpu()
             expected = self.step["buffers"][name]
             units = self._units(buffer, [expected], _largest(expected) if buffer.is_floating_point() else 0.0)
             traits = self._of_buffer(name, buffer) if units > 1 else []
@@ -113,7 +114,7 @@ class Comparison:
         expected = self.step["gradients"]
         floor = SMALL_GRADIENTS * max(map(_largest, expected.values()), default=0.0)
         for name, gradient in reversed(gradients.items()):  # in the order of the backward pass
-            units = self._units(gradient, [expected[name]], max(floor, _largest(expected[name])))
+            units = self._units(gradient.cpu(), [expected[name]], max(floor, _largest(expected[name])))
             self._note(GRADIENTS, name.rpartition(".")[0], units, name)
         self.found.final = {name: float(buffer.double().sum()) for name, buffer in self.model.named_buffers()}
 
@@ -143,8 +144,8 @@ class Comparison:
     def _of_output(self, module: nn.Module, x: Tensor | None, found: Tensor) -> list[str]:
         if x is None or not module.training:
             return []
-        weight = None if module.weight is None else module.weight.double()
-        bias = None if module.bias is None else module.bias.double()
+        weight = None if module.weight is None else module.weight.cpu().double()
+        bias = None if module.bias is None else module.bias.cpu().double()
         alone = F.batch_norm(x, None, None, weight, bias, True, 0.0, module.eps)  # type: ignore[arg-type]
         return ["local"] if _distance(found, alone) <= 1e-3 * _largest(alone) else []
 
@@ -154,7 +155,7 @@ class Comparison:
         momentum = getattr(self.modules[layer], "momentum", None)
         if buffer not in ("running_mean", "running_var") or momentum is None or layer not in self.inputs:
             return []
-        before, expected, found = self.before[name].double(), self.step["buffers"][name], found.double()
+        before, expected, found = self.before[name].cpu().double(), self.step["buffers"][name], found.double()
         moved, should = found - before, expected - before
         count, mean, square = _moments(self.inputs[layer])
         local = mean if buffer == "running_mean" else (square - mean.square()) * count / max(1, count - 1)

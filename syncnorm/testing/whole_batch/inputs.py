@@ -18,9 +18,9 @@ def random_batches(
     Values are normal. Their mean rises from -1 for the first sample to 1 for the last one, so that the statistics of
     shards differ from those of the batch.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     size = (samples, *shape)
     if integers is not None:
-        return [torch.randint(integers, size, generator=generator) for _ in range(steps)]
-    mean = torch.linspace(-1, 1, samples, dtype=torch.float64).view(-1, *[1] * len(shape))
-    return [torch.randn(size, generator=generator, dtype=torch.float64) + mean for _ in range(steps)]
+        return [torch.randint(integers, size, generator=generator, device="cpu") for _ in range(steps)]
+    mean = torch.linspace(-1, 1, samples, dtype=torch.float64, device="cpu").view(-1, *[1] * len(shape))
+    return [torch.randn(size, generator=generator, dtype=torch.float64, device="cpu") + mean for _ in range(steps)]

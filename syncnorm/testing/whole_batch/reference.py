@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -62,7 +63,7 @@ class Reference:
 
     def __init__(self, model: nn.Module, seed: int):
         self.model = model
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         self.record: dict[str, Any] = {"initial": state(model), "steps": []}
         watch(model, self._after)
 
@@ -73,7 +74,8 @@ class Reference:
 
     def upstream(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """See Observer. The gradients are random."""
-        given = [torch.randn(y.shape, generator=self.generator, dtype=torch.float64) / self._samples for y in outputs]
+        normal = functools.partial(torch.randn, generator=self.generator, dtype=torch.float64, device="cpu")
+        given = [normal(y.shape) / self._samples for y in outputs]
         self.record["steps"][-1] |= {"upstream": given, "buffers": buffers(self.model)}
         return given
 

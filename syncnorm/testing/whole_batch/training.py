@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Observer(Protocol):
         ...
 
 
-def build(plan: Plan, dtype: torch.dtype) -> nn.Module:
+def build(plan: Plan, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
     """Return the model in training mode, without dropout."""
     torch.manual_seed(plan.seed)
     model = (_load(plan.build) if isinstance(plan.build, str) else plan.build)()
@@ -66,7 +67,7 @@ def build(plan: Plan, dtype: torch.dtype) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    return model.to(dtype).train()
+    return model.to(device, dtype).train()
 
 
 def _load(name: str) -> Callable[[], nn.Module]:
@@ -95,18 +96,18 @@ def shards(plan: Plan, world_size: int, split: str) -> list[list[Range]]:
     With "even" the shards' sizes differ by at most one. With "random" they are of any size. With "empty" one rank has
     no sample: another one in each step.
     """
-    generator = torch.Generator().manual_seed(plan.seed)
+    generator = torch.Generator("cpu").manual_seed(plan.seed)
     ranges: list[list[Range]] = [[] for _ in range(world_size)]
     for step, batch in enumerate(plan.batches):
         samples = size(batch)
         if split == "random":
-            cuts = sorted(torch.randint(samples + 1, (world_size - 1,), generator=generator).tolist())
+            cuts = sorted(torch.randint(samples + 1, (world_size - 1,), generator=generator, device="cpu").tolist())
         else:
             holders = [rank for rank in range(world_size) if split == "even" or rank != step % world_size]
             sizes = [0] * world_size
             for index, rank in enumerate(holders):
                 sizes[rank] = samples // len(holders) + (index < samples % len(holders))
-            cuts = torch.tensor(sizes).cumsum(0).tolist()[:-1]
+            cuts = list(itertools.accumulate(sizes))[:-1]
         for of_rank, begin, end in zip(ranges, [0, *cuts], [*cuts, samples], strict=True):
             of_rank.append((begin, end))
     return ranges
@@ -116,6 +117,7 @@ def train(
     model: nn.Module,
     plan: Plan,
     dtype: torch.dtype,
+    device: str,
     ranges: Sequence[Range],
     observer: Observer,
     sum_over_ranks: Callable[[Tensor], Tensor],
@@ -125,12 +127,12 @@ def train(
     for step, (batch, samples) in enumerate(zip(plan.batches, ranges, strict=True)):
         torch.manual_seed(plan.seed + step)
         observer.begin(step, samples)
-        outputs = [y for y in pytree.tree_leaves(call(model, part(batch, samples, dtype))) if _is_trained(y)]
+        outputs = [y for y in pytree.tree_leaves(call(model, part(batch, samples, dtype, device))) if _is_trained(y)]
         if not outputs:
             raise TypeError("expected a model with a tensor that requires a gradient in its output, got none")
         model.zero_grad(set_to_none=True)
         upstream = zip(observer.upstream(outputs), outputs, strict=True)
-        torch.autograd.backward(outputs, [dy.to(y.dtype) for dy, y in upstream])
+        torch.autograd.backward(outputs, [dy.to(y) for dy, y in upstream])
         gradients = {
             name: sum_over_ranks(torch.zeros_like(p) if p.grad is None else p.grad) for name, p in parameters.items()
         }
@@ -144,13 +146,13 @@ def _is_trained(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
-def part(batch: Batch, samples: Range, dtype: torch.dtype) -> Batch:
+def part(batch: Batch, samples: Range, dtype: torch.dtype, device: str = "cpu") -> Batch:
     """Return these samples of a batch, floating-point ones in this dtype."""
 
     def of_leaf(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        leaf = leaf[slice(*samples)]
+        leaf = leaf[slice(*samples)].to(device)
         return leaf.to(dtype) if leaf.is_floating_point() else leaf
 
     return pytree.tree_map(of_leaf, batch)
