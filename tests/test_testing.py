@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import subprocess
 import time
 
 import pytest
@@ -115,6 +116,33 @@ def test_a_rank_that_stands_still_is_reported_with_its_stack(backend, tmp_path):
     assert f"rank 0: still running after {timeout} s, at" in str(caught.value)
     assert "in wait_on_rank_zero" in str(caught.value)
     assert "rank 1: returned" in str(caught.value)
+    assert_gone(tmp_path, 2)
+
+
+def stand_still_one_after_another(path, timeout):
+    """Rank 1 cannot write where it is until shortly after the timeout, when it goes on."""
+    leave_a_name(path)
+    if syncnorm.communicator().rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        while not (path / "1").exists() or not (path / "1").read_text():
+            time.sleep(0.01)
+        pid = (path / "1").read_text()
+        subprocess.Popen(["sh", "-c", f"sleep {timeout + 0.5}; kill -CONT {pid}"], start_new_session=True)
+    time.sleep(60)
+
+
+def test_all_stacks_are_shown_at_the_timeout(tmp_path):
+    for timeout in (5, 20):  # a longer one if a busy machine has not started the ranks in time
+        for name in ("0", "1"):
+            (tmp_path / name).unlink(missing_ok=True)
+        with pytest.raises(RankError) as caught:
+            run_ranks(stand_still_one_after_another, 2, tmp_path, timeout, timeout=timeout)
+        if str(caught.value).count("in stand_still_one_after_another") == 2:
+            break
+    for rank in range(2):
+        assert f"rank {rank}: still running after {timeout} s, at" in str(caught.value)
+    assert str(caught.value).count("in stand_still_one_after_another") == 2
     assert_gone(tmp_path, 2)
 
 
