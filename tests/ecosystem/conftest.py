@@ -42,6 +42,10 @@ class Table:
     def __init__(self, path):
         self.path, self.rows = path, defaultdict(Row)
 
+    def pytest_deselected(self, items):
+        """Refuse a part of the tests, whose table would lack the rows of the others."""
+        raise pytest.UsageError(f"expected all tests for --table, got a selection without {len(items)} of them")
+
     def pytest_runtest_logreport(self, report):
         """Count a test."""
         for package, what, (norms, fused) in (value for name, value in report.user_properties if name == "ran"):
