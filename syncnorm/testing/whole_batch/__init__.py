@@ -89,7 +89,8 @@ def verify(
                 runs[-1].fail(error)
                 break  # the others would wait as long
             runs[-1].take(found, traits)
-    return Report(build_model if isinstance(build_model, str) else build_model.__name__, backend, runs)
+    name = build_model if isinstance(build_model, str) else getattr(build_model, "__name__", repr(build_model))
+    return Report(name, backend, runs)
 
 
 def assert_matches_whole_batch(
