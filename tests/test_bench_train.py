@@ -34,7 +34,7 @@ def test_the_target_of_the_share(calls, share, device, met, cell):
 
 def test_the_share_of_collectives(monkeypatch):
     clock, group = Stopwatch(), LocalCommunicator()
-    monkeypatch.setattr("syncnorm.testing.time.perf_counter", clock)
+    monkeypatch.setattr("syncnorm.testing.timed.time.perf_counter", clock)
     group.all_reduce = clock.candidate("all_reduce", 3.0)
     group.all_reduce = lambda tensor, wait=group.all_reduce: wait() or tensor
     timed = TimedCommunicator(group)

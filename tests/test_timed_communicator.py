@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from syncnorm import testing
 from syncnorm.communicators import LocalCommunicator
 from syncnorm.testing import Call, TimedCommunicator, run_ranks
 
@@ -14,7 +13,7 @@ WAIT = 0.2  # seconds by which one rank is late
 def clock(monkeypatch):
     """Replace the clock by one that stands still unless the test moves it."""
     now = [100.0]
-    monkeypatch.setattr(testing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("syncnorm.testing.timed.time.perf_counter", lambda: now[0])
     return now
 
 
