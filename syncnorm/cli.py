@@ -29,8 +29,12 @@ def main(arguments: list[str] | None = None) -> None:
     of_info = tools.add_parser("info", help=about, description=about)
     of_info.add_argument("--job", action="store_true", help="call syncnorm.init() even if no launcher is found")
     of_info.set_defaults(run=_info)
-    about = "hold a model on several ranks against one process on the whole batch, layer by layer"
-    _add_verify(tools.add_parser("verify", help=about, description=f"{about}; exit status 1 if it departs"))
+    about = "compare a model on several ranks with one process on the whole batch, layer by layer"
+    _add_verify(
+        tools.add_parser(
+            "verify", help=about, description=f"{about}; exit status 1 if it departs, 2 if it cannot be trained"
+        )
+    )
     about = "measure syncnorm beside other implementations and a copy of the same memory; rank 0 prints"
     _add_benchmarks(tools.add_parser("bench", help=about, description=about))
     options = vars(parser.parse_args(arguments))
@@ -44,26 +48,32 @@ def _info(job: bool) -> None:
         print(listing({**info.machine(), **joined}))
 
 
-def _shape(given: str) -> tuple[int, ...]:
-    return tuple(map(_positive, filter(None, given.split(","))))
+def _integers(given: str) -> tuple[int, ...]:
+    words = given.split(",") if given else []
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(f"expected positive integers with commas between them, got {given}")
+    return tuple(map(int, words))
+
+
+def _splits(given: str) -> tuple[str, ...]:
+    from .testing.whole_batch import SPLITS
+
+    if not {*given.split(",")} <= {*SPLITS}:
+        raise argparse.ArgumentTypeError(f"expected {', '.join(SPLITS)}, with commas between them, got {given}")
+    return tuple(given.split(","))
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODULE:FUNCTION", help="a function that returns the model; MODULE may be the path of a file")
-    add("--input-shape", type=_shape, required=True, metavar="C,H,W", help="of one sample; it may be empty")
+    add("--input-shape", type=_integers, required=True, metavar="C,H,W", help="the shape of one sample")
     add("--integers", type=_positive, metavar="N", help="random integers below N as inputs, for embeddings")
     add("--batch", type=_positive, default=16, metavar="N", help="samples in the whole batch (default: 16)")
-    add("--ranks", type=_shape, default=(2,), metavar="N,N", help="numbers of ranks to try (default: 2)")
+    add("--ranks", type=_integers, default=(2,), metavar="N,N", help="numbers of ranks to try (default: 2)")
     add("--backend", choices=("gloo", "mpi", "nccl"), default="gloo", help="(default: gloo)")
     add("--steps", type=_positive, default=5, metavar="N", help="training steps (default: 5)")
-    add(
-        "--splits",
-        nargs="+",
-        choices=("even", "random", "empty"),
-        default=("even",),
-        help="of the batch (default: even)",
-    )
+    splits = "how the batch is dealt out: even, random (any sizes), empty (a rank has none) (default: even)"
+    add("--splits", type=_splits, default=("even",), metavar="SPLIT,SPLIT", help=splits)
     add("--no-convert", dest="convert", action="store_false", help="leave the model as it is built")
     add("--timeout", type=_positive, default=60, metavar="S", help="seconds for each training (default: 60)")
     add("--json", type=Path, metavar="FILE", help="write all differences there")
@@ -87,7 +97,11 @@ def _verify(
     if detect_launcher().launcher != "none":
         raise SystemExit("expected verify to be started alone, got it under a launcher: it starts the ranks itself")
     files = _files(json=json, figure=figure)
-    report = verify(model, random_batches(input_shape, batch, steps, integers=integers), ranks, **options)
+    try:
+        report = verify(model, random_batches(input_shape, batch, steps, integers=integers), ranks, **options)
+    except Exception as error:  # of the model, in one process
+        print(error.__cause__ or "", f"verify cannot train the model: {type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     report.show()
     if files.json is not None:
         report.write(files.json)

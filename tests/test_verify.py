@@ -51,15 +51,25 @@ def test_models_that_are_right_pass(model, batches, backend, world_sizes, splits
 
 FAULTS = {  # the layer, what departs, why, and whether the model is converted
     "sound": ("1", "activations", r"by the statistics of rank 0's shard alone.*convert_sync_batchnorm", False),
-    "one_left": ("4", "activations", r"4 \(BatchNorm2d\) normalizes by .* rank 0's shard alone", False),
+    "one_left": ("4", "activations", r"Layer 4 \(BatchNorm2d\) normalizes by .* rank 0's shard alone", False),
     "in_a_group_of_one": ("4", "activations", r"If it is converted, its process group has only this rank", False),
     "built_by_rank": ("0", "initial values", r"Rank 1 starts with another value of 0.weight", True),
     "other_momentum": ("4", "statistics", r"running_mean moves as with a momentum of 0.9, .* has one of 0.1", False),
     "local_variance": ("4", "statistics", r"of rank 0 is that of its own shard", False),
     "averaged": ("1", "statistics", r"1.running_var is updated with the biased variance", False),
-    "forward_alone": ("3", "gradients", r"The forward pass of 3 .* agrees, the gradient of 3.weight does not", False),
-    "random_layer": ("8", "activations", r"8 \(FunctionalDropout\) is random", True),
-    "functional_batch_norm": ("1", "activations", r"1 \(Standardized\) computes a sample's output from other", True),
+    "forward_alone": (
+        "3",
+        "gradients",
+        r"The forward pass of layer 3 .* agrees, the gradient of 3.weight does not",
+        False,
+    ),
+    "random_layer": ("8", "activations", r"Layer 8 \(FunctionalDropout\) is random", True),
+    "functional_batch_norm": (
+        "1",
+        "activations",
+        r"Layer 1 \(Standardized\) computes a sample's output from other",
+        True,
+    ),
 }
 
 
@@ -72,7 +82,7 @@ def test_the_place_of_a_fault_is_found(fault):
     found = training.departure
     assert (found.layer, found.quantity, found.step) == (layer, quantity, 0), training.reason
     assert re.search(why, training.reason, re.DOTALL), training.reason
-    assert f"The first difference is in the {quantity} of {layer}, step 0" in report.summary()
+    assert f"The first difference is in the {quantity} of layer {layer}, step 0" in report.summary()
 
 
 def test_the_recipe_of_equal_weights_departs_where_shards_are_unequal():
@@ -104,7 +114,7 @@ def test_ranks_that_wait_for_ever_are_ended_and_shown():
 
 def test_the_assertion_says_what_departs():
     assert_matches_whole_batch(planted.sound, BATCHES[0], 2, dtypes=[torch.float64])
-    with pytest.raises(AssertionError, match=r"(?s)one_left departs .*activations of 4, step 0, rank"):
+    with pytest.raises(AssertionError, match=r"(?s)one_left departs .*activations of layer 4, step 0, rank"):
         assert_matches_whole_batch(planted.one_left, BATCHES[0], 2, convert=False)
 
 
@@ -167,6 +177,22 @@ def test_the_command(tmp_path):
     assert job.returncode == 1
     assert "DEPARTS" in job.stdout
     assert not json.loads(found.read_text())["passed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["planted:nothing", "--input-shape", "3,8,8"], "verify cannot train the model: AttributeError"),
+        (["planted:sound", "--input-shape", "1,8,8"], "verify cannot train the model: RuntimeError"),
+        (["planted:sound", "--input-shape", "3x8"], "expected positive integers with commas between them, got 3x8"),
+        (["planted:sound", "--input-shape", "3,8,8", "--splits", "odd"], "expected even, random, empty, with commas"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments, message):
+    job = verify_by_command(*arguments, cwd=HELPERS)
+    assert job.returncode == 2
+    assert message in job.stdout
+    assert job.stdout.count("Traceback") <= 1
 
 
 def test_the_command_under_a_launcher(tmp_path):

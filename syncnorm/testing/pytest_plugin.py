@@ -40,6 +40,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Call the function of a test with the marker on its ranks, with the values of its fixtures."""
+    __tracebackhide__ = True
     if not _sizes(pyfuncitem):
         return None
     if pyfuncitem.config.getoption("--with-mpi", default=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -57,6 +58,7 @@ def run_ranks(
         ValueError: `world_size` is less than one, or the backend is unknown.
         RuntimeError: mpirun is missing for "mpi", or a CUDA device for "nccl".
     """
+    __tracebackhide__ = True  # for pytest
     if world_size < 1:
         raise ValueError(f"expected at least one rank, got world_size={world_size}")
     if backend not in ("gloo", "nccl", "mpi"):
@@ -80,10 +82,12 @@ def run_ranks(
             for process in processes:
                 process.stop()
         outcomes = [worker.read_outcome(directory, rank) for rank in range(world_size)]
+        stacks = [path.stat() for path in directory.glob("stack*")]
+        timed_out = min((stack.st_mtime for stack in stacks if stack.st_size), default=math.inf)
         for rank, outcome in sorted(enumerate(outcomes), key=lambda item: item[1].time if item[1] else 0.0):
-            if outcome is not None and outcome.error is not None:
+            if outcome is not None and outcome.error is not None and outcome.time <= timed_out:
                 raise outcome.error from RankError(f"rank {rank} of {world_size} raised:\n{outcome.traceback}")
-        if None in outcomes:
+        if None in outcomes or timed_out < math.inf:
             raise RankError(_describe(directory, processes, outcomes, timeout))
         return [outcome.result for outcome in outcomes if outcome is not None]
 
@@ -135,7 +139,9 @@ def _describe(
     lines = []
     for rank, outcome in enumerate(outcomes):
         stack = directory / f"stack{rank}"
-        if outcome is not None:
+        if outcome is not None and outcome.error is not None:
+            lines.append(f"rank {rank}: raised, after another rank was ended:\n{outcome.traceback}")
+        elif outcome is not None:
             lines.append(f"rank {rank}: returned")
         elif stack.exists() and stack.stat().st_size:
             lines.append(f"rank {rank}: still running after {timeout:g} s, at\n{stack.read_text()}")

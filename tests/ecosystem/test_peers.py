@@ -32,8 +32,8 @@ def of_fairscale_with_a_large_mean():
     ("model", "split", "reason"),
     [
         (of_fairscale, "even", None),
-        (of_fairscale, "empty", r"1 (SyncBatchNorm) gives NaN on rank"),
-        (of_fairscale_with_a_large_mean, "even", "1 (SyncBatchNorm) loses the digits of the variance"),
+        (of_fairscale, "empty", "Layer 1 (SyncBatchNorm) gives NaN on rank"),
+        (of_fairscale_with_a_large_mean, "even", "Layer 1 (SyncBatchNorm) loses the digits of the variance"),
     ],
 )
 def test_fairscale(model, split, reason):

@@ -22,7 +22,7 @@ def reason(rank: int, departure: Departure, found: Sequence[Found], traits: Mapp
         found: the outcomes of all ranks.
         traits: of the layers, as one process has them.
     """
-    layer = f"{departure.layer} ({found[rank].kinds.get(departure.layer, 'layer')})"
+    layer = f"layer {departure.layer} ({found[rank].kinds.get(departure.layer, 'a module')})"
     if departure.quantity == INITIAL:
         return (
             f"Rank {rank} starts with another value of {departure.name} than one process: the model is not built the "
@@ -42,40 +42,38 @@ def reason(rank: int, departure: Departure, found: Sequence[Found], traits: Mapp
 def _of_activations(
     rank: int, departure: Departure, layer: str, found: Sequence[Found], traits: Mapping[str, str]
 ) -> str:
-    trait = traits.get(departure.layer, "")
+    trait, subject = traits.get(departure.layer, ""), layer[0].upper() + layer[1:]
     if trait == RANDOM:
         return (
-            f"{layer} is random: called twice, it computes something else. Each rank draws other numbers than one "
+            f"{subject} is random: called twice, it computes something else. Each rank draws other numbers than one "
             "process.\nSwitch it off to verify the rest."
         )
     if "nan" in departure.traits:
-        return (
-            f"{layer} gives NaN on rank {rank}, and numbers in one process.\nA rank without samples may be the reason."
-        )
+        return f"{subject} gives NaN on rank {rank}, and numbers in one process.\nIs there a rank without samples?"
     if "local" in departure.traits:
         return (
-            f"{layer} normalizes by the statistics of rank {rank}'s shard alone.\nIf it is a BatchNorm, convert it: "
+            f"{subject} normalizes by the statistics of rank {rank}'s shard alone.\nIf it is a BatchNorm, convert it: "
             "syncnorm.convert_sync_batchnorm(model). If it is converted, its process group has only this rank."
         )
     of_ranks = [outcome.statistics[departure.layer] for outcome in found if departure.layer in outcome.statistics]
     counts = [count for count, _, _ in of_ranks]
     if departure.step == 0 and len({*counts}) > 1:
         return (
-            f"{layer} does not normalize by the statistics of the whole batch. The ranks' shards have "
+            f"{subject} does not normalize by the statistics of the whole batch. The ranks' shards have "
             f"{', '.join(map(str, counts))} values a channel:\nthe ranks have to be weighted by these counts, and not "
             "equally."
         )
     if departure.step == 0 and of_ranks and _cancels(of_ranks):
         return (
-            f"{layer} loses the digits of the variance: the mean is large beside the standard deviation, and the "
+            f"{subject} loses the digits of the variance: the mean is large beside the standard deviation, and the "
             "difference of E[x^2] and E[x]^2 cancels."
         )
     if trait == MIXES:
         return (
-            f"{layer} computes a sample's output from other samples of the batch too, so that it is another one on a "
-            "shard.\nSynchronize it, or replace it."
+            f"{subject} computes a sample's output from other samples of the batch too. On a shard there are "
+            "fewer of them.\nSynchronize it, or replace it."
         )
-    return f"{layer} computes something else from the same input than it does in one process."
+    return f"{subject} computes something else from the same input than it does in one process."
 
 
 def _cancels(of_ranks: Sequence[tuple[int, Tensor, Tensor]]) -> bool:

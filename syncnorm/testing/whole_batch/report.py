@@ -108,7 +108,7 @@ class Report:
         if (where := failed[0].departure) is not None:
             times = f": {where.units:.3g} times the tolerance" if math.isfinite(where.units) else ""
             lines.append(
-                f"The first difference is in the {where.quantity} of {where.layer or 'the model'}, step {where.step}, "
+                f"The first difference is in the {where.quantity} of {_named(where.layer)}, step {where.step}, "
                 f"rank {failed[0].rank}{times}."
             )
         return "\n".join([*lines, failed[0].reason])
@@ -119,11 +119,11 @@ class Report:
             [str(run), "passed" if run.passed else "DEPARTS", f"{run.largest:.2g}" if run.units else "", _where(run)]
             for run in self.runs
         ]
-        Table("trainings", ["training", "verdict", "largest difference", "first above 1"], [of_runs], names=2).show()
+        Table("trainings", ["training", "verdict", "largest difference", "first difference"], [of_runs], names=2).show()
         rows = [
             [name, kind, *(_cell(units, quantity) for quantity in QUANTITIES)] for name, kind, units in self.layers()
         ]
-        title = "largest difference of each layer, in units of the tolerance"
+        title = "largest difference over all trainings, ranks and steps, in units of the tolerance"
         if rows:
             Table(title, ["layer", "class", *QUANTITIES], [rows], names=2).show()
         print(self.summary())
@@ -170,13 +170,15 @@ class Report:
             axes.plot(
                 [value for _, value in shown], [row for row, _ in shown], marker, color=COLOURS[colour], label=quantity
             )
-        axes.axvline(1, color=COLOURS["black"], linewidth=1)
+        axes.axvline(1, color=COLOURS["black"], linewidth=1, label="tolerance")
         axes.set(xscale="log", ylim=(len(layers) - 0.5, -0.5))
         axes.set_xlabel("largest difference from one process, in units of the tolerance")
-        axes.set_yticks(range(len(layers)), [name for name, _, _ in layers], fontsize=7)
-        axes.set_title(f"{self.model}, {self.backend}", fontsize=9)
+        axes.set_yticks(
+            range(len(layers)), [f"{name} ({kind})" if kind else name for name, kind, _ in layers], fontsize=7
+        )
+        axes.set_title(f"{self.model}, {self.backend}: {'passed' if self.passed else 'departs'}", fontsize=9)
         axes.grid(axis="x", color="0.9")
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
         figure.savefig(path, dpi=150)
 
 
@@ -184,10 +186,14 @@ def _cell(units: dict[str, float], quantity: str) -> str:
     return f"{units[quantity]:.2g}" if quantity in units else ""
 
 
+def _named(layer: str) -> str:
+    return f"layer {layer}" if layer else "the model"
+
+
 def _where(run: Run) -> str:
     if run.departure is None:
         return "" if run.passed else "an error"
-    return f"{run.departure.layer or 'the model'}: {run.departure.quantity}"
+    return f"{_named(run.departure.layer)}: {run.departure.quantity}"
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
