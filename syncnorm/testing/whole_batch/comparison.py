@@ -58,7 +58,7 @@ class Comparison:
     """Observes a rank. `found` is its outcome."""
 
     def __init__(self, model: nn.Module, record: dict[str, Any], dtype: torch.dtype):
-        self.events = 0
+        self.events = self.number = 0
         self.model, self.record, self.relative = model, record, RELATIVE[dtype]
         self.found = Found()
         self.modules = dict(model.named_modules())
@@ -132,8 +132,7 @@ class Comparison:
         of_layer[quantity] = max(units, of_layer.get(quantity, 0.0))
         self.events += 1
         if units > 1 and self.found.departure is None:
-            step = getattr(self, "number", 0)
-            self.found.departure = Departure(quantity, layer, step, self.events, units, name, list(traits))
+            self.found.departure = Departure(quantity, layer, self.number, self.events, units, name, list(traits))
         if quantity == CALLS:  # for which the other ranks may wait
             raise RuntimeError(
                 f"expected this rank to call {layer} as often as one process does, got another number of calls in step "

@@ -41,8 +41,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of the parameters and buffers by name."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor.detach().clone() for name, tensor in named.items()}
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()} | buffers(model)
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -70,7 +69,7 @@ class Reference:
     def begin(self, step: int, samples: Range) -> None:
         """See Observer."""
         self._samples = samples[1]
-        self.record["steps"].append({"samples": self._samples, "outputs": {}, "order": []})
+        self.record["steps"].append({"samples": self._samples, "outputs": {}})
 
     def upstream(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """See Observer. The gradients are random."""
@@ -85,10 +84,9 @@ class Reference:
 
     def _after(self, name: str, module: nn.Module, arguments: Any, output: Any) -> None:
         if (found := first_tensor(output)) is not None:
-            self.record["steps"][-1]["order"].append(name)
             self.record["steps"][-1]["outputs"].setdefault(name, []).append(found.detach().clone())
 
 
 def calls(step: dict[str, Any]) -> Counter[str]:
     """Return how often each layer was called in a step of the record."""
-    return Counter(step["order"])
+    return Counter({name: len(outputs) for name, outputs in step["outputs"].items()})

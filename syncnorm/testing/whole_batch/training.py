@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from ..split import even_sizes, sample_counts
+
 __all__ = ["Observer", "Plan", "build", "call", "part", "shards", "size", "train"]
 
-Batch = (
-    Any  # a tensor, a sequence of positional arguments or a dict of keyword arguments. The first axis is the samples'
-)
+# A tensor, a tuple of positional arguments or a dict of keyword arguments. The first axis is that of the samples.
+Batch = Any
 Range = tuple[int, int]  # of the samples of a shard
 
 
@@ -84,10 +85,10 @@ def _load(name: str) -> Callable[[], nn.Module]:
 
 def size(batch: Batch) -> int:
     """Return the number of samples of a batch."""
-    sizes = {len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)}
-    if len(sizes) != 1:
-        raise ValueError(f"expected tensors with the same number of samples in a batch, got {sorted(sizes)}")
-    return sizes.pop()
+    counts = sample_counts(batch)
+    if len(counts) != 1:
+        raise ValueError(f"expected tensors with the same number of samples in a batch, got {counts}")
+    return counts[0]
 
 
 def shards(plan: Plan, world_size: int, split: str) -> list[list[Range]]:
@@ -103,10 +104,9 @@ def shards(plan: Plan, world_size: int, split: str) -> list[list[Range]]:
         if split == "random":
             cuts = sorted(torch.randint(samples + 1, (world_size - 1,), generator=generator, device="cpu").tolist())
         else:
-            holders = [rank for rank in range(world_size) if split == "even" or rank != step % world_size]
-            sizes = [0] * world_size
-            for index, rank in enumerate(holders):
-                sizes[rank] = samples // len(holders) + (index < samples % len(holders))
+            sizes = even_sizes(samples, world_size if split == "even" else world_size - 1)
+            if split == "empty":
+                sizes.insert(step % world_size, 0)
             cuts = list(itertools.accumulate(sizes))[:-1]
         for of_rank, begin, end in zip(ranges, [0, *cuts], [*cuts, samples], strict=True):
             of_rank.append((begin, end))
