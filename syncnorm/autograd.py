@@ -32,10 +32,11 @@ from torch.autograd import Function
 from . import finite, kernels, transforms
 from .all_reduce import sum_over_ranks
 from .arguments import memory_of
-from .exchange import Exchange
+from .exchange import NO_EXCHANGE, Exchange
 from .kernels import PLAIN, Epilogue, Kernels, Packed, RawMoments, Running, Saved, Stamp, StampError, Statistics
 from .kernels.layout import channels_last
 from .moments import Moments
+from .reproducible import NOT_DIFFERENTIABLE, sums_in_fixed_point
 from .running import move
 
 __all__ = ["Normalize", "normalize"]
@@ -54,6 +55,7 @@ def normalize(
     running: Running | None = None,
     eps_outside: bool = False,
     epilogue: Epilogue = PLAIN,
+    reproducible: bool = False,
 ) -> Tensor:
     """Return activation((x - mean) / sqrt(variance + eps) * weight + bias + residual).
 
@@ -61,7 +63,8 @@ def normalize(
     Updates the running statistics with the moments.
 
     Collectives: in backward one all-reduce of 2C + 2 float64 (C + 2 for moments about zero), if the group has more than
-    one rank, the input needs a gradient and the moments are not constant.
+    one rank, the input needs a gradient and the moments are not constant. With `reproducible` two, see
+    `reproducible.sums_in_fixed_point`.
 
     Raises:
         DesyncError: the ranks have summed messages of different calls. Nothing has been written.
@@ -72,9 +75,8 @@ def normalize(
             move(running, moments)
             return output
         traced = moments.kernels is kernels.reference  # torch.compile follows no update of buffers inside the Function
-        config = Config(
-            moments.kernels, moments.stamp, moments.centered, moments.constant, eps, eps_outside, exchange, epilogue
-        )
+        of_moments = moments.kernels, moments.stamp, moments.centered, moments.constant
+        config = Config(*of_moments, eps, eps_outside, exchange, epilogue, reproducible, transforms.compiling())
         written = memory_of(input) if epilogue.inplace else input
         if traced:
             output, _ = Normalize.apply(written, weight, bias, residual, moments.values, mask, config, None)  # type: ignore[no-untyped-call]
@@ -114,6 +116,8 @@ class Config(NamedTuple):
     eps_outside: bool
     exchange: Exchange
     epilogue: Epilogue
+    reproducible: bool  # whether the sums of the gradients are
+    is_compiled: bool  # whether torch.compile records both directions
 
 
 class Normalize(Function):
@@ -188,7 +192,20 @@ class Normalize(Function):
         through_statistics = needs_input and not config.constant
         stamp = config.exchange.stamp(backward=True) if through_statistics else None
         grad_weight = grad_bias = summed = grad_input = None
-        if through_statistics or needs_weight or needs_bias:
+        if config.reproducible:
+            if followed and not config.is_compiled:
+                raise RuntimeError(NOT_DIFFERENTIABLE)
+            stamp = None
+            exchange = config.exchange if through_statistics else NO_EXCHANGE
+            grad_weight, grad_bias, sums = sums_in_fixed_point(
+                *(grad_output, kept, statistics, weight, bias),
+                mask=mask,
+                epilogue=config.epilogue,
+                dtype=ctx.dtype,
+                exchange=exchange,
+            )
+            summed = sums if through_statistics else None
+        elif through_statistics or needs_weight or needs_bias:
             # Σ dz * x̂, Σ dz, [Σ weight * dz, Σ weight * dz * x̂], and in a message [..., h, h²]
             grad_weight, grad_bias, sums = passes.reduce_grad(ctx.dtype, stamp=stamp)
             if through_statistics:

@@ -25,6 +25,7 @@ from .exchange import NO_EXCHANGE, Exchange, of_function
 from .job.launcher import warn_if_not_joined
 from .kernels import PLAIN, Stamp, StampError, plain
 from .moments import Moments
+from .reproducible import moments_in_fixed_point
 
 __all__ = ["group_norm", "layer_norm", "rms_norm", "sync_batch_norm"]
 
@@ -46,6 +47,7 @@ def sync_batch_norm(
     activation: str | None = None,
     inplace: bool = False,
     check_finite: bool = False,
+    reproducible: bool = False,
 ) -> Tensor:
     """Batch normalization by the statistics of the whole batch, which is distributed over the ranks of a process group.
 
@@ -79,6 +81,7 @@ def sync_batch_norm(
             residual=residual,
             activation=activation,
             inplace=inplace,
+            reproducible=reproducible,
         )
     are_plain = arguments.check_batch_norm_arguments(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
@@ -111,20 +114,23 @@ def sync_batch_norm(
             alone = process_group is NO_EXCHANGE  # type: ignore[comparison-overlap]  # as a module passes it
             exchange = NO_EXCHANGE if alone else _sharing_batch(input, process_group)
             others = weight, bias, residual, running_mean, running_var, num_batches_tracked
-            stamp = exchange.stamp(backward=False)
-            moments = Moments.of(input, mask, *others, stamp=stamp, are_plain=are_plain)
-            own = moments.values.clone() if finite.checks(check_finite) else None
-            if exchange.size > 1:
-                moments = _of_all_ranks(moments, exchange)
-            if own is not None:
-                finite.check(moments.values, own, input, exchange, backward=False)
+            checks = finite.checks(check_finite)
+            if reproducible:
+                moments = moments_in_fixed_point(input, mask, *others, exchange=exchange, checks=checks)
+            else:
+                moments = _moments(input, mask, *others, exchange=exchange, are_plain=are_plain, checks=checks)
             if mask is not None or input.numel() <= input.shape[1]:
                 moments = _more_than_one_value(input, mask, moments, exchange)
             if segments is not None:
                 segments.keep(checkpointing.Call(moments, exchange))
             moved = running.to_move(running_mean, running_var, num_batches_tracked, momentum)
         return normalize(
-            input, moments, weight, bias, eps, exchange, mask=mask, residual=residual, running=moved, epilogue=epilogue
+            *(input, moments, weight, bias, eps, exchange),
+            mask=mask,
+            residual=residual,
+            running=moved,
+            epilogue=epilogue,
+            reproducible=reproducible,
         )
     finally:
         if hidden is not None:
@@ -139,6 +145,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     process_group: ProcessGroupLike = None,
+    reproducible: bool = False,
 ) -> Tensor:
     """Layer normalization over the last axes, which may be split over ranks.
 
@@ -156,15 +163,17 @@ def layer_norm(
     positions, and one of 2R + 2 in backward. Otherwise none. Unlike the module, the function does not compare the other
     axes of the ranks. If they differ, the call hangs, fails or returns a wrong result.
     """
-    if process_group is not None and is_dynamo_compiling():
-        handle = recorded.handle_of(process_group)
-        return _layer_norm_in_graph(input, normalized_shape, weight, bias, eps, handle=handle)
+    if (process_group is not None or reproducible) and is_dynamo_compiling():
+        handle = _handle(process_group)
+        return _layer_norm_in_graph(
+            input, normalized_shape, weight, bias, eps, handle=handle, reproducible=reproducible
+        )
     arguments.check_numbers(eps=eps)
     shape = arguments.parse_normalized_shape(input, normalized_shape, weight, bias, split=process_group is not None)
     exchange = _sharing(input, process_group, input.shape[: -len(shape)], "layer_norm")
-    if exchange.size == 1:
+    if exchange.size == 1 and not reproducible:
         return F.layer_norm(input, shape, weight, bias, eps)
-    y = _normalize_rows(_rows(input, len(shape)), eps, exchange).view_as(input)
+    y = _normalize_rows(_rows(input, len(shape)), eps, exchange, reproducible=reproducible).view_as(input)
     return _affine(y, weight, bias).to(input.dtype)
 
 
@@ -177,6 +186,7 @@ def rms_norm(
     bias: Tensor | None = None,
     eps_outside: bool = False,
     process_group: ProcessGroupLike = None,
+    reproducible: bool = False,
 ) -> Tensor:
     """Root-mean-square normalization over the last axes, which may be split over ranks.
 
@@ -194,11 +204,10 @@ def rms_norm(
     Collectives: with a process group of more than one rank, one all-reduce of R + 3 float64 in forward, for R
     positions, and one of R + 2 in backward. Otherwise none. As in `layer_norm`, the other axes are not compared.
     """
-    if process_group is not None and is_dynamo_compiling():
-        options = {"bias": bias, "eps_outside": eps_outside}
-        return _rms_norm_in_graph(
-            input, normalized_shape, weight, eps, handle=recorded.handle_of(process_group), **options
-        )
+    if (process_group is not None or reproducible) and is_dynamo_compiling():
+        handle = _handle(process_group)
+        options = {"bias": bias, "eps_outside": eps_outside, "reproducible": reproducible}
+        return _rms_norm_in_graph(input, normalized_shape, weight, eps, handle=handle, **options)
     arguments.check_numbers_or_none(eps=eps)
     arguments.check_flags(eps_outside=eps_outside)
     shape = arguments.parse_normalized_shape(input, normalized_shape, weight, bias, split=process_group is not None)
@@ -207,12 +216,12 @@ def rms_norm(
     exchange = _sharing(input, process_group, input.shape[: -len(shape)], "rms_norm")
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
-    if exchange.size == 1 and not eps_outside:
+    if exchange.size == 1 and not eps_outside and not reproducible:
         x = input if weight is None else input.to(weight.dtype)  # unlike F.layer_norm, it requires equal dtypes
         return _affine(F.rms_norm(x, shape, weight, eps), None, bias).to(input.dtype)
     rows = _rows(input, len(shape))
-    y = _normalize_rows(rows, eps, exchange, centered=False, eps_outside=eps_outside).view_as(input)
-    return _affine(y, weight, bias).to(input.dtype)
+    y = _normalize_rows(rows, eps, exchange, centered=False, eps_outside=eps_outside, reproducible=reproducible)
+    return _affine(y.view_as(input), weight, bias).to(input.dtype)
 
 
 def group_norm(
@@ -223,6 +232,7 @@ def group_norm(
     eps: float = 1e-5,
     *,
     process_group: ProcessGroupLike = None,
+    reproducible: bool = False,
 ) -> Tensor:
     """Group normalization over space and the channels of a group, which may be split over ranks.
 
@@ -240,16 +250,16 @@ def group_norm(
     one of 2 N num_groups + 2 in backward. Otherwise none. Unlike the module, the function does not compare N and
     num_groups of the ranks. If they differ, the call hangs, fails or returns a wrong result.
     """
-    if process_group is not None and is_dynamo_compiling():
-        handle = recorded.handle_of(process_group)
-        return _group_norm_in_graph(input, num_groups, weight, bias, eps, handle=handle)
+    if (process_group is not None or reproducible) and is_dynamo_compiling():
+        handle = _handle(process_group)
+        return _group_norm_in_graph(input, num_groups, weight, bias, eps, handle=handle, reproducible=reproducible)
     arguments.check_numbers(eps=eps)
     arguments.check_groups(input, num_groups, weight, bias, split=process_group is not None)
     exchange = _sharing(input, process_group, torch.Size([len(input), num_groups]), "group_norm")
-    if exchange.size == 1:
+    if exchange.size == 1 and not reproducible:
         return F.group_norm(input, num_groups, weight, bias, eps)
     rows = input.reshape(1, len(input) * num_groups, input.shape[1:].numel() // num_groups)
-    y = _normalize_rows(rows, eps, exchange).view_as(input)
+    y = _normalize_rows(rows, eps, exchange, reproducible=reproducible).view_as(input)
     per_channel = [None if t is None else t.view(-1, *[1] * (input.dim() - 2)) for t in (weight, bias)]
     return _affine(y, *per_channel).to(input.dtype)
 
@@ -261,6 +271,11 @@ def without_values(tensor: Tensor) -> bool:
     if tensor.is_meta or not isinstance(tensor, FakeTensor):
         return tensor.is_meta
     return not (torch.compiler.is_compiling() or transforms.recording())
+
+
+def _handle(process_group: ProcessGroupLike) -> int | None:
+    """Return the handle of the ranks that share a sample, for a graph of torch.compile."""
+    return recorded.handle_of(NO_EXCHANGE if process_group is None else process_group)  # type: ignore[arg-type]
 
 
 def _sharing_batch(input: Tensor, process_group: ProcessGroupLike) -> Exchange:
@@ -329,16 +344,38 @@ def _rows(input: Tensor, axes: int) -> Tensor:
 
 
 def _normalize_rows(
-    rows: Tensor, eps: float, exchange: Exchange, *, centered: bool = True, eps_outside: bool = False
+    rows: Tensor,
+    eps: float,
+    exchange: Exchange,
+    *,
+    centered: bool = True,
+    eps_outside: bool = False,
+    reproducible: bool = False,
 ) -> Tensor:
     """Return rows, (1, R, values), each normalized by its moments over all ranks, in float32 or float64."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
+    if reproducible:
+        moments = moments_in_fixed_point(rows, None, exchange=exchange, centered=centered)
+        return normalize(rows, moments, None, None, eps, exchange, eps_outside=eps_outside, reproducible=True)
     stamp = exchange.stamp(backward=False)
     moments = Moments.of(rows, stamp=stamp if centered or stamp else Stamp(0, 1))  # about zero they are packed
     moments = moments if centered else moments.about_zero()
     if exchange.size > 1:
         moments = _of_all_ranks(moments, exchange)
     return normalize(rows, moments, None, None, eps, exchange, eps_outside=eps_outside)
+
+
+def _moments(
+    input: Tensor, mask: Tensor | None, *others: Tensor | None, exchange: Exchange, are_plain: bool, checks: bool
+) -> Moments:
+    """Return the moments of all ranks. Arguments as of `Moments.of`; with `checks`, raise unless they are finite."""
+    moments = Moments.of(input, mask, *others, stamp=exchange.stamp(backward=False), are_plain=are_plain)
+    own = moments.values.clone() if checks else None
+    if exchange.size > 1:
+        moments = _of_all_ranks(moments, exchange)
+    if own is not None:
+        finite.check(moments.values, own, input, exchange, backward=False)
+    return moments
 
 
 def _of_all_ranks(moments: Moments, exchange: Exchange) -> Moments:

@@ -20,9 +20,9 @@ TIERS = {  # the files of each tier, without test_
     "unit": """
         architecture arguments autograd bench_baselines bench_cases bench_copy_baseline bench_graph bench_job
         bench_targets bench_timing checkpointing compile convert convert_classes convert_known convert_refused
-        default_device exchange finite folding functional fused fusion fuzz join kernels launcher launches
-        many_forwards masks modules moments package patch pickles population running sharded_norms sharding state
-        statistics subgroups tensor_parallel tracing transforms without_values
+        default_device exchange finite fixed_point folding functional fused fusion fuzz join kernels launcher launches
+        many_forwards masks modules moments package patch pickles population reproducible running sharded_norms
+        sharding state statistics subgroups tensor_parallel tracing transforms without_values
     """,
     "ranks": "communicators mismatch mpi_backend pytest_plugin shared_memory testing torch_distributed verify",
     "launchers": """

@@ -26,6 +26,7 @@ CANDIDATES += [
     "syncnorm per rank",
     "syncnorm per rank, relu",
     "syncnorm per rank, add, relu",
+    "syncnorm per rank, reproducible",
     "composed of all-reduces",
 ]
 OF_SEVERAL = ["syncnorm", "two all-reduces", "copy baseline with two all-reduces"]

@@ -38,6 +38,7 @@ LAYERS = {  # arguments of the layer, with values other than the default
     "track_running_stats": [False],
     "affine": [False],
     "bias": [False],
+    "reproducible": [True],
 }
 
 

@@ -33,6 +33,7 @@ from .targets import (
     GRAPH,
     MODULE,
     RELU,
+    REPRODUCIBLE,
     TORCH,
     TORCH_SYNC,
     WORDS,
@@ -283,8 +284,8 @@ def layers(case: Case, job: Job, residual: Tensor, with_compiled: bool = False) 
     norm = nn.BatchNorm2d(features, device=device)
     parameters = [norm.weight, norm.bias]
 
-    def ours(process_group: ProcessGroupLike, activation: str | None = None) -> SyncBatchNorm:
-        return SyncBatchNorm(features, process_group=process_group, device=device, activation=activation)
+    def ours(process_group: ProcessGroupLike, activation: str | None = None, **options: Any) -> SyncBatchNorm:
+        return SyncBatchNorm(features, process_group=process_group, device=device, activation=activation, **options)
 
     def plain(x: Tensor) -> Tensor:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True)
@@ -307,6 +308,7 @@ def layers(case: Case, job: Job, residual: Tensor, with_compiled: bool = False) 
         ALONE: _of_module(one),
         RELU: _of_module(relu, relu=True),
         ADD_RELU: Layer(fused, list(add_relu.parameters()), relu=True, residual=residual),
+        REPRODUCIBLE: _of_module(ours(alone, reproducible=True)),
         COMPOSITION: Layer(baselines.composition(norm, group), parameters, synchronized=True),
     }
     if case.kind == TINY:

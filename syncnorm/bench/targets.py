@@ -29,6 +29,7 @@ __all__ = [
     "MODULE",
     "OVER_COPY",
     "RELU",
+    "REPRODUCIBLE",
     "TORCH",
     "TORCH_SYNC",
     "WORDS",
@@ -46,6 +47,7 @@ ALL = "syncnorm"  # all ranks
 ALONE = "syncnorm per rank"  # each rank a group of one
 RELU = f"{ALONE}, relu"
 ADD_RELU = f"{ALONE}, add, relu"
+REPRODUCIBLE = f"{ALONE}, reproducible"
 GRAPH = f"{ALONE}, CUDA graph"
 COMPILED = f"{ALONE}, compiled"  # torch.compile of the module
 ALL_REDUCES = "two all-reduces"  # bare ones, of what forward and backward send
@@ -135,6 +137,8 @@ def verdicts(case: Case, timings: Mapping[str, Timing], device: torch.device) ->
         synchronized = ALL if ALL in timings else ALONE
         value = time(synchronized) / time(TORCH_SYNC)
         yield verdict("all / torch.nn.SyncBatchNorm", value, 1 / 1.5, synchronized, TORCH_SYNC)
+    if REPRODUCIBLE in timings and case.kind == LARGE and device.type == "cpu":
+        yield verdict("one, reproducible / one", time(REPRODUCIBLE) / one, 2.0, REPRODUCIBLE, ALONE)
     for target, name in (("one, relu / one", RELU), ("one, add, relu / one", ADD_RELU)):
         if name in timings:
             yield verdict(target, time(name) / one, 1.05, name, ALONE)

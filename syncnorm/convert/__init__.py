@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
+from .. import arguments
 from ..communicators import ProcessGroupLike
 from ..modules import SyncBatchNorm
 from ..modules.batch_norm import class_after_conversion
@@ -28,7 +29,11 @@ _FUSE = False, True, "auto"
 
 
 def convert_sync_batchnorm(
-    module: nn.Module, process_group: ProcessGroupLike = None, *, fuse: bool | Literal["auto"] = False
+    module: nn.Module,
+    process_group: ProcessGroupLike = None,
+    *,
+    fuse: bool | Literal["auto"] = False,
+    reproducible: bool = False,
 ) -> nn.Module:
     """Return `module` with every BatchNorm layer in it replaced by a `SyncBatchNorm`.
 
@@ -73,6 +78,8 @@ def convert_sync_batchnorm(
             existing SyncBatchNorm and torch.nn.SyncBatchNorm layers keep their own.
         fuse: let layers absorb the activations that follow them. "auto": take models that torch.fx cannot trace, too.
             The largest parts that it can trace are fused, and a warning names the forwards and layers that are left.
+        reproducible: as in `SyncBatchNorm`, for the new layers and for existing SyncBatchNorm layers. If it is False,
+            existing layers keep their own.
 
     Collectives: none.
 
@@ -85,7 +92,16 @@ def convert_sync_batchnorm(
     """
     if fuse not in _FUSE:
         raise ValueError(f"expected fuse to be one of {_FUSE}, got {fuse!r}")
+    arguments.check_flags(reproducible=reproducible)
     check_convertible(module, _is_registered)
+    converted = _converted(module, process_group, fuse)
+    for layer in converted.modules() if reproducible else ():
+        if isinstance(layer, SyncBatchNorm):
+            layer.reproducible = True
+    return converted
+
+
+def _converted(module: nn.Module, process_group: ProcessGroupLike, fuse: bool | Literal["auto"]) -> nn.Module:
     if not fuse or _is_registered(module):
         return replace(module, lambda layer: _to_sync(layer, process_group), _is_registered, {})
     found = fusion.find_fusions(module, _can_absorb, _is_registered, in_parts=fuse == "auto")
@@ -199,7 +215,9 @@ def _from_sync(layer: nn.Module) -> nn.Module:
         kind = kind.cls_to_become
     old: nn.Module = become(layer, kind)
     is_norm = isinstance(layer, SyncBatchNorm)  # else an activation; nn.ReLU has inplace too
-    of_ours = ("_group", "_eps", "activation", "inplace", "check_finite", "calls_function") if is_norm else ()
+    of_ours = (
+        ("_group", "_eps", "activation", "inplace", "check_finite", "calls_function", "reproducible") if is_norm else ()
+    )
     for name in (ORIGIN, _FUSED, *of_ours):
         old.__dict__.pop(name, None)
     if issubclass(kind, nn.SyncBatchNorm):

@@ -17,7 +17,7 @@ from ..modules.known import ORIGIN
 __all__ = ["check_convertible", "check_revertible"]
 
 _OWN_NAMES = (  # attributes that SyncBatchNorm.forward reads
-    *("activation", "inplace", "check_finite", "process_group", "_group"),
+    *("activation", "inplace", "check_finite", "reproducible", "process_group", "_group"),
 )
 _FSDP, _COMPILED = "_fsdp_wrapped_module", "_orig_mod"  # attributes that hold a wrapped module
 _TRAINING = 5  # position of this argument in torch's batch_norm functions

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import flags, reference
+from . import fixed_point, flags, reference
 from .epilogue import ACTIVATIONS, PLAIN, Epilogue, Saved
 from .plain import plain
 from .vectors import Packed, RawMoments, Running, Stamp, StampError, Statistics, halves
@@ -42,6 +42,8 @@ __all__ = [
     "PLAIN",
     "Backward",
     "Epilogue",
+    "FixedPoint",
+    "Gradient",
     "Kernels",
     "Packed",
     "RawMoments",
@@ -50,8 +52,10 @@ __all__ = [
     "Stamp",
     "StampError",
     "Statistics",
+    "fixed_point",
     "flags",
     "halves",
+    "in_fixed_point",
     "of_cpu",
     "plain",
     "quick_check",
@@ -124,6 +128,49 @@ class Backward(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Those sums of all shards -> dx, and dz if a residual was there. Checks the stamp as `normalize` does."""
         ...
+
+
+class FixedPoint(Protocol):
+    """The passes whose sums have the same bits in any order. `fixed_point` has the formulas."""
+
+    def largest_input(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Input -> max |x|, (C,)."""
+        ...
+
+    def sums_of_input(self, input: Tensor, mask: Tensor | None, exponent: Tensor, of_mask: Tensor) -> Tensor:
+        """Input, exponents of x and w -> digits of Σ w x and Σ w x², (L + K, 2, C)."""
+        ...
+
+    def Gradient(  # noqa: N802
+        self,
+        grad_output: Tensor,
+        saved: Saved,
+        statistics: Statistics,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        mask: Tensor | None = None,
+        epilogue: Epilogue = PLAIN,
+    ) -> Gradient:
+        """As `Kernels.Backward` -> the passes over dz and dz * (x - mean)."""
+        ...
+
+
+class Gradient(Protocol):
+    """The passes over dz and dz * (x - mean)."""
+
+    def largest(self) -> Tensor:
+        """-> what their absolute values do not exceed, (2, C)."""
+        ...
+
+    def sums(self, exponents: Tensor) -> Tensor:
+        """Exponents of both, (2, C) -> digits of the sums, (2L, 2, C)."""
+        ...
+
+
+def in_fixed_point(kernels: Kernels) -> FixedPoint:
+    """Return the passes of an implementation in fixed point. Those of GPUs are made of torch's operations."""
+    return getattr(kernels, "fixed_point", fixed_point)
 
 
 def select(tensor: Tensor, *others: Tensor | None) -> Kernels:

@@ -29,11 +29,15 @@ __all__ = [
     "Backward",
     "activate",
     "check",
+    "compute_dtype",
     "moments",
     "normalize",
     "or_one",
     "pack",
+    "per_channel",
     "preactivation",
+    "reduced_axes",
+    "tail",
     "unpack",
     "update_running",
 ]
@@ -45,8 +49,8 @@ def moments(input: Tensor, mask: Tensor | None = None, *, stamp: Stamp | None = 
     With a stamp, return them packed. The sums are of x - shift, where the shift is a first estimate of the mean, so
     they keep their digits however large the mean is.
     """
-    axes = _reduced_axes(input)
-    x = input.to(_compute_dtype(input))
+    axes = reduced_axes(input)
+    x = input.to(compute_dtype(input))
     if mask is None:
         values = math.prod([x.shape[axis] for axis in axes])  # which a tracer follows to other sizes
         count = torch.full((), values, dtype=torch.float64, device=x.device)
@@ -55,7 +59,7 @@ def moments(input: Tensor, mask: Tensor | None = None, *, stamp: Stamp | None = 
         count = mask.expand(x.shape[0], 1, *x.shape[2:]).sum(dtype=torch.float64)
         x = x.masked_fill(mask == 0, 0)
     shift = _weighted(x, mask).sum(axes) / or_one(count).to(x.dtype)
-    centered = x - _per_channel(shift, x)
+    centered = x - per_channel(shift, x)
     correction = _weighted(centered, mask).sum(axes).double() / or_one(count)
     m2 = _weighted(centered.square(), mask).sum(axes).double() - count * correction.square()
     result = RawMoments(torch.cat([shift.double() + correction, m2.clamp_min(0), count.view(1)]))
@@ -73,7 +77,7 @@ def pack(moments: RawMoments, stamp: Stamp) -> Packed:
     """Return [n·mean, M2 + n·mean², n, h, h²], (2C + 3,), whose sum over shards packs the moments of them all."""
     mean, m2 = halves(moments)
     total = moments[-1] * mean
-    return Packed(torch.cat([total, torch.addcmul(m2, total, mean), moments[-1:], *_tail(stamp, moments)]))
+    return Packed(torch.cat([total, torch.addcmul(m2, total, mean), moments[-1:], *tail(stamp, moments)]))
 
 
 def unpack(packed: Packed, stamp: Stamp) -> RawMoments:
@@ -111,7 +115,7 @@ def check(summed: Tensor, stamp: Stamp | None) -> Tensor | None:
     return None
 
 
-def _tail(stamp: Stamp, like: Tensor) -> list[Tensor]:
+def tail(stamp: Stamp, like: Tensor) -> list[Tensor]:
     """Return h and h², (1,) each, without a copy from the host."""
     numbers = stamp.number, stamp.number**2
     return [torch.full((1,), number, dtype=torch.float64, device=like.device) for number in numbers]
@@ -225,13 +229,13 @@ class Backward:
         x̂ is (x - mean) * invstd. The gradients are (C,), in dtype. All are sums over all positions, masked ones too.
         With a stamp the sums are (2C + 2,), [sums, h, h²].
         """
-        axes = _reduced_axes(self.input)
+        axes = reduced_axes(self.input)
         _, invstd = halves(self.statistics)
         grad_bias = self.dz.sum(axes).double()
         grad_weight = (self.dz * self.centered).sum(axes).double() * invstd
         of_dz = [grad_bias, grad_weight]
         of_dz = of_dz if self.weight is None else [sum * self.weight for sum in of_dz]
-        sums = torch.cat([*of_dz, *([] if stamp is None else _tail(stamp, grad_bias))])
+        sums = torch.cat([*of_dz, *([] if stamp is None else tail(stamp, grad_bias))])
         return grad_weight.to(dtype), grad_bias.to(dtype), sums
 
     def grad_input(
@@ -262,11 +266,11 @@ class Backward:
             slope = -invstd * second / (count * torch.where(inside > 0, inside, 1))
             dx = self.centered
             dx = dx if mask is None else torch.where(mask == 0, 0, dx)  # masked_fill lays it out anew
-            dx = dx * _per_channel(invstd, dx) * _per_channel(slope, dx)  # whose product may have no float32
+            dx = dx * per_channel(invstd, dx) * per_channel(slope, dx)  # whose product may have no float32
             if centered:
-                dx = dx - _per_channel(invstd * first / count, dx)
+                dx = dx - per_channel(invstd * first / count, dx)
             dx = _weighted(dx, mask)
-        dx = dx + self.dz * _per_channel(_scale(self.statistics, self.weight), dx)
+        dx = dx + self.dz * per_channel(_scale(self.statistics, self.weight), dx)
         return dx.to(self.input.dtype), None if self.dtype_of_dz is None else self.dz.to(self.dtype_of_dz)
 
 
@@ -281,7 +285,7 @@ def _centered_and_grad(
 ) -> tuple[Tensor, Tensor]:
     """Return x - mean, and dz from dy = grad_output: what passes through the activation."""
     input, activation = saved.input, epilogue.activation
-    dy = grad_output.to(_compute_dtype(input))
+    dy = grad_output.to(compute_dtype(input))
     void = None if mask is None else (mask == 0) & (dy == 0)  # where z and x may be no numbers
 
     def filled(values: Tensor) -> Tensor:
@@ -291,8 +295,8 @@ def _centered_and_grad(
         z = y = filled(input.to(dy.dtype))
         if activation == "leaky_relu":
             z, dy = torch.where(y > 0, y, y / NEGATIVE_SLOPE), torch.where(y > 0, dy, dy * NEGATIVE_SLOPE)
-        z = z if bias is None else z - _per_channel(bias, z)
-        return filled(z * _per_channel(_inverse(statistics, weight, bias, input.dtype, activation), z)), dy
+        z = z if bias is None else z - per_channel(bias, z)
+        return filled(z * per_channel(_inverse(statistics, weight, bias, input.dtype, activation), z)), dy
     centered = filled(_centered(input, statistics))
     if activation is None:
         return centered, dy
@@ -306,8 +310,8 @@ def _centered_and_grad(
 def _affine(
     centered: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    z = centered * _per_channel(_scale(statistics, weight), centered)
-    z = z if bias is None else z + _per_channel(bias, z)
+    z = centered * per_channel(_scale(statistics, weight), centered)
+    z = z if bias is None else z + per_channel(bias, z)
     return z if residual is None else z + residual.to(z.dtype)
 
 
@@ -345,10 +349,10 @@ def _weighted(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def _centered(input: Tensor, statistics: Statistics) -> Tensor:
     """Return x - mean with the mean as a high and a low part, which together keep its float64 digits."""
-    x, (mean, _) = input.to(_compute_dtype(input)), halves(statistics)
+    x, (mean, _) = input.to(compute_dtype(input)), halves(statistics)
     high = mean.to(x.dtype)
     low = mean - high  # zero where x is float64
-    return (x - _per_channel(high, x)) - _per_channel(low, x)
+    return (x - per_channel(high, x)) - per_channel(low, x)
 
 
 def _scale(statistics: Statistics, weight: Tensor | None) -> Tensor:
@@ -372,7 +376,8 @@ def _inverse(
     return scale / (scale.square() + noise.clamp_min(LEAST_NOISE).square())
 
 
-def _compute_dtype(input: Tensor) -> torch.dtype:
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """Return the dtype of the arithmetic."""
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
@@ -387,10 +392,11 @@ def or_one(count: Tensor) -> Tensor:
     return torch.where(count > 0, count, 1)
 
 
-def _reduced_axes(input: Tensor) -> list[int]:
+def reduced_axes(input: Tensor) -> list[int]:
+    """Return all axes but the channels'."""
     return [0, *range(2, input.dim())]
 
 
-def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
+def per_channel(vector: Tensor, like: Tensor) -> Tensor:
     """Return (C,) as (1, C, 1, ...) in the dtype of `like`."""
     return vector.to(like.dtype).view(1, -1, *[1] * (like.dim() - 2))

@@ -161,7 +161,7 @@ class History:
             call=self.calls,
             sizes=sizes,
             is_split=is_split,
-            dtype=str(input.dtype).removeprefix("torch."),
+            dtype=str(input.dtype).removeprefix("torch.") + (", reproducible" if layer.reproducible else ""),
             layer=_shortened(type(layer).__name__),
             shape=list(input.shape)[:8],
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -69,9 +69,14 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
 
         check_finite: raise NonFiniteError if the input of a rank has NaN or Inf, before they enter the statistics. For
             an existing layer, set `layer.check_finite = True`, or see `syncnorm.debug`.
+        reproducible: add up the statistics, and the sums of the gradients over the ranks, in fixed point. Then they
+            have the same bits however the whole batch is divided over ranks and threads, and so have the outputs and
+            the gradients of the inputs. The ranks must have the same weight. See the docs page `reproducible`.
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 3 float64 in forward and one of
-    2C + 2 in backward (none if the input needs no gradient). All ranks of the group must issue them, in the same order.
+    2C + 2 in backward (none if the input needs no gradient). With `reproducible` two in forward, of 4C + 6 and 4C + 4
+    float64, and two in backward, of 8C + 2 and 4C + 2. (For float64 inputs 10C + 4 and 8C + 2 instead of 4C + 4 and
+    4C + 2.) All ranks of the group must issue them, in the same order.
     Each carries a stamp, by which the ranks see that they are in the same call of the same layer. The first two
     forwards also issue one all-gather of 512 bytes, in which the ranks compare which layer they are in. Otherwise none.
     All ranks must apply the same transforms of torch.func. Forward-mode AD (`torch.func.jvp`, dual tensors) adds one
@@ -93,7 +98,8 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
         RuntimeError: a parameter, a buffer, the mask or the residual is on another device than the input; the input
             cannot be overwritten, because it is a leaf that requires a gradient, a view in a graph, expanded, or
             created in inference mode; a transform of torch.func cannot update the running statistics, because it was
-            not given them; torch.jit.trace, make_fx or torch.export would omit the all-reduce.
+            not given them; torch.jit.trace, make_fx or torch.export would omit the all-reduce; with `reproducible`,
+            any transform of torch.func, forward-mode AD, a tracer or a backward with create_graph=True.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015. Moments are merged as in Chan, Golub and LeVeque, 1979. In
     place: Rota Bulò, Porzi and Kontschieder, In-Place Activated BatchNorm, 2018.
@@ -119,23 +125,23 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
         activation: str | None = None,
         inplace: bool = False,
         check_finite: bool = False,
+        reproducible: bool = False,
     ):
         arguments.check_flags(affine=affine, track_running_stats=track_running_stats, bias=bias)
-        arguments.check_flags(inplace=inplace, check_finite=check_finite)
+        arguments.check_flags(inplace=inplace, check_finite=check_finite, reproducible=reproducible)
         arguments.check_numbers(eps=eps)
         arguments.check_numbers_or_none(momentum=momentum)
         arguments.check_factory_arguments(device, dtype)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self._finish_init(process_group, bias, activation, inplace, check_finite)
+        self._finish_init(process_group, bias, activation, inplace)
+        self.check_finite, self.reproducible = check_finite, reproducible
 
-    def _finish_init(
-        self, process_group: ProcessGroupLike, bias: bool, activation: str | None, inplace: bool, check_finite: bool
-    ) -> None:
+    def _finish_init(self, process_group: ProcessGroupLike, bias: bool, activation: str | None, inplace: bool) -> None:
         """Set what torch's constructor does not know."""
         if not bias:
             self.register_parameter("bias", None)
         arguments.check_activation(activation, inplace)
-        self.activation, self.inplace, self.check_finite = activation, inplace, check_finite
+        self.activation, self.inplace = activation, inplace
         self.process_group = process_group
 
     @property
@@ -206,6 +212,7 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
             activation=None if called and torch.compiler.is_compiling() else self.activation,
             inplace=self.inplace,
             check_finite=self.check_finite,
+            reproducible=self.reproducible,
         )
         return output if called is None or torch.compiler.is_compiling() else Activated.of(output, called)
 
@@ -300,12 +307,17 @@ class SyncBatchNorm(ProcessGroupMixin, _BatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(
-        cls, module: nn.Module, process_group: ProcessGroupLike = None, *, fuse: bool = False
+        cls,
+        module: nn.Module,
+        process_group: ProcessGroupLike = None,
+        *,
+        fuse: bool | Literal["auto"] = False,
+        reproducible: bool = False,
     ) -> nn.Module:
         """Return `module` with its BatchNorm layers converted. See `syncnorm.convert_sync_batchnorm`."""
         from ..convert import convert_sync_batchnorm  # here, since convert imports this module
 
-        return convert_sync_batchnorm(module, process_group, fuse=fuse)
+        return convert_sync_batchnorm(module, process_group, fuse=fuse, reproducible=reproducible)
 
 
 class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
@@ -331,12 +343,14 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         activation: str | None = None,
         inplace: bool = False,
         check_finite: bool = False,
+        reproducible: bool = False,
     ):
         arguments.check_flags(affine=affine, track_running_stats=track_running_stats, bias=bias)
-        arguments.check_flags(inplace=inplace, check_finite=check_finite)
+        arguments.check_flags(inplace=inplace, check_finite=check_finite, reproducible=reproducible)
         # calls SyncBatchNorm's constructor, which checks the other arguments
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
-        self._finish_init(process_group, bias, activation, inplace, check_finite)
+        self._finish_init(process_group, bias, activation, inplace)
+        self.check_finite, self.reproducible = check_finite, reproducible
 
     def initialize_parameters(self, input: Tensor, **others: Any) -> None:
         """Create parameters and buffers for the channels of `input`, (N, C, *). `others` are arguments of forward."""

@@ -36,6 +36,9 @@ class GroupNorm(ProcessGroupMixin, nn.GroupNorm):
             its channels. Shards may differ in size and may be empty. N and num_groups must be the same on all ranks. If
             space is split, the gradients of weight and bias are this rank's share, to be summed over the ranks. None:
             the groups are not split.
+        reproducible: add up the statistics, and the sums of the gradients over the ranks, in fixed point. Then they
+            have the same bits however the axes are divided over ranks and threads, on one rank too. See the docs page
+            `reproducible`.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 3 float64 in forward and
     one of 2 N num_groups + 2 in backward. The first input of each N also issues one all-gather of 512 bytes, in which
@@ -64,14 +67,15 @@ class GroupNorm(ProcessGroupMixin, nn.GroupNorm):
         *,
         bias: bool = True,
         process_group: ProcessGroupLike = None,
+        reproducible: bool = False,
     ):
-        arguments.check_flags(affine=affine, bias=bias)
+        arguments.check_flags(affine=affine, bias=bias, reproducible=reproducible)
         arguments.check_numbers(eps=eps)
         arguments.check_factory_arguments(device, dtype)
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self.process_group = process_group
+        self.process_group, self.reproducible = process_group, reproducible
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (N, C, *)."""
@@ -85,7 +89,9 @@ class GroupNorm(ProcessGroupMixin, nn.GroupNorm):
             group = self._group.exchange(communicator, self, input, (len(input), groups))
         elif weight is None:  # the function does not know num_channels
             arguments.check_groups(input, groups, weight, bias, self.num_channels, split=False)
-        return functional.group_norm(input, groups, weight, bias, self.eps, process_group=group)
+        return functional.group_norm(
+            input, groups, weight, bias, self.eps, process_group=group, reproducible=self.reproducible
+        )
 
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0."""

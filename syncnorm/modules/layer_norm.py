@@ -34,6 +34,9 @@ class LayerNorm(ProcessGroupMixin, nn.LayerNorm):
         dtype: of the parameters.
         process_group: the ranks over which the last axes are split, each with a shard of any size, which may be 0. The
             other axes must be the same on all ranks. None: the last axes are not split.
+        reproducible: add up the statistics, and the sums of the gradients over the ranks, in fixed point. Then they
+            have the same bits however the axes are divided over ranks and threads, on one rank too. See the docs page
+            `reproducible`.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2R + 3 float64 in forward, for R
     positions, and one of 2R + 2 in backward. The first input of each size also issues one all-gather of 512 bytes, in
@@ -61,12 +64,13 @@ class LayerNorm(ProcessGroupMixin, nn.LayerNorm):
         dtype: torch.dtype | None = None,
         *,
         process_group: ProcessGroupLike = None,
+        reproducible: bool = False,
     ):
-        arguments.check_flags(elementwise_affine=elementwise_affine, bias=bias)
+        arguments.check_flags(elementwise_affine=elementwise_affine, bias=bias, reproducible=reproducible)
         arguments.check_numbers(eps=eps)
         arguments.check_factory_arguments(device, dtype)
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-        self.process_group = process_group
+        self.process_group, self.reproducible = process_group, reproducible
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (*, *normalized_shape)."""
@@ -78,7 +82,9 @@ class LayerNorm(ProcessGroupMixin, nn.LayerNorm):
             communicator = self._group.enter(input)  # first: it counts the call
             arguments.parse_normalized_shape(input, shape, weight, bias, split=True)  # before the ranks compare sizes
             group = self._group.exchange(communicator, self, input, input.shape[: -len(shape)])
-        return functional.layer_norm(input, shape, weight, bias, self.eps, process_group=group)
+        return functional.layer_norm(
+            input, shape, weight, bias, self.eps, process_group=group, reproducible=self.reproducible
+        )
 
     def extra_repr(self) -> str:
         """Return the arguments of the constructor."""

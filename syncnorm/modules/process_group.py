@@ -19,6 +19,8 @@ __all__ = ["ProcessGroupMixin", "ProcessGroupReference"]
 class ProcessGroupMixin(nn.Module):
     """A norm with a process group. Pickles do not contain the group, and deep copies share it."""
 
+    reproducible: bool = False  # the default of converted layers and of old pickles
+
     @property
     def process_group(self) -> ProcessGroupLike:
         """The ranks that share the statistics, in the form in which they were passed."""
@@ -64,8 +66,9 @@ class ProcessGroupMixin(nn.Module):
                 initialize(parameter)  # type: ignore[arg-type]
 
     def _group_repr(self) -> str:
-        """Return the part of extra_repr that describes the process group."""
-        return "" if self.process_group is None else f", process_group={self._group}"
+        """Return the part of extra_repr that describes the process group, and how the ranks add up."""
+        group = "" if self.process_group is None else f", process_group={self._group}"
+        return f", reproducible=True{group}" if self.reproducible else group
 
 
 def _local(parameter: Tensor | None) -> Tensor | None:

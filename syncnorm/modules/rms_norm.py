@@ -37,6 +37,9 @@ class RMSNorm(ProcessGroupMixin, nn.RMSNorm):
         eps_outside: add eps to the root. Both conventions exist. Use the one that the checkpoint was trained with.
         process_group: the ranks over which the last axes are split, each with a shard of any size, which may be 0. The
             other axes must be the same on all ranks. None: the last axes are not split.
+        reproducible: add up the statistics, and the sums of the gradients over the ranks, in fixed point. Then they
+            have the same bits however the axes are divided over ranks and threads, on one rank too. See the docs page
+            `reproducible`.
 
     Collectives: with a process group of more than one rank, one all-reduce of R + 3 float64 in forward, for R
     positions, and one of R + 2 in backward. The first input of each size also issues one all-gather of 512 bytes, in
@@ -67,15 +70,18 @@ class RMSNorm(ProcessGroupMixin, nn.RMSNorm):
         bias: bool = False,
         eps_outside: bool = False,
         process_group: ProcessGroupLike = None,
+        reproducible: bool = False,
     ):
-        arguments.check_flags(elementwise_affine=elementwise_affine, bias=bias, eps_outside=eps_outside)
+        arguments.check_flags(
+            elementwise_affine=elementwise_affine, bias=bias, eps_outside=eps_outside, reproducible=reproducible
+        )
         arguments.check_numbers_or_none(eps=eps)
         arguments.check_factory_arguments(device, dtype)
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         has_bias = elementwise_affine and bias
         self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if has_bias else None)
         self.eps_outside = eps_outside
-        self.process_group = process_group
+        self.process_group, self.reproducible = process_group, reproducible
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x`, (*, *normalized_shape)."""
@@ -88,7 +94,11 @@ class RMSNorm(ProcessGroupMixin, nn.RMSNorm):
             arguments.parse_normalized_shape(x, shape, weight, bias, split=True)  # before the ranks compare sizes
             group = self._group.exchange(communicator, self, x, x.shape[: -len(shape)])
         return functional.rms_norm(
-            x, shape, weight, self.eps, bias=bias, eps_outside=self.eps_outside, process_group=group
+            *(x, shape, weight, self.eps),
+            bias=bias,
+            eps_outside=self.eps_outside,
+            process_group=group,
+            reproducible=self.reproducible,
         )
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ import sys
 
 # `python -m syncnorm.kernels.cpu.build` imports this package first, when there is no library yet.
 if f"{__name__}.build" not in sys.orig_argv:
+    from . import fixed_point
     from .binding import ISA, Backward, agree, moments, normalize
 
-__all__ = ["ISA", "Backward", "agree", "moments", "normalize"]
+__all__ = ["ISA", "Backward", "agree", "fixed_point", "moments", "normalize"]

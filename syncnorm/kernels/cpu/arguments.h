@@ -90,6 +90,20 @@ struct ReduceGradArguments {
     Stamp stamp;
 };
 
+// Of the passes that sum in fixed point, see fixed_point.h.
+struct InputArguments {
+    Shape shape;
+    const void *x, *mask;
+    const double *origins;  // (2, C), of w x and w x²; or null, for the largest values
+    double *result;         // sums of 2 digits, of double 5, (2, C) each; or largest values, (C,)
+};
+
+struct GradientArguments {
+    BackwardArguments of;
+    const double *origins;  // (2, C), of dz and dz (x - mean); or null
+    double *result;         // sums of 2 digits, of double 4, (2, C) each; or largest values, (2, C)
+};
+
 struct GradInputArguments {
     BackwardArguments of;
     const double *sums;  // as above, with a stamp their sums over its ranks; or null

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from ..layout import channels_last, in_dense_format
 from ..vectors import Packed, RawMoments, Running, Stamp, StampError, Statistics
 from .library import LIBRARY, OTHER_VERSION, load_with_lock
 
-__all__ = ["ISA", "Backward", "agree", "moments", "normalize"]
+__all__ = ["CPU", "ISA", "Backward", "agree", "dense", "functions", "moments", "normalize", "weights_of"]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -33,24 +35,29 @@ ISA: str = os.environ.get("SYNCNORM_ISA") or _library.syncnorm_isa().decode()
 if ISA not in ("avx512", "avx2", "base"):
     raise RuntimeError(f"expected SYNCNORM_ISA to be one of avx512, avx2, base, got {ISA}")
 
-_CPU = torch.device("cpu")  # which torch.set_default_device does not change
+CPU = torch.device("cpu")  # which torch.set_default_device does not change
 
 
-_function = getattr(_library, f"syncnorm_function_{ISA}", None)
-if _function is None:
-    raise RuntimeError(f"expected functions for {ISA} in {LIBRARY}, got none: {OTHER_VERSION}")
-_function.argtypes, _function.restype = [ctypes.py_object, ctypes.c_int64], ctypes.py_object
+def functions(name: str, count: int) -> Iterator[Callable[..., Any]]:
+    """Return the functions of the library in the table of this name, for the instruction set."""
+    of_number = getattr(_library, f"syncnorm_{name}_{ISA}", None)
+    if of_number is None:
+        raise RuntimeError(f"expected functions for {ISA} in {LIBRARY}, got none: {OTHER_VERSION}")
+    of_number.argtypes, of_number.restype = [ctypes.py_object, ctypes.c_int64], ctypes.py_object
+    return (of_number(_KNOWN, number) for number in range(count))
+
+
 _API = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # of DLPack
 _KNOWN = (_API, None, True, Tensor, Parameter, MemoryError, StampError, RuntimeError, *DTYPES, torch.uint8, torch.int64)
-_moments, _normalize, _reduce_grad, _grad_input, agree = (_function(_KNOWN, number) for number in range(5))
+_moments, _normalize, _reduce_grad, _grad_input, agree = functions("function", 5)
 
 
 def moments(input: Tensor, mask: Tensor | None = None, *, stamp: Stamp | None = None) -> RawMoments | Packed:
     """See `reference.moments`."""
-    x, last = _dense(input)
+    x, last = dense(input)
     length = 2 * x.shape[1] + (1 if stamp is None else 3)
-    result = torch.empty(length, dtype=torch.float64, device=_CPU)
-    weights = None if mask is None else _weights(mask, x)
+    result = torch.empty(length, dtype=torch.float64, device=CPU)
+    weights = None if mask is None else weights_of(mask, x)
     _moments(x, last, torch.get_num_threads(), weights, result, stamp)
     return RawMoments(result)
 
@@ -70,12 +77,12 @@ def normalize(
     overwrite: bool = False,
 ) -> tuple[Tensor, Statistics, Tensor | None]:
     """See `reference.normalize`."""
-    x, last = _dense(input)
+    x, last = dense(input)
     signs, inplace = None, epilogue.inplace
     if residual is not None:
         residual = in_dense_format(residual, like=x)
         if epilogue.saves_signs:
-            signs = torch.empty((1, (x.numel() + 7) // 8), dtype=torch.uint8, device=_CPU)
+            signs = torch.empty((1, (x.numel() + 7) // 8), dtype=torch.uint8, device=CPU)
     y = x if inplace else torch.empty_like(x)
     statistics = moments if overwrite and stamp is None else moments.new_empty(2 * x.shape[1] + 1)
     moved = None if running is None else _counted_in_int64(running)
@@ -107,7 +114,7 @@ class Backward:
         epilogue: Epilogue = PLAIN,
     ):
         input, signs, residual = saved
-        x, last = _dense(input)
+        x, last = dense(input)
         dy = grad_output
         same_layout = dy.stride() == x.stride() if last else dy.is_contiguous()
         if not same_layout or dy.dtype is not x.dtype or dy._is_zerotensor():
@@ -121,7 +128,7 @@ class Backward:
         self.arguments = (
             *(x, last, torch.get_num_threads(), dy, statistics, weight, bias),
             *(_ACTIVATIONS[epilogue.activation], residual, signs, epilogue.inplace),
-            None if mask is None else _weights(mask, x),
+            None if mask is None else weights_of(mask, x),
         )
         self.x, self.statistics, self.weight = x, statistics, weight
         self.has_residual = residual is not None or signs is not None
@@ -136,7 +143,7 @@ class Backward:
         if weight is not None and weight.dtype is dtype:
             grad_weight = torch.empty_like(weight)
         else:
-            grad_weight = torch.empty(channels, dtype=dtype, device=_CPU)
+            grad_weight = torch.empty(channels, dtype=dtype, device=CPU)
         grad_bias = torch.empty_like(grad_weight)
         _reduce_grad(self.arguments, grad_weight, grad_bias, sums, stamp)
         return grad_weight, grad_bias, sums
@@ -156,7 +163,7 @@ class Backward:
         return dx, dz
 
 
-def _dense(tensor: Tensor) -> tuple[Tensor, bool]:
+def dense(tensor: Tensor) -> tuple[Tensor, bool]:
     """Return the tensor, dense, and whether its channels are last."""
     if tensor.is_contiguous():
         return tensor, False
@@ -169,7 +176,7 @@ def _counted_in_int64(running: Running) -> Running:
     return running if batches is None or batches.dtype is torch.int64 else running._replace(batches=batches.long())
 
 
-def _weights(mask: Tensor, x: Tensor) -> Tensor:
+def weights_of(mask: Tensor, x: Tensor) -> Tensor:
     """Return the mask as (N, S) weights in the dtype of the arithmetic."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return mask.expand(len(x), 1, *x.shape[2:]).to(dtype).contiguous()

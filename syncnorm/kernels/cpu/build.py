@@ -3,7 +3,7 @@
 It needs GCC on Linux. CXX in the environment chooses another compiler than g++. This file imports nothing but the
 standard library, so `python syncnorm/kernels/cpu/build.py [LIBRARY]` does the same where there is no torch.
 
-exports.cpp and the headers it includes are one translation unit, which is compiled once per instruction set. The
+Each of the two sources is compiled once per instruction set, with the headers that it includes. The
 library is compiled without Python and torch, and uses Python's stable ABI, so a wheel is for one platform and for every
 version of both.
 """
@@ -18,15 +18,13 @@ import tempfile
 import zlib
 from pathlib import Path
 
-__all__ = ["LIBRARY", "SOURCE", "compile_library", "source_version", "sources"]
+__all__ = ["LIBRARY", "compile_library", "source_version", "sources"]
 
-SOURCE = Path(__file__).with_name("exports.cpp")
-LIBRARY = SOURCE.with_name("libsyncnorm_cpu.so")
+FOLDER = Path(__file__).parent
+LIBRARY = FOLDER / "libsyncnorm_cpu.so"
 # Of what -ffast-math allows, that which neither reorders a sum nor loses a NaN.
-FLAGS = (
-    "-O3 -std=c++17 -fPIC -fopenmp -fno-exceptions -fno-rtti -fvisibility=hidden "
-    "-ffp-contract=fast -fno-math-errno -fno-trapping-math"
-)
+FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -fno-exceptions -fno-rtti -fvisibility=hidden -fno-math-errno -fno-trapping-math"
+SOURCES = {"exports.cpp": "-ffp-contract=fast", "fixed_point.cpp": "-ffp-contract=off"}
 # As needed: no libstdc++ where the source uses nothing of it.
 LINK_FLAGS = "-shared -fopenmp -Wl,--as-needed -Wl,--no-undefined"
 # An object for each; syncnorm_isa(), in `base`, names the best for the CPU that it runs on. -march=x86-64 keeps out
@@ -51,8 +49,8 @@ def main() -> None:
 
 
 def sources() -> list[Path]:
-    """Return exports.cpp and all headers, in a fixed order."""
-    return [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
+    """Return the sources and all headers, in a fixed order."""
+    return [*(FOLDER / name for name in SOURCES), *sorted(FOLDER.glob("*.h"))]
 
 
 def source_version() -> int:
@@ -73,15 +71,15 @@ def compile_library(library: Path) -> None:
     sets = INSTRUCTION_SETS if "__x86_64__" in macros else ELSEWHERE
     compile_flags = [*compiler, "-c", *FLAGS.split(), f"-DSYNCNORM_SOURCE={source_version()}u"]
     with tempfile.TemporaryDirectory() as directory:
-        objects = {isa: f"{directory}/{isa}.o" for isa in sets}
-        compilations = [
-            [*compile_flags, *flags.split(), f"-DSYNCNORM_ISA={isa}", str(SOURCE), "-o", objects[isa]]
+        compilations = {
+            f"{directory}/{isa}-{name}.o": [*flags.split(), own, f"-DSYNCNORM_ISA={isa}", str(FOLDER / name)]
             for isa, flags in sets.items()
-        ]
-        run_at_once(compilations)
+            for name, own in SOURCES.items()
+        }
+        run_at_once([[*compile_flags, *arguments, "-o", to] for to, arguments in compilations.items()])
         library.parent.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(".unfinished")
-        run_at_once([[*compiler, *objects.values(), *LINK_FLAGS.split(), "-o", str(unfinished)]])
+        run_at_once([[*compiler, *compilations, *LINK_FLAGS.split(), "-o", str(unfinished)]])
         unfinished.replace(library)  # a process that has the old one open keeps that
 
 

@@ -61,6 +61,16 @@ inline void read(Values &values, MomentsArguments &arguments) {
     arguments.moments = static_cast<double *>(moments.of(FLOAT64, stamped(2 * shape.c + 1, arguments.stamp)));
 }
 
+inline void read(Values &values, InputArguments &arguments) {
+    const Tensor x = values.tensor();
+    arguments.x = x.data;
+    const Shape shape = arguments.shape = shape_of(x, values);
+    arguments.mask = mask_of(values, shape);
+    arguments.origins = values.pointer<double>(FLOAT64, 2 * shape.c);
+    const int64_t results = !arguments.origins ? 1 : shape.dtype == FLOAT64 ? 10 : 4;
+    arguments.result = values.pointer<double>(FLOAT64, results * shape.c);
+}
+
 inline void read(Values &values, NormalizeArguments &arguments) {
     const Tensor x = values.tensor();
     arguments.x = x.data;
@@ -97,6 +107,15 @@ inline void read(Values &values, ReduceGradArguments &arguments) {
     const Tensor sums = values.tensor();
     read(values, arguments.stamp);
     arguments.sums = static_cast<double *>(sums.of(FLOAT64, stamped(2 * channels, arguments.stamp)));
+}
+
+inline void read(Values &values, GradientArguments &arguments) {
+    Values of = values.tuple();
+    read(of, arguments.of);
+    const Shape &shape = arguments.of.shape;
+    arguments.origins = values.pointer<double>(FLOAT64, 2 * shape.c);
+    const int64_t results = !arguments.origins ? 2 : shape.dtype == FLOAT64 ? 8 : 4;
+    arguments.result = values.pointer<double>(FLOAT64, results * shape.c);
 }
 
 inline void read(Values &values, GradInputArguments &arguments) {
@@ -161,3 +180,21 @@ PyObject *call(PyObject *const *given, intptr_t count, int (*function)(const Arg
 }
 
 }  // namespace
+
+// A pass over tensors of any dtype, as a function of Python.
+#define PASS(function, Arguments, dtype) \
+    {#function, [](PyObject *, PyObject *const *given, intptr_t count) { \
+        return call<Arguments>(given, count, [](const Arguments &a) { \
+            switch (dtype) { \
+                case FLOAT32: return function<float>(a); \
+                case FLOAT64: return function<double>(a); \
+                case BFLOAT16: return function<bf16>(a); \
+                default: return function<fp16>(a); \
+            } \
+        }); \
+    }, METH_FASTCALL, nullptr}
+
+// The functions of one instruction set have its name.
+#define JOIN(a, b) a##b
+#define NAME(prefix, isa) JOIN(prefix, isa)
+#define EXPORT extern "C" __attribute__((visibility("default")))

@@ -54,7 +54,7 @@ class BuildKernels(Command):
         return LIBRARY if self.editable_mode else Path(self.build_lib, LIBRARY)
 
     def get_source_files(self) -> list[str]:
-        compiled = [FOLDER / "exports.cpp", *sorted(FOLDER.glob("*.h"))]
+        compiled = [*sorted(FOLDER.glob("*.cpp")), *sorted(FOLDER.glob("*.h"))]
         return [*map(str, compiled), *(str(FOLDER / f"{name}.py") for name in NOT_INSTALLED)]
 
     def get_outputs(self) -> list[str]:

@@ -24,19 +24,6 @@
 #include "normalize.h"
 #include "shared_memory.h"
 
-// A pass over tensors of any dtype, as a function of Python.
-#define PASS(function, Arguments, dtype) \
-    {#function, [](PyObject *, PyObject *const *given, intptr_t count) { \
-        return call<Arguments>(given, count, [](const Arguments &a) { \
-            switch (dtype) { \
-                case FLOAT32: return function<float>(a); \
-                case FLOAT64: return function<double>(a); \
-                case BFLOAT16: return function<bf16>(a); \
-                default: return function<fp16>(a); \
-            } \
-        }); \
-    }, METH_FASTCALL, nullptr}
-
 namespace {
 PyMethodDef functions[] = {
     PASS(moments, MomentsArguments, a.shape.dtype),
@@ -47,10 +34,6 @@ PyMethodDef functions[] = {
      METH_FASTCALL, nullptr},
 };
 }  // namespace
-
-#define JOIN(a, b) a##b
-#define NAME(prefix, isa) JOIN(prefix, isa)
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Returns one of the functions, by its number, as a function of Python. `objects` are those that they have to know.
 EXPORT PyObject *NAME(syncnorm_function_, SYNCNORM_ISA)(PyObject *objects, int64_t number) {
