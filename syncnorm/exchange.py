@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .communicators import ALONE, Communicator, uncounted
 from .communicators.label import MARK, Label, report
+from .communicators.listeners import listeners, of_layer, unreported
 from .errors import DesyncError, printable
 from .job import desync
 from .kernels import Stamp, flags
@@ -124,9 +125,10 @@ class Exchange:
         if flags.in_use:
             _raise_if_flagged(tensor, self.group)
             self._remember(tensor.get_device(), number, backward)
-        if getattr(self.group, "takes_labels", False):
-            return self.group.all_reduce(tensor, label)  # type: ignore[call-arg]
-        return self.group.all_reduce(tensor)
+        if listeners:
+            with of_layer(label):
+                return self._send(tensor, label)
+        return self._send(tensor, label)
 
     def mismatch(self, *, backward: bool) -> DesyncError:
         """Return the error for a message whose stamp did not match. It says what each rank was in.
@@ -146,9 +148,14 @@ class Exchange:
         """Return what each rank is in, with what it adds. Collective: one all-gather of 512 bytes on the CPU."""
         here = f"{self._place(backward)}: {addition}" if addition else self._place(backward)
         message = torch.frombuffer(bytearray(report(here, MESSAGE)), dtype=torch.uint8)
-        with torch._C._DisableFuncTorch():
+        with unreported(), torch._C._DisableFuncTorch():
             received = [t.numpy().tobytes().rstrip() for t in uncounted(self.group).all_gather(message)]
         return [t[len(MARK) :].decode(errors="ignore") if t.startswith(MARK) else ELSEWHERE for t in received]
+
+    def _send(self, tensor: Tensor, label: Label) -> Tensor:
+        if getattr(self.group, "takes_labels", False):
+            return self.group.all_reduce(tensor, label)  # type: ignore[call-arg]
+        return self.group.all_reduce(tensor)
 
     def _number(self, backward: bool) -> int:
         return (self.offset + self.factor * (2 * self.call + backward)) % NUMBERS

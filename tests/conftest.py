@@ -24,7 +24,10 @@ TIERS = {  # the files of each tier, without test_
         many_forwards masks modules moments package patch pickles population reproducible running sharded_norms
         sharding state statistics subgroups tensor_parallel tracing transforms without_values
     """,
-    "ranks": "communicators mismatch mpi_backend pytest_plugin shared_memory testing torch_distributed verify",
+    "ranks": """
+        communicators count_collectives mismatch mpi_backend pytest_plugin shared_memory testing torch_distributed
+        verify
+    """,
     "launchers": """
         agreement bench_comm bench_figure bench_kernels bench_layer bench_memory bench_report bench_train bootstrap
         checkpoints cli contrast datasets demo desync docs elastic examples forks gpu_run help install mpich readme

@@ -18,6 +18,7 @@ from ..job.desync import fails_by_arguments, raise_desync
 from .compiled import register
 from .contiguous import as_contiguous, write_back
 from .label import Label
+from .listeners import listeners, report_call
 from .sharing import route_of, shared_memory_of, timeout_of
 
 if TYPE_CHECKING:
@@ -76,11 +77,14 @@ class ProcessGroupCommunicator:
         self._check()
         try:
             memory = self._shared_memory()
-            return memory is not None and memory.all_reduce(tensor, label)
+            summed = memory is not None and memory.all_reduce(tensor, label)
         except DesyncError:
             raise
         except RuntimeError as error:
             self._raise("all_reduce", error)
+        if summed and listeners:
+            report_call("all_reduce", [tensor], self.size)
+        return summed
 
     def _shared_memory(self) -> SharedMemory | None:
         group = self._current_group()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import transforms
 from ..communicators import Communicator, uncounted
 from ..communicators.label import NO_BATCHES, report
+from ..communicators.listeners import unreported
 from ..errors import DesyncError
 from ..exchange import Exchange, Layer, is_compiled
 
@@ -183,7 +184,7 @@ def _is_recorded(input: Tensor) -> bool:
 
 def _gather(place: _Place, device: torch.device, group: Communicator) -> list[_Place]:
     text = json.dumps(place).encode().ljust(MESSAGE)
-    with torch._C._DisableFuncTorch():  # its tensors have no values that can be read
+    with unreported(), torch._C._DisableFuncTorch():  # its tensors have no values that can be read
         message = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
         received = [t.cpu().numpy().tobytes() for t in uncounted(group).all_gather(message)]
     try:

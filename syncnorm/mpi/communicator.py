@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..communicators.compiled import register
 from ..communicators.contiguous import write_back
+from ..communicators.listeners import listeners, report_call
 from ..job.desync import raise_desync
 from .buffers import memory_at, message, stage
 from .datatypes import ARITHMETIC, arithmetic
@@ -60,6 +61,8 @@ class MpiCommunicator:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks in place: one `MPI_Allreduce`. float16 and bfloat16 are summed in float32."""
+        if listeners:
+            report_call("all_reduce", [tensor], self.size)
         try:
             datatype = ARITHMETIC[tensor.dtype]
         except KeyError:
@@ -83,12 +86,16 @@ class MpiCommunicator:
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Overwrite `tensor` with that of `root`: one `MPI_Bcast`."""
+        if listeners:
+            report_call("broadcast", [tensor], self.size)
         staged = stage(tensor)
         self._run("Bcast", message(staged), root, memory=staged)
         return write_back(tensor, staged)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks: one `MPI_Allgather`."""
+        if listeners:
+            report_call("all_gather", [tensor], self.size)
         staged = stage(tensor)
         gathered = staged.new_empty((self.size, *staged.shape))
         self._run("Allgather", message(staged), message(gathered), memory=(staged, gathered))
@@ -105,6 +112,8 @@ class MpiCommunicator:
 
     def barrier(self) -> None:
         """Wait for all ranks: one `MPI_Barrier`."""
+        if listeners:
+            report_call("barrier", [], self.size)
         self._run("Barrier")
 
     def local_rank(self) -> int:

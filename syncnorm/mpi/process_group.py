@@ -29,6 +29,7 @@ from torch.distributed import ReduceOp
 
 from ..communicators import register_group_type
 from ..communicators.contiguous import write_back
+from ..communicators.listeners import listeners, report_call, unreported
 from ..communicators.process_group import DESTROYED
 from ..errors import DesyncError
 from .buffers import message, stage
@@ -145,6 +146,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             opts,
             [t for out in outputs for t in out],
             lambda: [self._all_gather(out, t) for out, t in zip(outputs, inputs, strict=True)],
+            sent=inputs,
         )
 
     @torch_signatures(AllgatherOptions, "output_lists", "input_list")
@@ -164,6 +166,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             opts,
             outputs,
             lambda: [self._all_gather_single(out, t) for out, t in zip(outputs, inputs, strict=True)],
+            sent=inputs,
         )
 
     allgather_into_tensor_coalesced = all_gather_single_coalesced
@@ -171,7 +174,7 @@ class MpiProcessGroup(dist.ProcessGroup):
     @torch_signatures(dist.GatherOptions, "output_tensors", "input_tensors|input_tensor", rest="root timeout")
     def gather(self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any) -> MpiWork:
         out = outputs[0] if outputs else []
-        return self._work("gather", opts, out, lambda: [self._gather(out, inputs[0], opts.rootRank)])
+        return self._work("gather", opts, out, lambda: [self._gather(out, inputs[0], opts.rootRank)], sent=inputs)
 
     @torch_signatures(dist.ScatterOptions, "output_tensors|output_tensor", "input_tensors", rest="root timeout")
     def scatter(self, outputs: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], opts: Any) -> MpiWork:
@@ -185,6 +188,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             opts,
             outputs,
             lambda: [self._reduce_scatter(out, p, opts.reduceOp) for out, p in zip(outputs, inputs, strict=True)],
+            sent=[t for parts in inputs for t in parts],
         )
 
     @torch_signatures(dist.ReduceScatterOptions, "outputTensor", "inputTensor", rest="op timeout", lists=False)
@@ -205,13 +209,14 @@ class MpiProcessGroup(dist.ProcessGroup):
             opts,
             outputs,
             lambda: [self._reduce_scatter(out, p, opts.reduceOp) for out, p in zip(outputs, parts, strict=True)],
+            sent=inputs,
         )
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
     @torch_signatures(dist.AllToAllOptions, "output_tensors|output_tensor|output", "input_tensors|input_tensor|input")
     def alltoall(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any) -> MpiWork:
-        return self._work("all_to_all", opts, outputs, lambda: [self._all_to_all(outputs, inputs)])
+        return self._work("all_to_all", opts, outputs, lambda: [self._all_to_all(outputs, inputs)], sent=inputs)
 
     @torch_signatures(
         dist.AllToAllOptions,
@@ -222,7 +227,9 @@ class MpiProcessGroup(dist.ProcessGroup):
         self, output: Tensor, input: Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int], opts: Any
     ) -> MpiWork:
         outputs, inputs = self._split(output, output_sizes), self._split(input, input_sizes)
-        return self._work("all_to_all_single", opts, [output], lambda: [self._all_to_all(outputs, inputs)])
+        return self._work(
+            "all_to_all_single", opts, [output], lambda: [self._all_to_all(outputs, inputs)], sent=[input]
+        )
 
     alltoall_base = all_to_all_single
 
@@ -244,6 +251,8 @@ class MpiProcessGroup(dist.ProcessGroup):
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """Return when all ranks have joined. Else rank 0 names the first missing rank, or all if `wait_all_ranks`."""
         limit = self.timeout if timeout is None else timeout
+        if listeners:
+            report_call("monitored_barrier", [], self.size())
         self.barriers += 1
         tag = self.barriers % 2**15  # a late message cannot match the next barrier
         self.health.check()
@@ -290,11 +299,15 @@ class MpiProcessGroup(dist.ProcessGroup):
         result: Sequence[Tensor],
         start: Callable[[], list[Started]],
         title: str | None = None,
+        sent: Sequence[Tensor] | None = None,
     ) -> MpiWork:
         """Call `start` and return its work.
 
         `name` is used in errors. `title` is the profiler's name for point-to-point calls, whose `name` has a rank.
+        `sent` is this rank's input, if that is not the result.
         """
+        if listeners and title is None:
+            report_call(name, result if sent is None else sent, self.size())
         record = None
         if is_profiled():
             record = torch.autograd.profiler.record_function(f"{BACKEND}:{title or name}")
@@ -341,7 +354,8 @@ class MpiProcessGroup(dist.ProcessGroup):
             raise NotImplementedError("expected the SUM of a sparse tensor, got another reduction")
         own = tensor.coalesce()
         counts = torch.empty(self.size(), dtype=torch.int64, device="cpu")
-        self.all_gather_single(counts, torch.tensor([own._nnz()], device="cpu")).wait()
+        with unreported():
+            self.all_gather_single(counts, torch.tensor([own._nnz()], device="cpu")).wait()
         sizes = counts.tolist()
         indices = [own.indices().new_empty(n, own.sparse_dim()) for n in sizes]
         values = [own.values().new_empty(n, *own.values().shape[1:]) for n in sizes]
