@@ -74,6 +74,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=_positive, default=5, metavar="N", help="training steps (default: 5)")
     splits = "how the batch is dealt out: even, random (any sizes), empty (a rank has none) (default: even)"
     add("--splits", type=_splits, default=("even",), metavar="SPLIT,SPLIT", help=splits)
+    seeded = "of inputs, weights, upstream gradients and random shards (default: 0)"
+    add("--seed", type=int, default=0, metavar="N", help=seeded)
     add("--no-convert", dest="convert", action="store_false", help="leave the model as it is built")
     add("--timeout", type=_positive, default=60, metavar="S", help="seconds for each training (default: 60)")
     add("--json", type=Path, metavar="FILE", help="write all differences there")
@@ -88,6 +90,7 @@ def _verify(
     batch: int,
     steps: int,
     ranks: tuple[int, ...],
+    seed: int,
     json: Path | None,
     figure: Path | None,
     **options: Any,
@@ -98,7 +101,8 @@ def _verify(
         raise SystemExit("expected verify to be started alone, got it under a launcher: it starts the ranks itself")
     files = _files(json=json, figure=figure)
     try:
-        report = verify(model, random_batches(input_shape, batch, steps, integers=integers), ranks, **options)
+        batches = random_batches(input_shape, batch, steps, integers=integers, seed=seed)
+        report = verify(model, batches, ranks, seed=seed, **options)
     except Exception as error:  # of the model, in one process
         print(error.__cause__ or "", f"verify cannot train the model: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -91,6 +91,28 @@ def test_the_recipe_of_equal_weights_departs_where_shards_are_unequal():
     assert "the ranks have to be weighted by these counts" in report.summary()
 
 
+def test_the_report_says_how_to_repeat_it(capsys):
+    report = verify(planted.averaged, BATCHES, [2], splits=["random"], convert=False, dtypes=[torch.float32], seed=3)
+    plan = Plan(planted.averaged, tuple(BATCHES), 0.05, 3)
+    samples = [[end - begin for begin, end in of_ranks] for of_ranks in zip(*shards(plan, 2, "random"), strict=True)]
+    said = ", ".join(f"{one}+{other}" for one, other in samples)
+    assert len(samples) == 3
+    assert report.summary().endswith(f"\nSeed 3. Samples of the ranks in each step: {said}.")
+    assert (report.json()["seed"], report.json()["runs"][0]["samples"]) == (3, samples)
+    report.show()
+    table = capsys.readouterr().out
+    assert "trainings, seed 3" in table
+    assert said in table
+
+
+def test_the_only_rank_has_the_samples_of_the_empty_one():
+    report = verify(planted.sound, BATCHES, [1], splits=["empty"], dtypes=[torch.float64])
+    assert report.passed, report.summary()
+    assert report.runs[0].samples == [[12]] * 3
+    assert {"activations", "statistics", "gradients"} <= {name for _, _, units in report.layers() for name in units}
+    assert report.runs[0].largest < 0.1
+
+
 def test_the_recipe_of_squares_departs_where_the_mean_is_large():
     """In float32 alone. The converted model passes."""
     double, single = verify(planted.shifted, BATCHES, [2], convert=False).runs
@@ -142,15 +164,13 @@ def test_what_is_wrong_with_the_arguments_is_said(model, batch, options, message
 @pytest.mark.parametrize("split", ["even", "random", "empty"])
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_shards_are_a_partition_of_the_batch(split, world_size):
-    if split == "empty" and world_size == 1:
-        return
     plan = Plan(planted.sound, tuple(torch.zeros(7, 1) for _ in range(6)), 0.1, 3)
     for step, of_ranks in enumerate(zip(*shards(plan, world_size, split), strict=True)):
         assert [i for begin, end in of_ranks for i in range(begin, end)] == [*range(7)]
         sizes = [end - begin for begin, end in of_ranks]
         if split == "even":
             assert max(sizes) - min(sizes) <= 1
-        if split == "empty":
+        if split == "empty" and world_size > 1:
             assert sizes[step % world_size] == 0
 
 
@@ -173,10 +193,11 @@ def test_the_command(tmp_path):
     ]
     assert {layer["layer"] for layer in report["runs"][0]["layers"]} >= {"0", "1", "4", "9"}
     assert drawn.stat().st_size > 10_000
-    job = verify_by_command(model, *arguments, "--no-convert", "--json", found, cwd=tmp_path)
+    job = verify_by_command(model, *arguments, "--no-convert", "--seed", "5", "--json", found, cwd=tmp_path)
     assert job.returncode == 1
     assert "DEPARTS" in job.stdout
     assert not json.loads(found.read_text())["passed"]
+    assert json.loads(found.read_text())["seed"] == 5
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,9 @@ def verify(
         (traits,) = run_ranks(_alone, 1, plan, path, timeout=timeout)
         runs, device = [], "cuda" if backend == "nccl" else "cpu"
         for world_size, split, dtype in itertools.product(world_sizes, splits, dtypes):
-            runs.append(Run(world_size, split, dtype))
-            arguments = plan, path, dtype, device, shards(plan, world_size, split), convert
+            ranges = shards(plan, world_size, split)
+            runs.append(Run(world_size, split, dtype, ranges))
+            arguments = plan, path, dtype, device, ranges, convert
             try:
                 found = run_ranks(_on_rank, world_size, *arguments, backend=backend, timeout=timeout)
             except Exception as error:
@@ -90,7 +91,7 @@ def verify(
                 break  # the others would wait as long
             runs[-1].take(found, traits)
     name = build_model if isinstance(build_model, str) else getattr(build_model, "__name__", repr(build_model))
-    return Report(name, backend, runs)
+    return Report(name, backend, runs, seed)
 
 
 def assert_matches_whole_batch(

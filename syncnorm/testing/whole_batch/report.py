@@ -14,9 +14,11 @@ from ...report import COLOURS, Table
 from ..ranks import RankError
 from .comparison import ACTIVATIONS, GRADIENTS, STATISTICS, Departure, Found
 from .reasons import reason
+from .training import Range
 
 __all__ = ["Report", "Run"]
 
+SHOWN = 3  # steps in the table
 QUANTITIES = (ACTIVATIONS, STATISTICS, GRADIENTS)
 
 
@@ -27,6 +29,7 @@ class Run:
         world_size: the number of ranks.
         split: how the samples were dealt out.
         dtype: of the ranks.
+        samples: the number of samples of each rank in each step.
         units: the largest difference over the ranks and steps, in units of the tolerance, by layer and quantity.
         kinds: the class of each layer.
         rank: the one that departed first, or None.
@@ -34,8 +37,9 @@ class Run:
         reason: why it departed or failed. Empty: it passed.
     """
 
-    def __init__(self, world_size: int, split: str, dtype: torch.dtype):
+    def __init__(self, world_size: int, split: str, dtype: torch.dtype, shards: Sequence[Sequence[Range]]):
         self.world_size, self.split, self.dtype = world_size, split, dtype
+        self.samples = [[end - begin for begin, end in of_ranks] for of_ranks in zip(*shards, strict=True)]
         self.units: dict[str, dict[str, float]] = {}
         self.kinds: dict[str, str] = {}
         self.rank: int | None = None
@@ -78,8 +82,8 @@ class Run:
 class Report:
     """All trainings of a model."""
 
-    def __init__(self, model: str, backend: str, runs: Sequence[Run]):
-        self.model, self.backend, self.runs = model, backend, runs
+    def __init__(self, model: str, backend: str, runs: Sequence[Run], seed: int):
+        self.model, self.backend, self.runs, self.seed = model, backend, runs, seed
 
     @property
     def passed(self) -> bool:
@@ -111,15 +115,23 @@ class Report:
                 f"The first difference is in the {where.quantity} of {_named(where.layer)}, step {where.step}, "
                 f"rank {failed[0].rank}{times}."
             )
-        return "\n".join([*lines, failed[0].reason])
+        repeat = f"Seed {self.seed}. Samples of the ranks in each step: {_samples(failed[0])}."
+        return "\n".join([*lines, failed[0].reason, repeat])
 
     def show(self) -> None:
         """Print the tables and the summary. Needs rich."""
+        columns = ["training", "verdict", "largest difference", "first difference", "samples in each step"]
         of_runs = [
-            [str(run), "passed" if run.passed else "DEPARTS", f"{run.largest:.2g}" if run.units else "", _where(run)]
+            [
+                str(run),
+                "passed" if run.passed else "DEPARTS",
+                f"{run.largest:.2g}" if run.units else "",
+                _where(run),
+                _samples(run, most=SHOWN),
+            ]
             for run in self.runs
         ]
-        Table("trainings", ["training", "verdict", "largest difference", "first difference"], [of_runs], names=2).show()
+        Table(f"trainings, seed {self.seed}", columns, [of_runs], names=2).show()
         rows = [
             [name, kind, *(_cell(units, quantity) for quantity in QUANTITIES)] for name, kind, units in self.layers()
         ]
@@ -134,10 +146,12 @@ class Report:
             "model": self.model,
             "backend": self.backend,
             "passed": self.passed,
+            "seed": self.seed,
             "runs": [
                 {
                     "ranks": run.world_size,
                     "split": run.split,
+                    "samples": run.samples,
                     "dtype": str(run.dtype),
                     "passed": run.passed,
                     "rank": run.rank,
@@ -188,6 +202,13 @@ def _cell(units: dict[str, float], quantity: str) -> str:
 
 def _named(layer: str) -> str:
     return f"layer {layer}" if layer else "the model"
+
+
+def _samples(run: Run, most: int | None = None) -> str:
+    """Return the samples of the ranks in each step, as in "5+3, 2+6", or only of the first steps."""
+    of_steps = ["+".join(map(str, samples)) for samples in run.samples]
+    shown = of_steps[:most]
+    return ", ".join([*shown, "..."] if len(shown) < len(of_steps) else shown)
 
 
 def _where(run: Run) -> str:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..split import even_sizes, sample_counts
 
-__all__ = ["Observer", "Plan", "build", "call", "part", "shards", "size", "train"]
+__all__ = ["Observer", "Plan", "Range", "build", "call", "part", "shards", "size", "train"]
 
 # A tensor, a tuple of positional arguments or a dict of keyword arguments. The first axis is that of the samples.
 Batch = Any
@@ -95,7 +95,7 @@ def shards(plan: Plan, world_size: int, split: str) -> list[list[Range]]:
     """Return the samples of each rank in each step.
 
     With "even" the shards' sizes differ by at most one. With "random" they are of any size. With "empty" one rank has
-    no sample: another one in each step.
+    no sample: another one in each step. The only rank of a group of one has all of them.
     """
     generator = torch.Generator("cpu").manual_seed(plan.seed)
     ranges: list[list[Range]] = [[] for _ in range(world_size)]
