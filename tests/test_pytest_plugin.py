@@ -49,7 +49,16 @@ TESTS = """
 
     @pytest.mark.ranks(2)
     def test_is_wrong_on_a_rank():
-        assert syncnorm.communicator().rank == 0
+        values = [5, 7, syncnorm.communicator().rank]
+        assert values == [5, 7, 0]
+
+
+    def assert_zero(value):
+        assert value == 0
+
+
+    def test_is_wrong_under_mpirun(run_ranks):
+        run_ranks(assert_zero, 2, 1 + 1, backend="mpi")
 
 
     @pytest.mark.ranks(2)
@@ -69,10 +78,11 @@ TESTS = """
         pass
 """
 FAILED = {  # the test, and what is said of it
-    "test_is_wrong_on_a_rank": r"rank 1 of 2 raised:(.|\n)*assert syncnorm.communicator\(\).rank == 0",
-    "test_crashes_on_a_rank": r"rank 1: exit status 3",
-    "test_hangs": r"rank 1: still running after 5 s, at",
-    "test_takes_what_no_process_can_send": r"fixtures that can be pickled in a test on ranks, got capsys",
+    "test_is_wrong_on_a_rank[2ranks]": r"rank 1 of 2 raised:(.|\n)*AssertionError: assert \[5, 7, 1\] == \[5, 7, 0\]",
+    "test_is_wrong_under_mpirun": r"AssertionError: assert 2 == 0",
+    "test_crashes_on_a_rank[2ranks]": r"rank 1: exit status 3",
+    "test_hangs[2ranks]": r"rank 1: still running after 5 s, at",
+    "test_takes_what_no_process_can_send[2ranks]": r"fixtures that can be pickled in a test on ranks, got capsys",
 }
 
 
@@ -82,13 +92,23 @@ def test_the_marker(tmp_path, processes):
     command = [sys.executable, "-m", "pytest", "-v", "--strict-markers", "-n", processes, "-p", "no:cacheprovider"]
     job = run(*command, "--basetemp", tmp_path / "temporary", cwd=tmp_path, timeout=110)
     assert job.returncode == 1, job.stdout
-    assert "4 failed, 6 passed" in job.stdout, job.stdout
+    assert "5 failed, 6 passed" in job.stdout, job.stdout
     for name, said in FAILED.items():
-        assert f"FAILED test_of_a_user.py::{name}[2ranks]" in job.stdout
+        assert f"FAILED test_of_a_user.py::{name}" in job.stdout
         assert re.search(said, job.stdout), job.stdout
     folders = [folder for folder in (tmp_path / "temporary").rglob("test_sum_*") if not folder.is_symlink()]
     touched = [len(list(folder.iterdir())) for folder in folders]
     assert sorted(touched) == [2, 2, 3, 3]
+
+
+def test_the_plugin_can_be_left_out(tmp_path):
+    """Then pytest does not import torch at its start."""
+    (tmp_path / "test_start.py").write_text(
+        "import sys\n\n\ndef test_start():\n    assert 'torch' not in sys.modules\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    assert run(*command, "-p", "no:syncnorm", cwd=tmp_path, timeout=60).returncode == 0
+    assert run(*command, cwd=tmp_path, timeout=60).returncode == 1
 
 
 def shards(batch, sizes):

@@ -18,6 +18,7 @@ import torch
 
 from . import worker
 from .mpirun import Mpirun
+from .rewriting import rewritten_modules
 
 __all__ = ["RankError", "run_ranks"]
 
@@ -67,7 +68,8 @@ def run_ranks(
         raise RuntimeError('expected a CUDA device for backend="nccl", got none: use "gloo"')
     with tempfile.TemporaryDirectory(prefix="syncnorm-ranks-") as name:
         directory = Path(name)
-        job = worker.Job(fn, args, backend, world_size, timeout, dict(os.environ))
+        call = pickle.dumps((fn, args))
+        job = worker.Job(call, rewritten_modules(), backend, world_size, timeout, dict(os.environ))
         (directory / "job").write_bytes(pickle.dumps(job))
         processes = _start(directory, world_size, backend)
         deadline = time.monotonic() + timeout + GRACE

@@ -8,7 +8,6 @@ import pickle
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import spawn
@@ -19,14 +18,20 @@ import torch
 import torch.distributed as dist
 
 from ..job.init import init
+from .rewriting import rewrite
 
 
 @dataclass(frozen=True)
 class Job:
-    """The function to call on every rank, and the settings of the group."""
+    """What to call on every rank, and the settings of the group.
 
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
+    Attributes:
+        call: the pickled function and its arguments.
+        rewritten: the modules whose asserts pytest rewrites.
+    """
+
+    call: bytes
+    rewritten: list[str]
     backend: str
     world_size: int
     timeout: float
@@ -75,11 +80,13 @@ def _read_job(directory: Path) -> Job:
 
 
 def _call(directory: Path, rank: int, job: Job) -> Any:
+    rewrite(job.rewritten)
+    fn, args = pickle.loads(job.call)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.world_size))
     limit = timedelta(seconds=job.timeout)
     if job.backend == "mpi":
         init("mpi", limit)
-        return job.fn(*job.args)
+        return fn(*args)
     os.environ.clear()
     os.environ.update({"GLOO_SOCKET_IFNAME": "lo"} | job.environment)  # all ranks are on this machine
     if job.backend == "nccl":
@@ -92,7 +99,7 @@ def _call(directory: Path, rank: int, job: Job) -> Any:
         timeout=limit,
     )
     dist.barrier()  # a rank that ends while others still connect would break their connections
-    result = job.fn(*job.args)
+    result = fn(*args)
     dist.destroy_process_group()
     return result
 
