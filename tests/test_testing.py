@@ -4,11 +4,14 @@ import os
 import pickle
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run
 
 import syncnorm
 from syncnorm.communicators import LocalCommunicator
@@ -163,6 +166,69 @@ def test_an_exception_that_cannot_be_pickled():
 def test_functions_that_cannot_be_imported():
     with pytest.raises((AttributeError, TypeError, ValueError), match=r"(?i)pickle|local object"):
         run_ranks(lambda: None, 1)
+
+
+SESSION = """
+{before}
+from collections import namedtuple
+import syncnorm
+from syncnorm.testing import run_ranks
+
+Offset = namedtuple("Offset", "value")
+scale = 10
+
+
+def rank_times(offset):
+    return scale * syncnorm.communicator().rank + offset.value
+
+
+print(run_ranks({fn}, 2, Offset(1), backend="{backend}"))
+"""
+
+
+def in_a_session(*arguments, **code):
+    """Run the lines in a process whose main program is in no file, as those of a notebook."""
+    session = SESSION.format(**{"before": "", "fn": "rank_times", "backend": "gloo"} | code)
+    if not arguments:
+        return run(sys.executable, "-c", session, timeout=100)
+    with tempfile.TemporaryFile("w+") as lines:
+        lines.write(session)
+        lines.seek(0)
+        return run(sys.executable, *arguments, stdin=lines, timeout=100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ([], {}),
+        ([], {"backend": "mpi"}),
+        ([], {"fn": "lambda offset: rank_times(offset)"}),
+        (["-i", "-q"], {}),
+    ],
+    ids=["-c", "mpirun", "lambda", "prompt"],
+)
+def test_a_function_of_an_interactive_session_is_sent_by_value(arguments, code):
+    pytest.importorskip("cloudpickle")
+    job = in_a_session(*arguments, **code)
+    assert "[1, 11]" in job.stdout, job.stdout
+
+
+@pytest.mark.parametrize("fn", ["rank_times", "max"])  # the second is importable, its argument is not
+def test_a_function_of_an_interactive_session_is_refused_without_cloudpickle(fn):
+    job = in_a_session(before="import sys; sys.modules['cloudpickle'] = None", fn=fn)
+    assert job.returncode == 1
+    assert "RuntimeError: expected a function and arguments that the ranks can import, got those of an " in job.stdout
+    assert "pip install cloudpickle" in job.stdout
+
+
+def test_a_function_that_a_rank_cannot_import_is_an_error_of_that_rank(tmp_path, monkeypatch):
+    (tmp_path / "only_once.py").write_text("def f():\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import only_once
+
+    (tmp_path / "only_once.py").write_text("raise KeyError('the import')\n")
+    with pytest.raises(KeyError, match="the import"):
+        run_ranks(only_once.f, 2)
 
 
 def return_unpicklable():

@@ -18,6 +18,7 @@ import torch
 
 from . import worker
 from .mpirun import Mpirun
+from .pickled import pickled_call
 from .rewriting import rewritten_modules
 
 __all__ = ["RankError", "run_ranks"]
@@ -47,7 +48,8 @@ def run_ranks(
 
     Args:
         fn: the function to call on every rank. It must be importable, so it cannot be a lambda or a local function. A
-            script must call run_ranks under `if __name__ == "__main__":`, because the ranks import the script.
+            script must call run_ranks under `if __name__ == "__main__":`, because the ranks import the script. In a
+            notebook or another interactive session, `cloudpickle` sends it by value if it is installed.
         world_size: the number of ranks.
         *args: picklable arguments. Each rank gets its own copy.
         backend: "gloo", "nccl" (CUDA devices are assigned round-robin) or "mpi".
@@ -57,7 +59,7 @@ def run_ranks(
         Exception: the exception of the first rank that failed. Its cause is a `RankError` with the rank's traceback.
         RankError: a rank died or was still running at the timeout. The message has the stack of each such rank.
         ValueError: `world_size` is less than one, or the backend is unknown.
-        RuntimeError: mpirun is missing for "mpi", or a CUDA device for "nccl".
+        RuntimeError: mpirun is missing for "mpi", a CUDA device for "nccl", or cloudpickle in an interactive session.
     """
     __tracebackhide__ = True  # for pytest
     if world_size < 1:
@@ -68,7 +70,7 @@ def run_ranks(
         raise RuntimeError('expected a CUDA device for backend="nccl", got none: use "gloo"')
     with tempfile.TemporaryDirectory(prefix="syncnorm-ranks-") as name:
         directory = Path(name)
-        call = pickle.dumps((fn, args))
+        call = pickled_call(fn, args)
         job = worker.Job(call, rewritten_modules(), backend, world_size, timeout, dict(os.environ))
         (directory / "job").write_bytes(pickle.dumps(job))
         processes = _start(directory, world_size, backend)
