@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import os
 import pickle
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import spawn
@@ -59,9 +61,11 @@ def main(directory: Path, rank: int) -> None:
     """Run the job in `directory` as `rank`. At the timeout, the rank writes its stack and exits."""
     with (directory / f"stack{rank}").open("w") as stack:
         job = _read_job(directory)
-        faulthandler.dump_traceback_later(job.timeout, exit=True, file=stack)
         try:
-            outcome = pickle.dumps(Outcome(_call(directory, rank, job), None, "", time.time()))
+            faulthandler.dump_traceback_later(job.timeout, exit=True, file=stack)
+            call = _load(job)
+            faulthandler.dump_traceback_later(job.timeout, exit=True, file=stack)  # imports are not part of the time
+            outcome = pickle.dumps(Outcome(_run(directory, rank, job, call), None, "", time.time()))
             failed = False
         except Exception as error:
             outcome = pickle.dumps(Outcome(None, _picklable(error), traceback.format_exc(), time.time()))
@@ -79,14 +83,20 @@ def _read_job(directory: Path) -> Job:
     return job
 
 
-def _call(directory: Path, rank: int, job: Job) -> Any:
+def _load(job: Job) -> Callable[[], Any]:
+    """Import the function, and return what calls it."""
     rewrite(job.rewritten)
     fn, args = pickle.loads(job.call)
+    return functools.partial(fn, *args)
+
+
+def _run(directory: Path, rank: int, job: Job, call: Callable[[], Any]) -> Any:
+    """Join the group, make the call, and leave the group."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.world_size))
     limit = timedelta(seconds=job.timeout)
     if job.backend == "mpi":
         init("mpi", limit)
-        return fn(*args)
+        return call()
     os.environ.clear()
     os.environ.update({"GLOO_SOCKET_IFNAME": "lo"} | job.environment)  # all ranks are on this machine
     if job.backend == "nccl":
@@ -99,7 +109,7 @@ def _call(directory: Path, rank: int, job: Job) -> Any:
         timeout=limit,
     )
     dist.barrier()  # a rank that ends while others still connect would break their connections
-    result = fn(*args)
+    result = call()
     dist.destroy_process_group()
     return result
 
