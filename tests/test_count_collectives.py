@@ -259,7 +259,8 @@ def test_the_checks_of_debug_are_not_counted():
 def test_each_collective_of_torch_is_known():
     """A new one in a later version of torch has to be added."""
     operators = {name.removeprefix("c10d::") for name in torch._C._dispatch_get_all_op_names() if "c10d::" in name[:6]}
-    assert operators - {"check_for_nan"} == OPERATORS.keys() | POINT_TO_POINT
+    assert "allreduce_" in operators
+    assert operators <= OPERATORS.keys() | POINT_TO_POINT | {"check_for_nan"}
 
 
 def test_the_calls_are_a_sequence():
