@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
             "verify", help=about, description=f"{about}; exit status 1 if it departs, 2 if it cannot be trained"
         )
     )
+    about = "predict what synchronizing BatchNorm costs on a cluster, and recommend which ranks should share statistics"
+    _add_plan(tools.add_parser("plan", help=about, description=f"{about}; exit status 2 if the model cannot be run"))
     about = "measure syncnorm beside other implementations and a copy of the same memory; rank 0 prints"
     _add_benchmarks(tools.add_parser("bench", help=about, description=about))
     options = vars(parser.parse_args(arguments))
@@ -63,11 +67,16 @@ def _splits(given: str) -> tuple[str, ...]:
     return tuple(given.split(","))
 
 
-def _add_verify(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODULE:FUNCTION", help="a function that returns the model; MODULE may be the path of a file")
     add("--input-shape", type=_integers, required=True, metavar="C,H,W", help="the shape of one sample")
     add("--integers", type=_positive, metavar="N", help="random integers below N as inputs, for embeddings")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_model(parser)
     add("--batch", type=_positive, default=16, metavar="N", help="samples in the whole batch (default: 16)")
     add("--ranks", type=_integers, default=(2,), metavar="N,N", help="numbers of ranks to try (default: 2)")
     add("--backend", choices=("gloo", "mpi", "nccl"), default="gloo", help="(default: gloo)")
@@ -114,6 +123,88 @@ def _verify(
     raise SystemExit(0 if report.passed else 1)
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_model(parser)
+    add("--batch-per-rank", type=_positive, required=True, metavar="N", help="samples of each rank")
+    add("--nodes", type=_positive, metavar="N", help="of the cluster (default: 1, with --measure those of this job)")
+    add("--ranks-per-node", type=_positive, metavar="N", help="(default: 1, with --measure those of this job)")
+    add("--measure", action="store_true", help="measure on the ranks of this job, under torchrun or mpirun")
+    add("--latency-us", type=_number, metavar="L", help="of a message between two nodes, in microseconds")
+    add("--bandwidth-gbps", type=_number, metavar="B", help="between two nodes, in 10^9 bits a second")
+    add("--latency-within-us", type=_number, metavar="L", help="within a node (default: as between nodes)")
+    add("--bandwidth-within-gbps", type=_number, metavar="B", help="within a node (default: as between nodes)")
+    add("--step-ms", type=_number, metavar="T", help="a step of one rank with BatchNorm (default: measured here)")
+    noise = "standard deviation of a step's computing, as a fraction of it (default: 0.02, with --measure measured)"
+    add("--noise", type=_number, metavar="FRACTION", help=noise)
+    add("--json", type=Path, metavar="FILE", help="write all predictions there")
+    add("--figure", type=Path, metavar="FILE", help="draw the efficiency over the number of ranks there")
+    parser.set_defaults(run=partial(_plan, parser))
+
+
+def _plan(
+    parser: argparse.ArgumentParser,
+    *,
+    model: str,
+    input_shape: tuple[int, ...],
+    batch_per_rank: int,
+    nodes: int | None,
+    ranks_per_node: int | None,
+    measure: bool,
+    step_ms: float | None,
+    json: Path | None,
+    figure: Path | None,
+    latency_us: float | None,
+    bandwidth_gbps: float | None,
+    latency_within_us: float | None,
+    bandwidth_within_gbps: float | None,
+    **options: Any,
+) -> None:
+    from . import planning
+
+    between = _link(parser, latency_us, bandwidth_gbps, "")
+    within = _link(parser, latency_within_us, bandwidth_within_gbps, "-within")
+    if measure and not (within is None and step_ms is None):
+        parser.error("expected no --step-ms and no link within a node with --measure, which measures them")
+    if not measure and between is None:
+        parser.error("expected --measure, or --latency-us and --bandwidth-gbps")
+    if measure == (detect_launcher().launcher == "none"):
+        how = "started alone without --measure, and under torchrun or mpirun with it"
+        raise SystemExit(f"expected plan to be {how}, got launcher {detect_launcher().launcher}")
+    files = _files(json=json, figure=figure)
+    try:
+        if measure:
+            options |= {"nodes": nodes, "ranks_per_node": ranks_per_node, "between": between}
+            report = planning.plan_by_measuring(model, input_shape, batch_per_rank, **options)
+        else:
+            options |= {"nodes": nodes or 1, "ranks_per_node": ranks_per_node or 1, "between": between}
+            options |= {"within": within, "step": None if step_ms is None else step_ms / 1e3}
+            options["noise"] = planning.NOISE if options["noise"] is None else options["noise"]
+            report = planning.plan(model, input_shape, batch_per_rank, **options)
+    except Exception as error:  # of the model
+        print(f"plan cannot train the model: {type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if detect_launcher().rank != 0:
+        return
+    report.show()
+    if files.json is not None:
+        report.write(files.json)
+    if files.figure is not None:
+        report.draw(files.figure)
+
+
+def _link(parser: argparse.ArgumentParser, latency_us: float | None, bandwidth_gbps: float | None, where: str) -> Any:
+    """Return the link that two options describe, or None if there are neither."""
+    from .planning import Link
+
+    if latency_us is None and bandwidth_gbps is None:
+        return None
+    if latency_us is None or bandwidth_gbps is None or bandwidth_gbps == 0:
+        given = f"got {latency_us} and {bandwidth_gbps}"
+        parser.error(f"expected both --latency{where}-us and a positive --bandwidth{where}-gbps, {given}")
+    return Link(latency_us / 1e6, bandwidth_gbps * 1e9 / 8)
+
+
 class _Option(NamedTuple):
     """An option of a benchmark, as `argparse` takes it."""
 
@@ -132,6 +223,16 @@ def _positive(given: str) -> int:
     if not given.isdigit() or int(given) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {given}")
     return int(given)
+
+
+def _number(given: str) -> float:
+    try:
+        number = float(given)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {given}")
+    return number
 
 
 def _seconds(on_gpu: int) -> _Option:

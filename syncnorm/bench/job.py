@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..communicators import Communicator
 from ..job.init import init
 from ..job.launcher import detect_launcher
 
-__all__ = ["Job", "join"]
+__all__ = ["Job", "distributed", "join"]
 
 
 class Job(NamedTuple):
@@ -42,3 +45,10 @@ def join() -> Job:
         except RuntimeError as error:
             warnings.warn(f"torch.nn.SyncBatchNorm is not timed, since NCCL failed: {error}", stacklevel=2)
     return Job(init(), device)
+
+
+def distributed(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Wrap the model, without DDP's broadcast of buffers for any norm; torch 2.13 gave that option another name."""
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    option = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **option)  # type: ignore[arg-type]

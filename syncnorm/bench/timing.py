@@ -31,6 +31,7 @@ __all__ = [
     "Effort",
     "Sampler",
     "Timing",
+    "by_turns",
     "clock_of",
     "interleave",
     "left_out",
@@ -169,6 +170,23 @@ def interleave(
         sample: takes a sample. None: `wall()`.
         together: a barrier before the timed block too, for candidates that work long between their collectives.
     """
+    by_rank = by_turns(candidates, group, effort, sample, together=together)
+    slowest = {name: [max(r) for r in zip(*(of[name] for of in by_rank), strict=True)] for name in candidates}
+    return {name: Timing.of(of) for name, of in slowest.items()}
+
+
+def by_turns(
+    candidates: Candidates,
+    group: Communicator,
+    effort: Effort,
+    sample: Sampler | None = None,
+    *,
+    together: bool = False,
+) -> list[dict[str, list[float]]]:
+    """Return the seconds of one call of each candidate, by rank, candidate and round.
+
+    Arguments and collectives are those of `interleave`.
+    """
     sample = sample or wall()
     blocks = {name: _block(effort.block, run, sample, group) for name, run in candidates.items()}
     a_round = 2 * sum(seconds for _, seconds in blocks.values())
@@ -186,9 +204,7 @@ def interleave(
             if together:
                 group.barrier()
             samples[name].append(sample(run, calls) / calls)
-    by_rank = group.all_gather_object(samples)
-    slowest = {name: [max(r) for r in zip(*(of[name] for of in by_rank), strict=True)] for name in candidates}
-    return {name: Timing.of(of) for name, of in slowest.items()}
+    return group.all_gather_object(samples)
 
 
 def _block(block: float, run: Callable[[], object], sample: Sampler, group: Communicator) -> tuple[int, float]:

@@ -9,7 +9,6 @@ A process alone trains without DistributedDataParallel. On a GPU, models are cha
 from __future__ import annotations
 
 import gc
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +18,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .. import info
 from ..communicators import Communicator
 from ..modules import SyncBatchNorm
 from ..testing import TimedCommunicator
 from . import baselines, report
-from .job import Job, join
+from .job import Job, distributed, join
 from .resnet import BLOCKS, InPlace, NormFactory, ResNet, Separate
 from .targets import Verdict, of_collectives
 from .timing import Budget, Effort, Timing, clock_of, interleave, wall
@@ -65,7 +63,7 @@ class Training:
         model: nn.Module = ResNet(blocks, _norms(name, self.timed), width).to(job.device)
         if images.is_contiguous(memory_format=torch.channels_last):
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model = model if job.group.size == 1 else _distributed(model, job.device)
+        self.model = model if job.group.size == 1 else distributed(model, job.device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         self.images = images
         self.labels = torch.arange(len(images), device=job.device)
@@ -295,10 +293,3 @@ def _norms(name: str, group: Communicator) -> NormFactory:
 
     makers: dict[str, NormFactory] = {FUSED: fused, LEAKY: partial(fused, kind="leaky_relu"), IN_PLACE: in_place}
     return makers.get(name, separate)
-
-
-def _distributed(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """Wrap the model, without DDP's broadcast of buffers for any norm; torch 2.13 gave that option another name."""
-    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    option = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **option)  # type: ignore[arg-type]

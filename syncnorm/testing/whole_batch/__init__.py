@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...communicators import communicator
 from ...convert import convert_sync_batchnorm, revert_sync_batchnorm
 from ..ranks import run_ranks
+from .building import name_of
 from .comparison import Comparison, Found
 from .inputs import random_batches
 from .reference import Reference
@@ -90,8 +91,7 @@ def verify(
                 runs[-1].fail(error)
                 break  # the others would wait as long
             runs[-1].take(found, traits)
-    name = build_model if isinstance(build_model, str) else getattr(build_model, "__name__", repr(build_model))
-    return Report(name, backend, runs, seed)
+    return Report(name_of(build_model), backend, runs, seed)
 
 
 def assert_matches_whole_batch(

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from ..split import even_sizes, sample_counts
+from .building import build_model
 
-__all__ = ["Observer", "Plan", "Range", "build", "call", "part", "shards", "size", "train"]
+__all__ = ["Observer", "Plan", "Range", "build", "call", "part", "shards", "size", "train", "trained_outputs"]
 
 # A tensor, a tuple of positional arguments or a dict of keyword arguments. The first axis is that of the samples.
 Batch = Any
@@ -59,28 +56,11 @@ class Observer(Protocol):
 
 def build(plan: Plan, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
     """Return the model in training mode, without dropout."""
-    torch.manual_seed(plan.seed)
-    model = (_load(plan.build) if isinstance(plan.build, str) else plan.build)()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a function that returns a torch.nn.Module, got {type(model).__name__}")
-    if any(map(is_lazy, model.parameters())):
-        raise ValueError("expected a model with initialized parameters, got lazy ones: call it once where it is built")
+    model = build_model(plan.build, plan.seed)
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    return model.to(device, dtype).train()
-
-
-def _load(name: str) -> Callable[[], nn.Module]:
-    module, _, function = name.rpartition(":")
-    if not module or not function:
-        raise ValueError(f'expected "MODULE:FUNCTION", got {name!r}')
-    if module.endswith(".py"):
-        path = Path(module).resolve()
-        sys.path.insert(0, str(path.parent))  # where the file finds what it imports
-        module = path.stem
-    found: Callable[[], nn.Module] = getattr(importlib.import_module(module), function)
-    return found
+    return model.to(device, dtype)
 
 
 def size(batch: Batch) -> int:
@@ -127,9 +107,7 @@ def train(
     for step, (batch, samples) in enumerate(zip(plan.batches, ranges, strict=True)):
         torch.manual_seed(plan.seed + step)
         observer.begin(step, samples)
-        outputs = [y for y in pytree.tree_leaves(call(model, part(batch, samples, dtype, device))) if _is_trained(y)]
-        if not outputs:
-            raise TypeError("expected a model with a tensor that requires a gradient in its output, got none")
+        outputs = trained_outputs(model, part(batch, samples, dtype, device))
         model.zero_grad(set_to_none=True)
         upstream = zip(observer.upstream(outputs), outputs, strict=True)
         torch.autograd.backward(outputs, [dy.to(y) for dy, y in upstream])
@@ -142,8 +120,14 @@ def train(
                 parameter.sub_(plan.learning_rate * gradients[name])
 
 
-def _is_trained(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.requires_grad
+def trained_outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Return the tensors in the output of the model for a batch that require a gradient: at least one."""
+    outputs = [
+        leaf for leaf in pytree.tree_leaves(call(model, batch)) if isinstance(leaf, Tensor) and leaf.requires_grad
+    ]
+    if not outputs:
+        raise TypeError("expected a model with a tensor that requires a gradient in its output, got none")
+    return outputs
 
 
 def part(batch: Batch, samples: Range, dtype: torch.dtype, device: str = "cpu") -> Batch:
