@@ -12,11 +12,12 @@ from ..bench.job import join
 from ..job.launcher import detect_launcher
 from ..testing.whole_batch import random_batches
 from ..testing.whole_batch.building import build_model, name_of
-from .measure import Measured, measure, measure_alone
+from .measure import Measured, measure_alone, measure_job
 from .network import Link, Network
 from .predict import Step, variants
 from .report import Check, Report
 from .trace import Trace, trace
+from .waiting import Noise
 
 __all__ = ["NOISE", "Check", "Link", "Report", "plan", "plan_by_measuring"]
 
@@ -81,8 +82,9 @@ def plan(
         "within a node": _told(within),
         "between nodes": _told(between),
     }
-    sigma = noise * measured.compute
-    needs = Step(found, batch_per_rank, measured.compute, measured.converted, sigma, network, network)
+    needs = Step(
+        found, batch_per_rank, measured.compute, measured.converted, Noise(noise * measured.compute), network, network
+    )
     return Report(name_of(build), needs, nodes * ranks_per_node, sources)
 
 
@@ -131,7 +133,7 @@ def plan_by_measuring(
     if job.group.size == 1:
         raise RuntimeError("expected several ranks to measure on, got a job of one rank")
     batch, found = _traced(build, input_shape, batch_per_rank, integers)
-    measured = measure(build, batch, found, job)
+    measured = measure_job(build, batch, found, job)
     here = _step(found, batch_per_rank, measured, noise)
     checks = [
         Check(variant.name, job.group.size, here.predict(variant, job.group.size).step, measured.steps[variant.name])
@@ -149,7 +151,8 @@ def plan_by_measuring(
     measured_between = "as within a node, since this job is on one" if nodes_here == 1 else _told(network.between)
     sources = {
         "computing": f"{_ms(here.compute)}, measured on all ranks; converted, without messages: {_ms(here.converted)}",
-        "noise": f"{here.sigma / here.compute:.1%} of the computing, " + ("measured" if noise is None else "as given"),
+        "noise": f"{here.noise.total / here.compute:.1%} of the computing, "
+        + ("measured" if noise is None else "as given"),
         "within a node": f"{_told(network.within)}, measured",
         "between nodes": measured_between if between is None else f"{_told(between)}, as given",
         "gradients": f"{_told(here.gradients.within)}, measured",
@@ -165,11 +168,11 @@ def _traced(build: Build, shape: Sequence[int], samples: int, integers: int | No
 
 
 def _step(found: Trace, samples: int, measured: Measured, noise: float | None) -> Step:
-    assert measured.sigma is not None  # several ranks have measured
+    assert measured.noise is not None  # several ranks have measured
     assert measured.statistics is not None
     assert measured.gradients is not None
-    sigma = measured.sigma if noise is None else noise * measured.compute
-    return Step(found, samples, measured.compute, measured.converted, sigma, measured.statistics, measured.gradients)
+    varies = measured.noise if noise is None else Noise(noise * measured.compute)
+    return Step(found, samples, measured.compute, measured.converted, varies, measured.statistics, measured.gradients)
 
 
 def _extended(network: Network, ranks_per_node: int, between: Link | None) -> Network:

@@ -1,8 +1,8 @@
 """Measure what a prediction needs: computing in one process, or computing and communication on all ranks of the job.
 
-Collectives are measured twice. Back to back, over a range of message sizes: that gives the latency and the bandwidth.
-And with computing in between, as in a step. What an all-reduce takes longer there is the wait for the slowest rank. If
-ranks share cores it may also take less, because some ranks compute while others wait.
+All-reduces are measured back to back over a range of message sizes, which gives latencies and bandwidths, and once more
+with computing in between, as in a step. There they can take longer: ranks wait for the slowest one, and threads of a
+backend have to wake up. They can also take less: if ranks share cores, some compute while others wait.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ..bench.job import Job
-from ..bench.timing import Effort, by_turns, clock_of, wall
+from ..bench.timing import QUICK, Effort, Timing, by_turns, clock_of, wall
 from ..communicators import ALONE, Communicator
 from ..communicators.subgroups import new_subgroups
 from ..testing.whole_batch.training import Batch
@@ -27,16 +27,17 @@ from .network import Link, Network, buckets, steps
 from .predict import BN, GLOBAL, NODE, of_block
 from .trace import Trace
 from .training import TrainingStep
-from .waiting import expected_maximum
+from .waiting import Noise, expected_maximum
 
-__all__ = ["Measured", "measure", "measure_alone"]
+__all__ = ["Measured", "measure_alone", "measure_job"]
 
 CHANNELS = (8, 64, 256, 1024, 2048)  # of the messages that are timed
-STEPS = Effort(rounds=15, block=0.0, seconds=60)  # one step each
-MESSAGES = Effort(rounds=25, block=2e-3, seconds=20)
-PARTS = Effort(rounds=15, block=0.0, seconds=20)
-MOST_PARTS = 40  # of computing, with an all-reduce after each
-LOCAL, CONVERTED = "computing", "computing, converted"  # without communication
+STEPS = Effort(rounds=31, block=0.0, seconds=60)  # of one step each
+STEPS_ALONE = Effort(rounds=11, block=0.0, seconds=60)
+MESSAGES = Effort(rounds=25, block=2e-3, seconds=5)
+# What is timed beside the steps of variants. All but the first two and PARTS communicate.
+COMPUTING, CONVERTED, SUMMED = "computing", "computing, converted", "computing, then the gradients' all-reduce"
+PARTS, PARTS_SUMMED = "parts of computing", "parts of computing, with an all-reduce after each"
 
 Build = Callable[[], nn.Module] | str
 
@@ -47,59 +48,71 @@ class Measured(NamedTuple):
     Attributes:
         compute: a step with BatchNorm, without communication: the mean over the ranks of their medians.
         converted: the same for the converted model in a group of one rank.
-        sigma: the standard deviation of a step's computing. None if one process has measured.
+        noise: how the time of a step varies from rank to rank. None if one process has measured.
         statistics: the network of the norms' messages, if several ranks have measured.
         gradients: the network of the gradients, as `statistics`.
-        steps: of variants that communicate, by name: the median over the rounds of the slowest rank.
+        steps: of variants that communicate, by name: those of the slowest rank.
     """
 
     compute: float
     converted: float
-    sigma: float | None = None
+    noise: Noise | None = None
     statistics: Network | None = None
     gradients: Network | None = None
-    steps: Mapping[str, float] = {}
+    steps: Mapping[str, Timing] = {}
 
 
 def measure_alone(build: Build, batch: Batch, device: torch.device) -> Measured:
     """Time the computing of a step in this process."""
-    own = _computing(build, batch, device)
-    median = _means(by_turns(own, ALONE, STEPS, wall(clock_of(device))))
-    return Measured(median[LOCAL], median[CONVERTED])
+    means = _means(by_turns(_computing(build, batch, device), ALONE, STEPS_ALONE, wall(clock_of(device))))
+    return Measured(means[COMPUTING], means[CONVERTED])
 
 
-def measure(build: Build, batch: Batch, trace: Trace, job: Job) -> Measured:
-    """Time computing, collectives and whole steps on all ranks of the job at once. Collective on all of them."""
-    group, device = job
-    node = new_subgroups("node", group)
-    sizes = group.all_gather_object(node.size)
+def measure_job(build: Build, batch: Batch, trace: Trace, job: Job) -> Measured:
+    """Time computing, collectives and whole steps on all ranks of the job at once. Collective on all of them.
+
+    Raises:
+        RuntimeError: the nodes have different numbers of ranks.
+    """
+    node = new_subgroups("node", job.group)
+    sizes = job.group.all_gather_object(node.size)
     if len(set(sizes)) > 1:
         raise RuntimeError(f"expected the same number of ranks on each node, got {sizes} on the nodes of the ranks")
-    samples = by_turns(
-        {**_computing(build, batch, device), **_training(build, batch, job, node)},
-        *(group, STEPS, wall(clock_of(device))),
-        together=True,
-    )
-    computing, slowest = _means(samples), _slowest(samples)
-    network, sigma = _in_a_step(_messages(job, node), trace, computing[CONVERTED], job)
+    computing, training = _computing(build, batch, job.device), _training(build, batch, job, node)
+    messages, gradients = trace.messages(), buckets(trace.gradient_bytes)
+    of_messages = _network(_messages(job.group, job), _messages(node, job) if node.size > 1 else None, node, job)
+    of_gradients = _network(_gradients(gradients, job), None, node, job)
+    candidates = {**computing, **training, SUMMED: _then_sum(computing[COMPUTING], gradients, job.device)}
+    if messages:
+        candidates |= _parts(messages, _seconds(computing[CONVERTED], job, QUICK), job)
+
+    samples = by_turns(candidates, job.group, STEPS, wall(clock_of(job.device)), together=True)
+    mean, slowest = _means(samples), _slowest(samples)
+    in_step = slowest[SUMMED].median - slowest[COMPUTING].median
+    back_to_back = of_gradients.gradients(trace.gradient_bytes, job.group.size)
+    of_gradients = of_gradients.scaled(max(1.0, in_step / back_to_back))
+    of_step = (slowest[COMPUTING].median - mean[COMPUTING]) / expected_maximum(job.group.size)
+    noise = Noise.of(max(0.0, of_step), 0.0, 0)
+    if messages:
+        found = slowest[PARTS_SUMMED].median - mean[PARTS]
+        back_to_back = len(messages) * of_messages.all_reduce(statistics.mean(messages), job.group.size)
+        waits = max(0.0, found - back_to_back) / expected_maximum(job.group.size)
+        of_messages = of_messages.scaled(min(1.0, found / back_to_back))
+        noise = Noise.of(max(0.0, of_step), waits, len(messages))
     return Measured(
-        computing[LOCAL],
-        computing[CONVERTED],
-        sigma,
-        network,
-        _gradients(trace.gradient_bytes, node.size, job),
-        {name: slowest[name] for name in slowest if name not in (LOCAL, CONVERTED)},
+        *(mean[COMPUTING], mean[CONVERTED], noise, of_messages, of_gradients),
+        {name: slowest[name] for name in training},
     )
 
 
-def _computing(build: Build, batch: Batch, device: torch.device) -> dict[str, Callable[[], object]]:
+def _computing(build: Build, batch: Batch, device: torch.device) -> dict[str, Callable[[], None]]:
     return {
-        LOCAL: TrainingStep(build, batch, device),
+        COMPUTING: TrainingStep(build, batch, device),
         CONVERTED: TrainingStep(build, batch, device, convert=True, process_group=ALONE),
     }
 
 
-def _training(build: Build, batch: Batch, job: Job, node: Communicator) -> dict[str, Callable[[], object]]:
+def _training(build: Build, batch: Batch, job: Job, node: Communicator) -> dict[str, Callable[[], None]]:
     """Return steps of the variants that can be measured on this job, by name."""
     groups: dict[str, Communicator | None] = {BN: None, GLOBAL: job.group}
     if job.group.size > 2 and node.size != 2:
@@ -112,29 +125,75 @@ def _training(build: Build, batch: Batch, job: Job, node: Communicator) -> dict[
     }
 
 
-def _messages(job: Job, node: Communicator) -> Network:
-    """Return the network on which recursive doubling takes what all-reduces take back to back."""
-    over_all = _all_reduces(job.group, job)
-    if node.size == job.group.size:
-        within = _divided(over_all, steps(node.size))
-        return Network(node.size, within, within, ("doubling",))
+def _then_sum(step: Callable[[], None], sizes: Sequence[int], device: torch.device) -> Callable[[], None]:
+    """Return a step and then the all-reduces of gradients by torch.distributed, one after another."""
+    gradients = [torch.zeros(size // 4, device=device) for size in sizes]
+
+    def run() -> None:
+        step()
+        for tensor in gradients:
+            dist.all_reduce(tensor)
+
+    return run
+
+
+def _parts(messages: Sequence[int], step: float, job: Job) -> dict[str, Callable[[], None]]:
+    """Return computing in as many parts as a step has messages, and the same with an all-reduce after each.
+
+    Args:
+        messages: their bytes. All that are sent have the mean size.
+        step: seconds of computing in a step.
+        job: all of its ranks compute.
+    """
+    a, b = torch.rand(64, 64, device=job.device), torch.rand(64, 64, device=job.device)
+    out = torch.empty_like(a)
+    multiply = partial(torch.mm, a, b, out=out)
+    multiplications = range(max(1, round(step / len(messages) / _seconds(multiply, job, MESSAGES))))
+    parts = range(len(messages))
+    tensor = torch.zeros(int(statistics.mean(messages)) // 8, dtype=torch.float64, device=job.device)
+
+    def compute() -> None:
+        for _ in parts:
+            for _ in multiplications:
+                multiply()
+
+    def compute_and_sum() -> None:
+        for _ in parts:
+            for _ in multiplications:
+                multiply()
+            job.group.all_reduce(tensor)
+
+    return {PARTS: compute, PARTS_SUMMED: compute_and_sum}
+
+
+def _messages(group: Communicator, job: Job) -> Link:
+    """Return the latency and the bandwidth of all-reduces over a group, back to back. Other groups have theirs."""
+    tensors = [torch.zeros(2 * channels + 3, dtype=torch.float64, device=job.device) for channels in CHANNELS]
+    return fit({each.nbytes: _seconds(partial(group.all_reduce, each), job, MESSAGES) for each in tensors})
+
+
+def _gradients(sizes: Sequence[int], job: Job) -> Link:
+    """Return the latency and the bandwidth of torch.distributed's all-reduces of such sizes, back to back."""
+    largest = max([*sizes, 4096])
+    tensors = [torch.zeros(largest // 4 // part, device=job.device) for part in (4, 2, 1)]
+    return fit({each.nbytes: _seconds(partial(dist.all_reduce, each), job, MESSAGES) for each in tensors})
+
+
+def _network(over_all: Link, of_node: Link | None, node: Communicator, job: Job) -> Network:
+    """Return the network on which recursive doubling takes what all-reduces take.
+
+    Args:
+        over_all: their latency and bandwidth over all ranks.
+        of_node: the same over the ranks of a node. None: links between nodes are like those within.
+        node: the ranks of this node.
+        job: all ranks.
+    """
     nodes = job.group.size // node.size
-    if node.size == 1:
-        between = _divided(over_all, steps(nodes))
-        return Network(1, between, between, ("doubling",))
-    of_node = _all_reduces(node, job)
+    if of_node is None or nodes == 1:
+        link = _divided(over_all, steps(job.group.size))
+        return Network(node.size, link, link)
     within, between = _divided(of_node, steps(node.size)), _divided(_beyond(over_all, of_node), steps(nodes))
-    return Network(node.size, within, between, ("doubling",))
-
-
-def _all_reduces(group: Communicator, job: Job) -> Link:
-    """Return the latency and the bandwidth of all-reduces over a group, while other groups have theirs."""
-    seconds = {}
-    for channels in CHANNELS:
-        tensor = torch.zeros(2 * channels + 3, dtype=torch.float64, device=job.device)
-        run = partial(group.all_reduce, tensor)
-        seconds[tensor.nbytes] = _seconds(run, job, MESSAGES)
-    return fit(seconds)
+    return Network(node.size, within, between)
 
 
 def _beyond(whole: Link, part: Link) -> Link:
@@ -147,71 +206,9 @@ def _divided(link: Link, count: int) -> Link:
     return Link(link.latency / count, link.bandwidth * count)
 
 
-def _in_a_step(network: Network, trace: Trace, compute: float, job: Job) -> tuple[Network, float]:
-    """Return the network and the σ that explain what an all-reduce takes between two parts of computing."""
-    messages = trace.messages()
-    if not messages:
-        return network, 0.0
-    nbytes = int(statistics.mean(messages))
-    part = _part(compute / len(messages), job)
-    count = min(len(messages), MOST_PARTS)
-    tensor = torch.zeros(nbytes // 8, dtype=torch.float64, device=job.device)
-
-    def alone() -> None:
-        for _ in range(count):
-            part()
-
-    def with_sums() -> None:
-        for _ in range(count):
-            part()
-            job.group.all_reduce(tensor)
-
-    samples = by_turns({"alone": alone, "sums": with_sums}, job.group, PARTS, wall(clock_of(job.device)), together=True)
-    mean, slowest = _means(samples)["alone"], _slowest(samples)["sums"]
-    found, alone_takes = (slowest - mean) / count, network.all_reduce(nbytes, job.group.size)
-    if found >= alone_takes:
-        of_part = (found - alone_takes) / expected_maximum(job.group.size)
-        return network, of_part * math.sqrt(len(messages))
-    share = max(0.0, found) / alone_takes
-    return network._replace(within=_scaled(network.within, share), between=_scaled(network.between, share)), 0.0
-
-
-def _scaled(link: Link, factor: float) -> Link:
-    return Link(link.latency * factor, link.bandwidth / factor if factor else math.inf)
-
-
-def _part(seconds: float, job: Job) -> Callable[[], None]:
-    """Return a function that computes for about so many seconds while all ranks do. The same on all of them."""
-    a, b = torch.rand(64, 64, device=job.device), torch.rand(64, 64, device=job.device)
-    out = torch.empty_like(a)
-
-    def multiply() -> Tensor:
-        return torch.mm(a, b, out=out)
-
-    times = max(1, round(seconds / _seconds(multiply, job, MESSAGES)))
-
-    def part() -> None:
-        for _ in range(times):
-            multiply()
-
-    return part
-
-
-def _gradients(nbytes: int, on_node: int, job: Job) -> Network:
-    """Return the network on which rings take what torch.distributed took for buckets of gradients."""
-    ranks, largest = job.group.size, max([*buckets(nbytes), 4096])
-    seconds = {}
-    for size in (largest // 4, largest // 2, largest):
-        tensor = torch.zeros(size // 4, device=job.device)
-        seconds[size] = _seconds(partial(dist.all_reduce, tensor), job, MESSAGES)
-    found = fit(seconds)
-    link = Link(found.latency / (2 * (ranks - 1)), found.bandwidth * 2 * (ranks - 1) / ranks)
-    return Network(on_node, link, link, ("ring",))
-
-
 def _seconds(run: Callable[[], object], job: Job, effort: Effort) -> float:
     """Return the seconds of a call on all ranks of the job."""
-    return _slowest(by_turns({"": run}, job.group, effort, wall(clock_of(job.device))))[""]
+    return _slowest(by_turns({"": run}, job.group, effort, wall(clock_of(job.device))))[""].median
 
 
 Samples = Sequence[Mapping[str, Sequence[float]]]  # by rank, candidate and round
@@ -222,9 +219,8 @@ def _means(samples: Samples) -> dict[str, float]:
     return {name: statistics.mean(statistics.median(of_rank[name]) for of_rank in samples) for name in samples[0]}
 
 
-def _slowest(samples: Samples) -> dict[str, float]:
-    """Return the median over the rounds of the slowest rank."""
+def _slowest(samples: Samples) -> dict[str, Timing]:
+    """Return the timing of the slowest rank of each round."""
     return {
-        name: statistics.median(map(max, zip(*(of_rank[name] for of_rank in samples), strict=True)))
-        for name in samples[0]
+        name: Timing.of([*map(max, zip(*(of_rank[name] for of_rank in samples), strict=True))]) for name in samples[0]
     }

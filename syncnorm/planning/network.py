@@ -10,6 +10,7 @@ High Performance Computing Applications 19, 2005.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -64,10 +65,6 @@ def doubling_all_gather(nbytes: float, ranks: int, link: Link) -> float:
     return steps(ranks) * link.latency + (ranks - 1) * nbytes / link.bandwidth
 
 
-Algorithm = Callable[[float, int, Link], float]
-ALGORITHMS: dict[str, Algorithm] = {"ring": ring, "doubling": doubling}
-
-
 class Network(NamedTuple):
     """Nodes with the same number of ranks. Ranks are numbered node by node.
 
@@ -75,18 +72,17 @@ class Network(NamedTuple):
         ranks_per_node: how many.
         within: the link between two ranks of a node.
         between: the link between ranks of two nodes.
-        algorithms: of an all-reduce over all ranks of a group, of which the quickest is taken.
     """
 
     ranks_per_node: int
     within: Link
     between: Link
-    algorithms: tuple[str, ...] = ("ring", "doubling")
 
     def all_reduce(self, nbytes: float, ranks: int) -> float:
-        """Return the seconds of an all-reduce. Recursive doubling goes within the nodes first, a ring around all."""
-        seconds = {"ring": self._slowest(ring, nbytes, ranks), "doubling": self._by_level(doubling, nbytes, ranks)}
-        return min(seconds[name] for name in self.algorithms)
+        """Return the seconds of the quicker one of a ring and recursive doubling, which goes within the nodes first."""
+        on_node, nodes = self.levels(ranks)
+        by_level = doubling(nbytes, on_node, self.within) + doubling(nbytes, nodes, self.between)
+        return min(by_level, self._slowest(ring, nbytes, ranks))
 
     def two_levels(self, nbytes: float, ranks: int) -> float:
         """Return the seconds of an all-reduce within each node and a direct exchange between the nodes' first ranks.
@@ -94,7 +90,7 @@ class Network(NamedTuple):
         This is what this package does on the CPUs of several hosts, unless MPI sums.
         """
         on_node, nodes = self.levels(ranks)
-        within = min(ALGORITHMS[name](nbytes, on_node, self.within) for name in self.algorithms)
+        within = min(ring(nbytes, on_node, self.within), doubling(nbytes, on_node, self.within))
         return within + direct(nbytes, nodes, self.between)
 
     def all_gather(self, nbytes: float, ranks: int) -> float:
@@ -110,19 +106,23 @@ class Network(NamedTuple):
         on_node = min(ranks, self.ranks_per_node)
         return on_node, -(-ranks // on_node)
 
-    def _slowest(self, algorithm: Algorithm, nbytes: float, ranks: int) -> float:
+    def _slowest(self, algorithm: Callable[[float, int, Link], float], nbytes: float, ranks: int) -> float:
         links = [self.within, self.between] if self.levels(ranks)[1] > 1 else [self.within]
         return max(algorithm(nbytes, ranks, link) for link in links)
 
-    def _by_level(self, algorithm: Algorithm, nbytes: float, ranks: int) -> float:
-        on_node, nodes = self.levels(ranks)
-        return algorithm(nbytes, on_node, self.within) + algorithm(nbytes, nodes, self.between)
+    def scaled(self, factor: float) -> Network:
+        """Return a network on which everything takes `factor` times as long, or nothing if that is negative."""
+        factor = max(0.0, factor)
+        within, between = (
+            Link(factor * link.latency, link.bandwidth / factor if factor else math.inf)
+            for link in (self.within, self.between)
+        )
+        return self._replace(within=within, between=between)
 
     def numbers(self) -> dict[str, Any]:
         """Return the network as it is written to JSON."""
         return {
             "ranks_per_node": self.ranks_per_node,
-            "algorithms": list(self.algorithms),
             **{
                 name: {"latency_us": 1e6 * link.latency, "bandwidth_gbps": 8e-9 * link.bandwidth}
                 for name, link in (("within", self.within), ("between", self.between))

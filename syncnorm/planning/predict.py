@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .network import Network
 from .trace import Trace
-from .waiting import waiting
+from .waiting import Noise
 
 __all__ = [
     "BN",
@@ -57,7 +57,7 @@ class Step:
         batch: samples of a rank.
         compute: seconds of a step with BatchNorm that is not synchronized, on one rank, without any communication.
         converted: the same for the converted model in a group of one rank, whose layers run other kernels.
-        sigma: the standard deviation of the seconds of computing from step to step and rank to rank.
+        noise: how the time of computing varies.
         statistics: the network that messages of norms see.
         gradients: the network that gradients see.
     """
@@ -66,7 +66,7 @@ class Step:
     batch: int
     compute: float
     converted: float
-    sigma: float
+    noise: Noise
     statistics: Network
     gradients: Network
 
@@ -82,7 +82,7 @@ class Step:
             reference=self.compute,
             compute=self.converted if synchronized and variant.name != TORCH else self.compute,
             messages=variant.messages(self, group) if synchronized and variant.messages else 0.0,
-            waiting=waiting(self.sigma, len(self.trace.messages()), group if synchronized else 1, ranks),
+            waiting=self.noise.waiting(len(self.trace.messages()), group if synchronized else 1, ranks),
             gradients=self.gradients.gradients(self.trace.gradient_bytes, ranks),
         )
 

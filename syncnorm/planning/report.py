@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..bench.timing import Timing
 from ..report import Table, listing
 from .advice import advise
 from .predict import Prediction, Step, Variant, variants
@@ -25,12 +26,12 @@ class Check(NamedTuple):
     variant: str
     ranks: int
     predicted: float
-    measured: float
+    measured: Timing
 
     @property
     def error(self) -> float:
-        """The predicted time over the measured one, minus 1."""
-        return self.predicted / self.measured - 1
+        """The predicted time over the median of the measured ones, minus 1."""
+        return self.predicted / self.measured.median - 1
 
     def numbers(self) -> dict[str, Any]:
         """Return the check as it is written to JSON."""
@@ -38,8 +39,9 @@ class Check(NamedTuple):
             "variant": self.variant,
             "ranks": self.ranks,
             "predicted_ms": 1e3 * self.predicted,
-            "measured_ms": 1e3 * self.measured,
+            "measured_ms": 1e3 * self.measured.median,
             "error_percent": 100 * self.error,
+            "noisy": self.measured.noisy,
         }
 
 
@@ -88,7 +90,7 @@ class Report:
         self._of_curves().show()
         if self.checks:
             rows = [_cells_of(check) for check in self.checks]
-            columns = ["variant", "ranks", "predicted ms", "measured ms", "error"]
+            columns = ["variant", "ranks", "predicted ms", "measured ms", "error", ""]
             Table("This job: predicted and measured", columns, [rows], names=1).show()
         print(self.recommendation)
 
@@ -106,7 +108,7 @@ class Report:
             "batch_per_rank": step.batch,
             "compute_ms": 1e3 * step.compute,
             "compute_converted_ms": 1e3 * step.converted,
-            "sigma_ms": 1e3 * step.sigma,
+            "noise_ms": {name: 1e3 * seconds for name, seconds in step.noise._asdict().items()},
             "statistics_network": step.statistics.numbers(),
             "gradients_network": step.gradients.numbers(),
             "ranks": self.ranks,
@@ -174,8 +176,8 @@ class Report:
 
 
 def _cells_of(check: Check) -> list[str]:
-    times = [_digits(1e3 * seconds) for seconds in (check.predicted, check.measured)]
-    return [check.variant, str(check.ranks), *times, f"{check.error:+.1%}"]
+    times = [_digits(1e3 * seconds) for seconds in (check.predicted, check.measured.median)]
+    return [check.variant, str(check.ranks), *times, f"{check.error:+.1%}", "noisy" * check.measured.noisy]
 
 
 def _listed(counts: Mapping[str, int]) -> str:

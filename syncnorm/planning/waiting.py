@@ -1,39 +1,75 @@
-"""How long ranks wait for the slowest of them, if their computing times vary.
+"""How long ranks wait for the slowest of them, because their computing times vary.
 
-A step has L collectives of norms, with equal parts of the computing between them. The times of these parts are
-independent and normal, with a standard deviation of σ / sqrt(L), so that those of whole steps have σ. In each
-collective, the ranks of a group wait for the slowest one. At the end of the step, all ranks wait for the slowest group.
+A step has L collectives of norms, with equal parts of the computing between them. The times of the parts are normal,
+with noise from two sources: one that is drawn anew for each part, and one that is the same in all parts of a step. In
+each collective, the ranks of a group wait for the slowest one. So the first source costs in each collective, and the
+second one once in a step. At the end of the step, all ranks wait for the slowest group.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["deviation_of_maximum", "expected_maximum", "waiting"]
+__all__ = ["Noise", "deviation_of_maximum", "expected_maximum"]
 
 
-def waiting(sigma: float, points: int, group: int, ranks: int) -> float:
-    """Return how many seconds a step is longer than that of a rank which waits for no other.
+class Noise(NamedTuple):
+    """How the computing time of a step varies from rank to rank and step to step.
 
-        L E[k] s + E[p / k] D[k] s sqrt(L),    s = σ / sqrt(L)
-
-    E[k] and D[k] are the mean and the standard deviation of the largest of k standard normal numbers.
-
-    Args:
-        sigma: σ, the standard deviation of the computing time of a step, in seconds.
-        points: L, the number of collectives of norms in a step.
-        group: k, the number of ranks that wait for each other in each of them. 1: they have none.
-        ranks: p, of the job.
+    Attributes:
+        of_parts: the standard deviation of the step, in seconds, from the source that is drawn anew in each part.
+        of_steps: the same from the source that stays for a step.
     """
-    group = min(group, ranks)
-    points = max(1, points)
-    of_part = sigma / math.sqrt(points)
-    within_groups = points * expected_maximum(group) * of_part
-    at_the_end = expected_maximum(-(-ranks // group)) * deviation_of_maximum(group) * of_part * math.sqrt(points)
-    return within_groups + at_the_end
+
+    of_parts: float
+    of_steps: float = 0.0
+
+    @classmethod
+    def of(cls, step: float, waits: float, points: int) -> Noise:
+        """Return the noise that explains how long ranks wait.
+
+        It solves sqrt(L) σ + τ = waits, with σ² + τ² = step² as the variances of independent sources add up. If there
+        is no solution, ranks wait as if there was one source: τ = waits if that is less than `step`, else σ alone.
+
+        Args:
+            step: the standard deviation of the computing time of a step, in seconds.
+            waits: for how long ranks wait in a step with L collectives, in units of E[p].
+            points: L.
+        """
+        if waits <= step or points == 0:
+            return cls(0.0, waits if points else step)
+        square = (points + 1) * step**2 - waits**2
+        if square <= 0:
+            return cls(waits / math.sqrt(points))
+        of_parts = (math.sqrt(points) * waits - math.sqrt(square)) / (points + 1)
+        return cls(of_parts, waits - math.sqrt(points) * of_parts)
+
+    @property
+    def total(self) -> float:
+        """The standard deviation of a step from both sources."""
+        return math.hypot(self.of_parts, self.of_steps)
+
+    def waiting(self, points: int, group: int, ranks: int) -> float:
+        """Return how many seconds a step is longer than that of a rank which waits for no other.
+
+            L E[k] σ / sqrt(L) + E[p / k] D[k] σ + E[p] τ
+
+        E[k] and D[k] are the mean and the standard deviation of the largest of k standard normal numbers, σ is
+        `of_parts` and τ is `of_steps`.
+
+        Args:
+            points: L, the number of collectives of norms in a step.
+            group: k, the number of ranks that wait for each other in each of them. 1: they have none.
+            ranks: p, of the job.
+        """
+        group = min(group, ranks)
+        in_groups = math.sqrt(max(1, points)) * expected_maximum(group) * self.of_parts
+        at_the_end = expected_maximum(-(-ranks // group)) * deviation_of_maximum(group) * self.of_parts
+        return in_groups + at_the_end + expected_maximum(ranks) * self.of_steps
 
 
 def expected_maximum(count: int) -> float:
