@@ -2,12 +2,17 @@
 
 All-reduces are measured back to back over a range of message sizes, which gives latencies and bandwidths, and once more
 with computing in between, as in a step. There they can take longer: ranks wait for the slowest one, and threads of a
-backend have to wake up. They can also take less: if ranks share cores, some compute while others wait.
+backend have to wake up.
+
+If a node has more ranks than cores, a rank that waits leaves its core to the others, so that nothing is lost until all
+have computed. What counts is then the slowest rank, and what all-reduces add to it. They may even add less than they take
+back to back, since some ranks compute while others wait.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -46,7 +51,8 @@ class Measured(NamedTuple):
     """What was measured. Times are in seconds.
 
     Attributes:
-        compute: a step with BatchNorm, without communication: the mean over the ranks of their medians.
+        compute: a step with BatchNorm, without communication: the mean over the ranks of their medians. If ranks
+            share cores, that of the slowest rank, less what ranks wait once in a step.
         converted: the same for the converted model in a group of one rank.
         noise: how the time of a step varies from rank to rank. None if one process has measured.
         statistics: the network of the norms' messages, if several ranks have measured.
@@ -87,22 +93,32 @@ def measure_job(build: Build, batch: Batch, trace: Trace, job: Job) -> Measured:
         candidates |= _parts(messages, _seconds(computing[CONVERTED], job, QUICK), job)
 
     samples = by_turns(candidates, job.group, STEPS, wall(clock_of(job.device)), together=True)
-    mean, slowest = _means(samples), _slowest(samples)
-    in_step = slowest[SUMMED].median - slowest[COMPUTING].median
+    mean, slowest = _means(samples), {name: timing.median for name, timing in _slowest(samples).items()}
+    in_step = slowest[SUMMED] - slowest[COMPUTING]
     back_to_back = of_gradients.gradients(trace.gradient_bytes, job.group.size)
     of_gradients = of_gradients.scaled(max(1.0, in_step / back_to_back))
-    of_step = (slowest[COMPUTING].median - mean[COMPUTING]) / expected_maximum(job.group.size)
-    noise = Noise.of(max(0.0, of_step), 0.0, 0)
+
+    largest, crowded = expected_maximum(job.group.size), _shares_cores(node)
+    computes = slowest if crowded else mean
+    of_step = (slowest[COMPUTING] - computes[COMPUTING]) / largest
+    noise = Noise(0.0, of_step)
     if messages:
-        found = slowest[PARTS_SUMMED].median - mean[PARTS]
+        found = slowest[PARTS_SUMMED] - computes[PARTS]
         back_to_back = len(messages) * of_messages.all_reduce(statistics.mean(messages), job.group.size)
-        waits = max(0.0, found - back_to_back) / expected_maximum(job.group.size)
         of_messages = of_messages.scaled(min(1.0, found / back_to_back))
-        noise = Noise.of(max(0.0, of_step), waits, len(messages))
+        waits = max(0.0, found - back_to_back) / largest
+        noise = Noise.beyond_slowest(waits, len(messages)) if crowded else Noise.of(of_step, waits, len(messages))
+    included = largest * noise.of_parts if crowded else 0.0  # in the time of the slowest rank
     return Measured(
-        *(mean[COMPUTING], mean[CONVERTED], noise, of_messages, of_gradients),
-        {name: slowest[name] for name in training},
+        *(computes[COMPUTING] - included, computes[CONVERTED] - included, noise, of_messages, of_gradients),
+        {name: timing for name, timing in _slowest(samples).items() if name in training},
     )
+
+
+def _shares_cores(node: Communicator) -> bool:
+    """Return whether any node has more ranks than cores. Collective on the ranks of each node."""
+    cores = set().union(*node.all_gather_object(os.sched_getaffinity(0)))
+    return len(cores) < node.size
 
 
 def _computing(build: Build, batch: Batch, device: torch.device) -> dict[str, Callable[[], None]]:

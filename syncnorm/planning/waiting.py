@@ -33,20 +33,29 @@ class Noise(NamedTuple):
         """Return the noise that explains how long ranks wait.
 
         It solves sqrt(L) σ + τ = waits, with σ² + τ² = step² as the variances of independent sources add up. If there
-        is no solution, ranks wait as if there was one source: τ = waits if that is less than `step`, else σ alone.
+        is no solution, there is one source: σ = waits / sqrt(L) if the ranks wait longer than with it, or τ, the mean
+        of both measurements, if they wait less than `step`.
 
         Args:
             step: the standard deviation of the computing time of a step, in seconds.
             waits: for how long ranks wait in a step with L collectives, in units of E[p].
             points: L.
         """
-        if waits <= step or points == 0:
-            return cls(0.0, waits if points else step)
+        if waits <= step:
+            return cls(0.0, (waits + step) / 2)
         square = (points + 1) * step**2 - waits**2
         if square <= 0:
             return cls(waits / math.sqrt(points))
         of_parts = (math.sqrt(points) * waits - math.sqrt(square)) / (points + 1)
         return cls(of_parts, waits - math.sqrt(points) * of_parts)
+
+    @classmethod
+    def beyond_slowest(cls, waits: float, points: int) -> Noise:
+        """Return the noise of parts with which ranks wait so long beyond the computing of the slowest one.
+
+        It solves sqrt(L) σ - σ = waits. Arguments are those of `of`.
+        """
+        return cls(waits / (math.sqrt(points) - 1) if points > 1 else 0.0)
 
     @property
     def total(self) -> float:
