@@ -168,9 +168,13 @@ def _plan(
         parser.error("expected no --step-ms and no link within a node with --measure, which measures them")
     if not measure and between is None:
         parser.error("expected --measure, or --latency-us and --bandwidth-gbps")
-    if measure == (detect_launcher().launcher == "none"):
-        how = "started alone without --measure, and under torchrun or mpirun with it"
-        raise SystemExit(f"expected plan to be {how}, got launcher {detect_launcher().launcher}")
+    launched = detect_launcher().launcher != "none"
+    if measure and not launched:
+        raise SystemExit(
+            "expected --measure on several ranks, got this process alone: start it under torchrun or mpirun"
+        )
+    if launched and not measure:
+        raise SystemExit("expected plan without --measure to be started alone, got it under a launcher")
     files = _files(json=json, figure=figure)
     try:
         if measure:

@@ -21,7 +21,7 @@ TIERS = {  # the files of each tier, without test_
         architecture arguments autograd bench_baselines bench_cases bench_copy_baseline bench_graph bench_job
         bench_targets bench_timing checkpointing compile convert convert_classes convert_known convert_refused
         default_device exchange finite fixed_point folding functional fused fusion fuzz join kernels launcher launches
-        many_forwards masks modules moments package patch pickles population reproducible running sharded_norms
+        many_forwards masks modules moments package patch pickles planning population reproducible running sharded_norms
         sharding state statistics subgroups tensor_parallel tracing transforms without_values
     """,
     "ranks": """
@@ -30,7 +30,7 @@ TIERS = {  # the files of each tier, without test_
     """,
     "launchers": """
         agreement bench_comm bench_figure bench_kernels bench_layer bench_memory bench_report bench_train bootstrap
-        checkpoints cli contrast datasets demo desync docs elastic examples forks gpu_run help install mpich readme
+        checkpoints cli contrast datasets demo desync docs elastic examples forks gpu_run help install mpich plan readme
         rejoin rendezvous shared_memory_faults store timed_communicator transformer typing unfinished_collectives
     """,
     "system": "faults launch slurm virtual_cluster",  # root and networks

@@ -76,7 +76,9 @@ def test_examples_explain_themselves_without_what_draws_or_reads_data(example):
     assert done.stdout.startswith(f"usage: {example}")
 
 
-@pytest.mark.parametrize("words", [[], ["info"], ["verify"], ["bench"], ["bench", "comm"], ["bench", "layer"]])
+@pytest.mark.parametrize(
+    "words", [[], ["info"], ["verify"], ["plan"], ["bench"], ["bench", "comm"], ["bench", "layer"]]
+)
 def test_tools_explain_themselves_without_what_draws(words):
     assert python("-m", "syncnorm", *words, "--help").stdout.startswith("usage: python -m syncnorm")
 

@@ -5,8 +5,8 @@ with computing in between, as in a step. There they can take longer: ranks wait 
 backend have to wake up.
 
 If a node has more ranks than cores, a rank that waits leaves its core to the others, so that nothing is lost until all
-have computed. What counts is then the slowest rank, and what all-reduces add to it. They may even add less than they take
-back to back, since some ranks compute while others wait.
+have computed. What counts is then the slowest rank, and what all-reduces add to it. They may even add less than they
+take back to back, since some ranks compute while others wait.
 """
 
 from __future__ import annotations

@@ -73,16 +73,16 @@ class Step:
     def predict(self, variant: Variant, ranks: int) -> Prediction:
         """Return how long a step takes on so many ranks."""
         group = min(variant.group or ranks, ranks)
-        synchronized = variant.messages is not None and group > 1
+        is_converted = variant.messages is not None and variant.name != TORCH
         return Prediction(
             variant.name,
             ranks,
             group,
             samples=self.batch * group,
             reference=self.compute,
-            compute=self.converted if synchronized and variant.name != TORCH else self.compute,
-            messages=variant.messages(self, group) if synchronized and variant.messages else 0.0,
-            waiting=self.noise.waiting(len(self.trace.messages()), group if synchronized else 1, ranks),
+            compute=self.converted if is_converted else self.compute,
+            messages=variant.messages(self, group) if variant.messages and group > 1 else 0.0,
+            waiting=self.noise.waiting(len(self.trace.messages()), group, ranks),
             gradients=self.gradients.gradients(self.trace.gradient_bytes, ranks),
         )
 

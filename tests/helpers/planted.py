@@ -175,6 +175,10 @@ def no_gradient():
     return nn.Sequential(nn.Flatten(), nn.Identity())
 
 
+def no_norms():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.LayerNorm(8 * 6 * 6), nn.Linear(8 * 6 * 6, 5))
+
+
 def lazy():
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
 
