@@ -135,7 +135,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--latency-within-us", type=_number, metavar="L", help="within a node (default: as between nodes)")
     add("--bandwidth-within-gbps", type=_number, metavar="B", help="within a node (default: as between nodes)")
     add("--step-ms", type=_number, metavar="T", help="a step of one rank with BatchNorm (default: measured here)")
-    noise = "standard deviation of a step's computing, as a fraction of it (default: 0.02, with --measure measured)"
+    noise = "standard deviation of a step's computing, as a fraction of it (default: 0.002, with --measure measured)"
     add("--noise", type=_number, metavar="FRACTION", help=noise)
     add("--json", type=Path, metavar="FILE", help="write all predictions there")
     add("--figure", type=Path, metavar="FILE", help="draw the efficiency over the number of ranks there")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..bench.job import join
-from ..job.launcher import detect_launcher
 from ..testing.whole_batch import random_batches
 from ..testing.whole_batch.building import build_model, name_of
-from .measure import Measured, measure_alone, measure_job
+from .explain import Costs
+from .measure import measure_alone, measure_job
 from .network import Link, Network
 from .predict import Step, variants
 from .report import Check, Report
@@ -21,7 +20,7 @@ from .waiting import Noise
 
 __all__ = ["NOISE", "Check", "Link", "Report", "plan", "plan_by_measuring"]
 
-NOISE = 0.02  # of the computing time of a step: its standard deviation from rank to rank, unless told otherwise
+NOISE = 0.002  # of the computing of a step. It is then 2 % of each of 100 parts, if their times are independent
 Build = Callable[[], nn.Module] | str
 
 
@@ -69,12 +68,13 @@ def plan(
     _check_noise(noise)
     batch, found = _traced(build, input_shape, batch_per_rank, integers)
     if step is None:
-        device = join().device
-        measured = measure_alone(build, batch, device)
-        source = f"{_ms(measured.compute)}, measured in this process on {device.type}"
-        source += f"; converted, on one rank: {_ms(measured.converted)}"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        compute, converted = measure_alone(build, batch, device)
+        where = "a GPU" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        source = f"{_ms(compute)}, measured in this process on {where}; converted: {_ms(converted)}"
     else:
-        measured, source = Measured(step, step), f"{_ms(step)}, as given, converted or not"
+        compute = converted = step
+        source = f"{_ms(step)}, as given, converted or not"
     network = Network(ranks_per_node, within, between)
     sources = {
         "computing": source,
@@ -82,10 +82,8 @@ def plan(
         "within a node": _told(within),
         "between nodes": _told(between),
     }
-    needs = Step(
-        found, batch_per_rank, measured.compute, measured.converted, Noise(noise * measured.compute), network, network
-    )
-    return Report(name_of(build), needs, nodes * ranks_per_node, sources)
+    costs = Costs(compute, converted, Noise(noise * compute), network, network)
+    return Report(name_of(build), Step(found, batch_per_rank, costs), nodes * ranks_per_node, sources)
 
 
 def plan_by_measuring(
@@ -120,10 +118,6 @@ def plan_by_measuring(
         ValueError: as for `plan`.
         RuntimeError: the job has one rank, or its nodes have different numbers of ranks.
     """
-    if detect_launcher().launcher == "none":
-        raise RuntimeError(
-            "expected several ranks to measure on, got this process alone: start it under torchrun or mpirun"
-        )
     _check(batch_per_rank=batch_per_rank, nodes=nodes, ranks_per_node=ranks_per_node, integers=integers)
     if between is not None:
         _check_links(between)
@@ -131,34 +125,31 @@ def plan_by_measuring(
         _check_noise(noise)
     job = join()
     if job.group.size == 1:
-        raise RuntimeError("expected several ranks to measure on, got a job of one rank")
+        raise RuntimeError("expected several ranks to measure on, got one: start them with torchrun or mpirun")
     batch, found = _traced(build, input_shape, batch_per_rank, integers)
-    measured = measure_job(build, batch, found, job)
-    here = _step(found, batch_per_rank, measured, noise)
+    costs, timings = measure_job(build, batch, found, job)
+    if noise is not None:
+        costs = costs._replace(noise=Noise(noise * costs.compute))
+    here, network, ranks = Step(found, batch_per_rank, costs), costs.statistics, job.group.size
     checks = [
-        Check(variant.name, job.group.size, here.predict(variant, job.group.size).step, measured.steps[variant.name])
-        for variant in variants(job.group.size, here.statistics.ranks_per_node)
-        if variant.name in measured.steps
+        Check(variant.name, ranks, here.predict(variant, ranks).step, timings[variant.name])
+        for variant in variants(ranks, network.ranks_per_node)
+        if variant.name in timings
     ]
-    network = here.statistics
-    nodes_here = job.group.size // network.ranks_per_node
-    ranks_per_node = ranks_per_node or network.ranks_per_node
-    cluster = replace(
-        here,
-        statistics=_extended(here.statistics, ranks_per_node, between),
-        gradients=_extended(here.gradients, ranks_per_node, between),
-    )
-    measured_between = "as within a node, since this job is on one" if nodes_here == 1 else _told(network.between)
+    nodes_here = ranks // network.ranks_per_node
+    of_noise = f"{costs.noise.total / costs.compute:.1%} of the computing"
+    of_link = _told(network.between) if nodes_here > 1 else "as within a node, since this job is on one"
     sources = {
-        "computing": f"{_ms(here.compute)}, measured on all ranks; converted, without messages: {_ms(here.converted)}",
-        "noise": f"{here.noise.total / here.compute:.1%} of the computing, "
-        + ("measured" if noise is None else "as given"),
+        "measured on": f"{nodes_here} node{'s' * (nodes_here > 1)} with {network.ranks_per_node} ranks",
+        "computing": f"{_ms(costs.compute)}, measured on all ranks; converted: {_ms(costs.converted)}",
+        "noise": f"{of_noise}, {'measured' if noise is None else 'as given'}",
         "within a node": f"{_told(network.within)}, measured",
-        "between nodes": measured_between if between is None else f"{_told(between)}, as given",
-        "gradients": f"{_told(here.gradients.within)}, measured",
-        "measured on": f"{nodes_here} nodes with {network.ranks_per_node} ranks each",
+        "between nodes": of_link if between is None else f"{_told(between)}, as given",
+        "of gradients": f"{_told(costs.gradients.within)}, measured",
     }
-    return Report(name_of(build), cluster, (nodes or nodes_here) * ranks_per_node, sources, checks)
+    ranks_per_node = ranks_per_node or network.ranks_per_node
+    step = here._replace(costs=_elsewhere(costs, ranks_per_node, between))
+    return Report(name_of(build), step, (nodes or nodes_here) * ranks_per_node, sources, checks)
 
 
 def _traced(build: Build, shape: Sequence[int], samples: int, integers: int | None) -> tuple[torch.Tensor, Trace]:
@@ -167,17 +158,13 @@ def _traced(build: Build, shape: Sequence[int], samples: int, integers: int | No
     return batch, trace(build_model(build), batch)
 
 
-def _step(found: Trace, samples: int, measured: Measured, noise: float | None) -> Step:
-    assert measured.noise is not None  # several ranks have measured
-    assert measured.statistics is not None
-    assert measured.gradients is not None
-    varies = measured.noise if noise is None else Noise(noise * measured.compute)
-    return Step(found, samples, measured.compute, measured.converted, varies, measured.statistics, measured.gradients)
-
-
-def _extended(network: Network, ranks_per_node: int, between: Link | None) -> Network:
-    """Return the network of the cluster that the prediction is for."""
-    return network._replace(ranks_per_node=ranks_per_node, between=between or network.between)
+def _elsewhere(costs: Costs, ranks_per_node: int, between: Link | None) -> Costs:
+    """Return the costs on another cluster."""
+    networks = (
+        network._replace(ranks_per_node=ranks_per_node, between=between or network.between)
+        for network in (costs.statistics, costs.gradients)
+    )
+    return Costs(*costs[:3], *networks)
 
 
 def _check(**values: float | None) -> None:
@@ -202,4 +189,5 @@ def _ms(seconds: float) -> str:
 
 
 def _told(link: Link) -> str:
-    return f"{1e6 * link.latency:.3g} µs + {8e-9 * link.bandwidth:.3g} Gb/s"
+    gigabits = 8e-9 * link.bandwidth
+    return f"{1e6 * link.latency:.3g} µs, {f'{gigabits:,.0f}' if gigabits >= 100 else f'{gigabits:.3g}'} Gb/s"

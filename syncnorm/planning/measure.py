@@ -1,13 +1,4 @@
-"""Measure what a prediction needs: computing in one process, or computing and communication on all ranks of the job.
-
-All-reduces are measured back to back over a range of message sizes, which gives latencies and bandwidths, and once more
-with computing in between, as in a step. There they can take longer: ranks wait for the slowest one, and threads of a
-backend have to wake up.
-
-If a node has more ranks than cores, a rank that waits leaves its core to the others, so that nothing is lost until all
-have computed. What counts is then the slowest rank, and what all-reduces add to it. They may even add less than they
-take back to back, since some ranks compute while others wait.
-"""
+"""Measure what a prediction needs: computing in one process, or computing and communication on all ranks of a job."""
 
 from __future__ import annotations
 
@@ -27,12 +18,22 @@ from ..bench.timing import QUICK, Effort, Timing, by_turns, clock_of, wall
 from ..communicators import ALONE, Communicator
 from ..communicators.subgroups import new_subgroups
 from ..testing.whole_batch.training import Batch
+from .explain import (
+    COMPUTING,
+    CONVERTED,
+    PARTS,
+    PARTS_SUMMED,
+    SUMMED,
+    Costs,
+    explain,
+    of_slowest,
+    over_ranks,
+)
 from .fit import fit
 from .network import Link, Network, buckets, steps
 from .predict import BN, GLOBAL, NODE, of_block
 from .trace import Trace
 from .training import TrainingStep
-from .waiting import Noise, expected_maximum
 
 __all__ = ["Measured", "measure_alone", "measure_job"]
 
@@ -40,38 +41,26 @@ CHANNELS = (8, 64, 256, 1024, 2048)  # of the messages that are timed
 STEPS = Effort(rounds=31, block=0.0, seconds=60)  # of one step each
 STEPS_ALONE = Effort(rounds=11, block=0.0, seconds=60)
 MESSAGES = Effort(rounds=25, block=2e-3, seconds=5)
-# What is timed beside the steps of variants. All but the first two and PARTS communicate.
-COMPUTING, CONVERTED, SUMMED = "computing", "computing, converted", "computing, then the gradients' all-reduce"
-PARTS, PARTS_SUMMED = "parts of computing", "parts of computing, with an all-reduce after each"
 
 Build = Callable[[], nn.Module] | str
 
 
 class Measured(NamedTuple):
-    """What was measured. Times are in seconds.
+    """What was measured on the ranks of a job.
 
     Attributes:
-        compute: a step with BatchNorm, without communication: the mean over the ranks of their medians. If ranks
-            share cores, that of the slowest rank, less what ranks wait once in a step.
-        converted: the same for the converted model in a group of one rank.
-        noise: how the time of a step varies from rank to rank. None if one process has measured.
-        statistics: the network of the norms' messages, if several ranks have measured.
-        gradients: the network of the gradients, as `statistics`.
-        steps: of variants that communicate, by name: those of the slowest rank.
+        costs: of a step.
+        steps: the timing of steps that communicate, by the name of their variant. The slowest rank of a round counts.
     """
 
-    compute: float
-    converted: float
-    noise: Noise | None = None
-    statistics: Network | None = None
-    gradients: Network | None = None
-    steps: Mapping[str, Timing] = {}
+    costs: Costs
+    steps: Mapping[str, Timing]
 
 
-def measure_alone(build: Build, batch: Batch, device: torch.device) -> Measured:
-    """Time the computing of a step in this process."""
-    means = _means(by_turns(_computing(build, batch, device), ALONE, STEPS_ALONE, wall(clock_of(device))))
-    return Measured(means[COMPUTING], means[CONVERTED])
+def measure_alone(build: Build, batch: Batch, device: torch.device) -> tuple[float, float]:
+    """Return the seconds of a step's computing in this process: with BatchNorm, and converted."""
+    means = over_ranks(by_turns(_computing(build, batch, device), ALONE, STEPS_ALONE, wall(clock_of(device))))
+    return means[COMPUTING], means[CONVERTED]
 
 
 def measure_job(build: Build, batch: Batch, trace: Trace, job: Job) -> Measured:
@@ -84,41 +73,23 @@ def measure_job(build: Build, batch: Batch, trace: Trace, job: Job) -> Measured:
     sizes = job.group.all_gather_object(node.size)
     if len(set(sizes)) > 1:
         raise RuntimeError(f"expected the same number of ranks on each node, got {sizes} on the nodes of the ranks")
-    computing, training = _computing(build, batch, job.device), _training(build, batch, job, node)
     messages, gradients = trace.messages(), buckets(trace.gradient_bytes)
     of_messages = _network(_messages(job.group, job), _messages(node, job) if node.size > 1 else None, node, job)
     of_gradients = _network(_gradients(gradients, job), None, node, job)
+
+    computing, training = _computing(build, batch, job.device), _training(build, batch, job, node)
     candidates = {**computing, **training, SUMMED: _then_sum(computing[COMPUTING], gradients, job.device)}
     if messages:
         candidates |= _parts(messages, _seconds(computing[CONVERTED], job, QUICK), job)
-
     samples = by_turns(candidates, job.group, STEPS, wall(clock_of(job.device)), together=True)
-    mean, slowest = _means(samples), {name: timing.median for name, timing in _slowest(samples).items()}
-    in_step = slowest[SUMMED] - slowest[COMPUTING]
-    back_to_back = of_gradients.gradients(trace.gradient_bytes, job.group.size)
-    of_gradients = of_gradients.scaled(max(1.0, in_step / back_to_back))
-
-    largest, crowded = expected_maximum(job.group.size), _shares_cores(node)
-    computes = slowest if crowded else mean
-    of_step = (slowest[COMPUTING] - computes[COMPUTING]) / largest
-    noise = Noise(0.0, of_step)
-    if messages:
-        found = slowest[PARTS_SUMMED] - computes[PARTS]
-        back_to_back = len(messages) * of_messages.all_reduce(statistics.mean(messages), job.group.size)
-        of_messages = of_messages.scaled(min(1.0, found / back_to_back))
-        waits = max(0.0, found - back_to_back) / largest
-        noise = Noise.beyond_slowest(waits, len(messages)) if crowded else Noise.of(of_step, waits, len(messages))
-    included = largest * noise.of_parts if crowded else 0.0  # in the time of the slowest rank
-    return Measured(
-        *(computes[COMPUTING] - included, computes[CONVERTED] - included, noise, of_messages, of_gradients),
-        {name: timing for name, timing in _slowest(samples).items() if name in training},
-    )
+    costs = explain(samples, trace, of_messages, of_gradients, _shares_cores(node, job))
+    return Measured(costs, {name: timing for name, timing in of_slowest(samples).items() if name in training})
 
 
-def _shares_cores(node: Communicator) -> bool:
-    """Return whether any node has more ranks than cores. Collective on the ranks of each node."""
+def _shares_cores(node: Communicator, job: Job) -> bool:
+    """Return whether ranks compute on CPUs, and a node has more of them than cores. Collective on all ranks."""
     cores = set().union(*node.all_gather_object(os.sched_getaffinity(0)))
-    return len(cores) < node.size
+    return any(job.group.all_gather_object(job.device.type == "cpu" and len(cores) < node.size))
 
 
 def _computing(build: Build, batch: Batch, device: torch.device) -> dict[str, Callable[[], None]]:
@@ -224,19 +195,4 @@ def _divided(link: Link, count: int) -> Link:
 
 def _seconds(run: Callable[[], object], job: Job, effort: Effort) -> float:
     """Return the seconds of a call on all ranks of the job."""
-    return _slowest(by_turns({"": run}, job.group, effort, wall(clock_of(job.device))))[""].median
-
-
-Samples = Sequence[Mapping[str, Sequence[float]]]  # by rank, candidate and round
-
-
-def _means(samples: Samples) -> dict[str, float]:
-    """Return the mean over the ranks of their medians."""
-    return {name: statistics.mean(statistics.median(of_rank[name]) for of_rank in samples) for name in samples[0]}
-
-
-def _slowest(samples: Samples) -> dict[str, Timing]:
-    """Return the timing of the slowest rank of each round."""
-    return {
-        name: Timing.of([*map(max, zip(*(of_rank[name] for of_rank in samples), strict=True))]) for name in samples[0]
-    }
+    return of_slowest(by_turns({"": run}, job.group, effort, wall(clock_of(job.device))))[""].median

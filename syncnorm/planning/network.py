@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["Link", "Network", "direct", "doubling", "doubling_all_gather", "ring", "ring_all_gather", "steps"]
+__all__ = ["Link", "Network", "direct", "doubling", "doubling_all_gather", "halving", "steps"]
 
 BUCKETS = (1 << 20, 25 << 20)  # bytes of the first and of the other buckets of DistributedDataParallel
 
@@ -40,9 +40,12 @@ def steps(ranks: int) -> int:
     return (ranks - 1).bit_length()
 
 
-def ring(nbytes: float, ranks: int, link: Link) -> float:
-    """Return the seconds of a ring all-reduce: 2 (p - 1) steps, each with a p-th of the message."""
-    return 2 * (ranks - 1) * link.seconds(nbytes / ranks)
+def halving(nbytes: float, ranks: int, link: Link) -> float:
+    """Return the seconds of Rabenseifner's all-reduce: a reduce-scatter by recursive halving, then an all-gather.
+
+    These are 2 log2(p) steps, in which 2 (p - 1) / p of the message are sent. A ring sends as much in 2 (p - 1) steps.
+    """
+    return 2 * steps(ranks) * link.latency + 2 * (ranks - 1) / ranks * nbytes / link.bandwidth
 
 
 def doubling(nbytes: float, ranks: int, link: Link) -> float:
@@ -55,13 +58,8 @@ def direct(nbytes: float, ranks: int, link: Link) -> float:
     return (ranks - 1) * link.seconds(nbytes)
 
 
-def ring_all_gather(nbytes: float, ranks: int, link: Link) -> float:
-    """Return the seconds of a ring all-gather of n bytes of each rank: p - 1 steps."""
-    return (ranks - 1) * link.seconds(nbytes)
-
-
 def doubling_all_gather(nbytes: float, ranks: int, link: Link) -> float:
-    """Return the seconds of an all-gather by recursive doubling: log2(p) steps, in which the messages double."""
+    """Return the seconds of an all-gather of n bytes of each rank: log2(p) steps, in which the messages double."""
     return steps(ranks) * link.latency + (ranks - 1) * nbytes / link.bandwidth
 
 
@@ -79,10 +77,10 @@ class Network(NamedTuple):
     between: Link
 
     def all_reduce(self, nbytes: float, ranks: int) -> float:
-        """Return the seconds of the quicker one of a ring and recursive doubling, which goes within the nodes first."""
+        """Return the seconds of an all-reduce by recursive doubling, or by halving if that is quicker."""
         on_node, nodes = self.levels(ranks)
         by_level = doubling(nbytes, on_node, self.within) + doubling(nbytes, nodes, self.between)
-        return min(by_level, self._slowest(ring, nbytes, ranks))
+        return min(by_level, self._slowest(halving, nbytes, ranks))
 
     def two_levels(self, nbytes: float, ranks: int) -> float:
         """Return the seconds of an all-reduce within each node and a direct exchange between the nodes' first ranks.
@@ -90,12 +88,12 @@ class Network(NamedTuple):
         This is what this package does on the CPUs of several hosts, unless MPI sums.
         """
         on_node, nodes = self.levels(ranks)
-        within = min(ring(nbytes, on_node, self.within), doubling(nbytes, on_node, self.within))
+        within = self.all_reduce(nbytes, on_node)
         return within + direct(nbytes, nodes, self.between)
 
     def all_gather(self, nbytes: float, ranks: int) -> float:
         """Return the seconds of an all-gather of n bytes of each rank."""
-        return min(self._slowest(algorithm, nbytes, ranks) for algorithm in (ring_all_gather, doubling_all_gather))
+        return self._slowest(doubling_all_gather, nbytes, ranks)
 
     def gradients(self, nbytes: int, ranks: int) -> float:
         """Return the seconds of the all-reduces of DistributedDataParallel's buckets, one after another."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .network import Network
+from .explain import Costs
 from .trace import Trace
-from .waiting import Noise
 
 __all__ = [
     "BN",
@@ -48,42 +46,34 @@ class Variant(NamedTuple):
     messages: Callable[[Step, int], float] | None
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a training step of one rank needs, and the network that it has.
+class Step(NamedTuple):
+    """A training step of a rank.
 
     Attributes:
         trace: what it sends.
         batch: samples of a rank.
-        compute: seconds of a step with BatchNorm that is not synchronized, on one rank, without any communication.
-        converted: the same for the converted model in a group of one rank, whose layers run other kernels.
-        noise: how the time of computing varies.
-        statistics: the network that messages of norms see.
-        gradients: the network that gradients see.
+        costs: of computing and communication.
     """
 
     trace: Trace
     batch: int
-    compute: float
-    converted: float
-    noise: Noise
-    statistics: Network
-    gradients: Network
+    costs: Costs
 
     def predict(self, variant: Variant, ranks: int) -> Prediction:
         """Return how long a step takes on so many ranks."""
         group = min(variant.group or ranks, ranks)
+        costs = self.costs
         is_converted = variant.messages is not None and variant.name != TORCH
         return Prediction(
             variant.name,
             ranks,
             group,
-            samples=self.batch * group,
-            reference=self.compute,
-            compute=self.converted if is_converted else self.compute,
+            samples=1 if variant.name == LOCAL else self.batch * group,
+            reference=costs.compute,
+            compute=costs.converted if is_converted else costs.compute,
             messages=variant.messages(self, group) if variant.messages and group > 1 else 0.0,
-            waiting=self.noise.waiting(len(self.trace.messages()), group, ranks),
-            gradients=self.gradients.gradients(self.trace.gradient_bytes, ranks),
+            waiting=costs.noise.waiting(len(self.trace.messages()), group, ranks),
+            gradients=costs.gradients.gradients(self.trace.gradient_bytes, ranks),
         )
 
 
@@ -152,16 +142,16 @@ def of_block(ranks: int) -> Variant:
 
 
 def _all_reduces(step: Step, group: int) -> float:
-    return sum(step.statistics.all_reduce(size, group) for size in step.trace.messages())
+    return sum(step.costs.statistics.all_reduce(size, group) for size in step.trace.messages())
 
 
 def _two_levels(step: Step, group: int) -> float:
-    return sum(step.statistics.two_levels(size, group) for size in step.trace.messages())
+    return sum(step.costs.statistics.two_levels(size, group) for size in step.trace.messages())
 
 
 def _as_torch(step: Step, group: int) -> float:
     """Forward an all-gather of 2C + 1 float32, backward an all-reduce of 2C. Without its wait for the GPU."""
-    network = step.statistics
+    network = step.costs.statistics
     forward = sum(network.all_gather(4 * (2 * call.channels + 1), group) for call in step.trace.calls)
     backward = [call.channels for call in step.trace.calls if call.backward]
     return forward + sum(network.all_reduce(4 * 2 * channels, group) for channels in backward)

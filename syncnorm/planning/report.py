@@ -81,7 +81,7 @@ class Report:
     def recommendation(self) -> str:
         """Which ranks should share statistics, and why."""
         layers = len(self.step.trace.calls)
-        return advise(layers, self.step.batch, self.step.statistics.ranks_per_node, self.predictions)
+        return advise(layers, self.step.batch, self.step.costs.statistics.ranks_per_node, self.predictions)
 
     def show(self) -> None:
         """Print the tables and the recommendation. Needs rich."""
@@ -96,7 +96,7 @@ class Report:
 
     def json(self) -> dict[str, Any]:
         """Return everything as JSON has it. Times are in milliseconds."""
-        step = self.step
+        step, costs = self.step, self.step.costs
         found = {
             "model": self.model,
             "sources": dict(self.sources),
@@ -106,11 +106,11 @@ class Report:
             "message_bytes": sum(step.trace.messages()),
             "gradient_bytes": step.trace.gradient_bytes,
             "batch_per_rank": step.batch,
-            "compute_ms": 1e3 * step.compute,
-            "compute_converted_ms": 1e3 * step.converted,
-            "noise_ms": {name: 1e3 * seconds for name, seconds in step.noise._asdict().items()},
-            "statistics_network": step.statistics.numbers(),
-            "gradients_network": step.gradients.numbers(),
+            "compute_ms": 1e3 * costs.compute,
+            "compute_converted_ms": 1e3 * costs.converted,
+            "noise_ms": {name: 1e3 * seconds for name, seconds in costs.noise._asdict().items()},
+            "statistics_network": costs.statistics.numbers(),
+            "gradients_network": costs.gradients.numbers(),
             "ranks": self.ranks,
             "predictions": [prediction.numbers() for prediction in self.predictions],
             "curves": [each.numbers() for curve in self.curves.values() for each in curve],
@@ -130,15 +130,15 @@ class Report:
         draw(path, self.curves, f"{self.model}, {self.step.batch} samples per rank")
 
     def _variants(self, ranks: int) -> list[Variant]:
-        return variants(ranks, self.step.statistics.ranks_per_node)
+        return variants(ranks, self.step.costs.statistics.ranks_per_node)
 
     def _counts(self) -> dict[str, str]:
         trace, messages = self.step.trace, self.step.trace.messages()
         backward = sum(call.backward for call in trace.calls)
         return {
             "synchronized layers": _listed(trace.kinds()),
+            "channels": f"{sum(call.channels for call in trace.calls):,}",
             "other norms": _listed(trace.local),
-            "their channels": f"{sum(call.channels for call in trace.calls):,}",
             "messages of a step": f"{len(trace.calls)} forward and {backward} backward, {sum(messages):,} bytes",
             "gradients": f"{trace.gradient_bytes:,} bytes",
         }
@@ -148,7 +148,7 @@ class Report:
         unsynchronized = predictions[0].step
         columns = [
             "variant",
-            "ranks",
+            "group",
             "samples",
             "computing",
             "messages",
@@ -163,7 +163,7 @@ class Report:
             + [f"{each.step / unsynchronized:.2f}"]
             for each in predictions
         ]
-        per_node = min(self.ranks, self.step.statistics.ranks_per_node)
+        per_node = min(self.ranks, self.step.costs.statistics.ranks_per_node)
         title = f"A step on {self.ranks} ranks, {per_node} on each node, {self.step.batch} samples on each rank"
         return Table(title, columns, [rows], names=1)
 

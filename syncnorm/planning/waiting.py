@@ -32,9 +32,9 @@ class Noise(NamedTuple):
     def of(cls, step: float, waits: float, points: int) -> Noise:
         """Return the noise that explains how long ranks wait.
 
-        It solves sqrt(L) σ + τ = waits, with σ² + τ² = step² as the variances of independent sources add up. If there
-        is no solution, there is one source: σ = waits / sqrt(L) if the ranks wait longer than with it, or τ, the mean
-        of both measurements, if they wait less than `step`.
+        It solves sqrt(L) σ + τ = waits, with σ² + τ² = step². There is a solution if `waits` is from `step` to
+        sqrt(L + 1) `step`. Below, τ is the mean of both measurements. Above, it is the noise with which ranks wait
+        longest.
 
         Args:
             step: the standard deviation of the computing time of a step, in seconds.
@@ -43,10 +43,9 @@ class Noise(NamedTuple):
         """
         if waits <= step:
             return cls(0.0, (waits + step) / 2)
-        square = (points + 1) * step**2 - waits**2
-        if square <= 0:
-            return cls(waits / math.sqrt(points))
-        of_parts = (math.sqrt(points) * waits - math.sqrt(square)) / (points + 1)
+        waits = min(waits, math.sqrt(points + 1) * step)
+        root = math.sqrt(max(0.0, (points + 1) * step**2 - waits**2))
+        of_parts = (math.sqrt(points) * waits - root) / (points + 1)
         return cls(of_parts, waits - math.sqrt(points) * of_parts)
 
     @classmethod
@@ -65,7 +64,7 @@ class Noise(NamedTuple):
     def waiting(self, points: int, group: int, ranks: int) -> float:
         """Return how many seconds a step is longer than that of a rank which waits for no other.
 
-            L E[k] σ / sqrt(L) + E[p / k] D[k] σ + E[p] τ
+            L E[k] σ / sqrt(L) + sqrt((E[p / k] D[k] σ)² + (E[p] τ)²)
 
         E[k] and D[k] are the mean and the standard deviation of the largest of k standard normal numbers, σ is
         `of_parts` and τ is `of_steps`.
@@ -78,7 +77,7 @@ class Noise(NamedTuple):
         group = min(group, ranks)
         in_groups = math.sqrt(max(1, points)) * expected_maximum(group) * self.of_parts
         at_the_end = expected_maximum(-(-ranks // group)) * deviation_of_maximum(group) * self.of_parts
-        return in_groups + at_the_end + expected_maximum(ranks) * self.of_steps
+        return in_groups + math.hypot(at_the_end, expected_maximum(ranks) * self.of_steps)
 
 
 def expected_maximum(count: int) -> float:
