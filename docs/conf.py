@@ -31,5 +31,6 @@ nitpicky = True
 nitpick_ignore_regex = [  # what other projects document: the build needs no network
     ("py:.*", r"(collections|datetime|mpi4py|nn|pathlib|torch)\..*"),
     ("py:exc", r"(Exception|RuntimeError|TypeError|ValueError)"),
-    ("py:class", r"(Converter|syncnorm\.testing\.(ranks\.Result|split\.Batch|whole_batch\.report\.Run))"),
+    ("py:class", r"(Converter|Timing|syncnorm\.testing\.(ranks\.Result|split\.Batch|whole_batch\.report\.Run))"),
+    ("py:class", r"syncnorm\.planning\.(explain|network|predict|report|trace|waiting)\..*"),
 ]

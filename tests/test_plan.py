@@ -87,7 +87,7 @@ def test_ranks_measure_and_check_the_prediction(launcher, tmp_path):
     script, found = tmp_path / "plan.py", tmp_path / "found.json"
     script.write_text(RUN)
     model = f"{HELPERS / 'planted.py'}:sound"
-    job = launch(launcher, 2, script, "plan", model, *SHAPE, "--measure", "--nodes", "8", "--json", found)
+    job = launch(launcher, 2, script, "plan", model, *SHAPE, "--measure", "--nodes", "8", "--json", found, timeout=110)
     assert job.returncode == 0, job.stderr
     assert job.stdout.count("This job: predicted and measured") == 1  # rank 0 prints
     report = json.loads(found.read_text())

@@ -13,12 +13,12 @@ from ..testing.whole_batch.building import build_model, name_of
 from .explain import Costs
 from .measure import measure_alone, measure_job
 from .network import Link, Network
-from .predict import Step, variants
+from .predict import Prediction, Step, variants
 from .report import Check, Report
 from .trace import Trace, trace
 from .waiting import Noise
 
-__all__ = ["NOISE", "Check", "Link", "Report", "plan", "plan_by_measuring"]
+__all__ = ["NOISE", "Check", "Link", "Prediction", "Report", "plan", "plan_by_measuring"]
 
 NOISE = 0.002  # of the computing of a step. It is then 2 % of each of 100 parts, if their times are independent
 Build = Callable[[], nn.Module] | str
@@ -59,8 +59,8 @@ def plan(
     Collectives: none.
 
     Raises:
-        ValueError: an argument is not in its range.
-        Other errors are those of the model.
+        ValueError: an argument is not in its range, or the model has lazy parameters.
+        TypeError: `build` returns no model, or the output of the model requires no gradient.
     """
     within = within or between
     _check(batch_per_rank=batch_per_rank, nodes=nodes, ranks_per_node=ranks_per_node, integers=integers, step=step)
