@@ -149,3 +149,18 @@ def test_every_environment_variable_is_in_the_table():
         found |= dict.fromkeys(names, path)
     assert {"SYNCNORM_KERNELS", "SYNCNORM_TEST_MPI", "OMPI_MCA_btl", "CXX", "SLURM_JOB_ID"} <= found.keys()
     assert not {name: str(path) for name, path in found.items() if name not in listed}
+
+
+def test_the_gallery_shows_what_its_commands_print(tmp_path):
+    """And the losses differ before the fix, and agree after it."""
+    python("docs/gallery/regenerate.py", "--check")
+    text = (DOCS / "gallery.md").read_text()
+    losses = {
+        (script, ranks): re.findall(r"loss (\S+)", printed)
+        for ranks, script, printed in re.findall(
+            r"--nproc-per-node (\d) (\w+)\.py\n```\n\n```text\n(.*?)```", text, re.DOTALL
+        )
+    }
+    assert losses["train", "1"][0] != losses["train", "4"][0]
+    assert len(losses["fixed", "1"]) == 5
+    assert losses["fixed", "1"] == losses["fixed", "4"] == losses["train", "1"]

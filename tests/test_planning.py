@@ -48,7 +48,11 @@ class Twice(nn.Module):
         return self.local(self.frozen(self.shared(self.shared(self.conv(self.first(x))))))
 
 
-MODELS = {"sound": planted.sound, "twice": Twice}
+def reproducible():
+    return syncnorm.convert_sync_batchnorm(Twice(), reproducible=True)
+
+
+MODELS = {"sound": planted.sound, "twice": Twice, "reproducible": reproducible}
 
 
 @pytest.mark.parametrize("algorithm", [halving, doubling, direct, doubling_all_gather])

@@ -17,9 +17,12 @@ from ..testing.whole_batch.training import Batch, trained_outputs
 __all__ = ["NormCall", "Trace", "trace"]
 
 LOCAL = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _InstanceNorm)  # norms that need no communication
-MESSAGES = {  # bytes of the messages of C channels
-    "forward": lambda channels: 8 * (2 * channels + 3),  # mean, M2, count and stamp in float64
-    "backward": lambda channels: 8 * (2 * channels + 2),  # two sums and the stamp
+MESSAGES = {  # of C channels, forward and backward: how many float64 each has
+    False: (lambda channels: [2 * channels + 3], lambda channels: [2 * channels + 2]),
+    True: (  # with reproducible=True, for float32 inputs
+        lambda channels: [4 * channels + 6, 4 * channels + 4],
+        lambda channels: [8 * channels + 2, 4 * channels + 2],
+    ),
 }
 
 
@@ -32,6 +35,7 @@ class NormCall(NamedTuple):
         channels: C.
         values: of each channel in the input of one rank, N * spatial positions.
         backward: whether the input needs a gradient. Without one, the backward pass sends nothing.
+        reproducible: whether the layer is.
     """
 
     layer: str
@@ -39,10 +43,12 @@ class NormCall(NamedTuple):
     channels: int
     values: int
     backward: bool
+    reproducible: bool = False
 
     def messages(self) -> list[int]:
         """Return the bytes of its all-reduces in a step."""
-        return [MESSAGES[way](self.channels) for way in ("forward", "backward")[: 1 + self.backward]]
+        ways = MESSAGES[self.reproducible][: 1 + self.backward]
+        return [8 * numbers for of_way in ways for numbers in of_way(self.channels)]
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ def trace(model: nn.Module, batch: Batch) -> Trace:
             if isinstance(module, SyncBatchNorm) and module.training:
                 channels = x.shape[1]
                 values = x.numel() // max(1, channels)
-                calls.append(NormCall(name, _kind_of(module), channels, values, x.requires_grad))
+                called = NormCall(name, _kind_of(module), channels, values, x.requires_grad, module.reproducible)
+                calls.append(called)
             elif isinstance(module, LOCAL):
                 local[module] = type(module).__name__
 
