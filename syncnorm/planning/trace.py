@@ -17,13 +17,9 @@ from ..testing.whole_batch.training import Batch, trained_outputs
 __all__ = ["NormCall", "Trace", "trace"]
 
 LOCAL = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _InstanceNorm)  # norms that need no communication
-MESSAGES = {  # of C channels, forward and backward: how many float64 each has
-    False: (lambda channels: [2 * channels + 3], lambda channels: [2 * channels + 2]),
-    True: (  # with reproducible=True, for float32 inputs
-        lambda channels: [4 * channels + 6, 4 * channels + 4],
-        lambda channels: [8 * channels + 2, 4 * channels + 2],
-    ),
-}
+# The messages of C channels, those of forward and of backward: (a, b) for a C + b float64.
+MESSAGES = [(2, 3)], [(2, 2)]
+REPRODUCIBLE = [(4, 6), (4, 4)], [(8, 2), (4, 2)]  # for float32 inputs
 
 
 class NormCall(NamedTuple):
@@ -47,8 +43,9 @@ class NormCall(NamedTuple):
 
     def messages(self) -> list[int]:
         """Return the bytes of its all-reduces in a step."""
-        ways = MESSAGES[self.reproducible][: 1 + self.backward]
-        return [8 * numbers for of_way in ways for numbers in of_way(self.channels)]
+        forward, backward = REPRODUCIBLE if self.reproducible else MESSAGES
+        sent = forward + backward if self.backward else forward
+        return [8 * (each * self.channels + more) for each, more in sent]
 
 
 @dataclass(frozen=True)
