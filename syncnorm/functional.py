@@ -68,7 +68,8 @@ def sync_batch_norm(
     Other arguments, errors and the source: see `syncnorm.SyncBatchNorm` and its forward.
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 3 float64 in forward and one of
-    2C + 2 in backward (none if the input needs no gradient). All ranks of the group must issue them, in the same order.
+    2C + 2 in backward (none if the input needs no gradient), with `reproducible` two each. All ranks of the group must
+    issue them, in the same order.
     Unlike the module, the function does not compare which layer and call the ranks are in. For forward-mode AD and vmap
     see the class.
     """

@@ -57,6 +57,8 @@ CASES = [
     Case(shapes(MANY, 5, trailing=())),
     Case(shapes(4, 3), valid=(0.5, 0.7), mask_dtype=torch.float32),
     Case(shapes(4, 3), layer={"activation": "leaky_relu", "inplace": True}),
+    Case(shapes(4, 3), layer={"reproducible": True}),
+    Case(shapes(4, 3), torch.bfloat16, valid=(0.5, 0.7), layer={"reproducible": True, "activation": "relu"}),
     *[Case(shapes(MANY, 5, trailing=(4, 4)), mean=mean) for mean in (1e3, 1e4, 1e6)],
     Case(shapes(3, 2, 4, 2)),
     Case(shapes(3, 0, 1, 2)),
@@ -121,6 +123,35 @@ def check_case(record_property, case, backend="gloo"):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_shards_on_one_device_match_the_whole_batch(record_property, case):
     check_case(record_property, case)
+
+
+def train_reproducibly(samples, device, dtype, reproducible=True):
+    """Return what training on this rank's samples gives: y, dx and the running statistics, on the CPU."""
+    generator = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(7, CHANNELS, *SPACE, generator=generator).to(dtype) + 1000 for _ in range(2))
+    own = slice(*samples[syncnorm.communicator().rank])
+    layer = syncnorm.SyncBatchNorm(CHANNELS, device=device, reproducible=reproducible)
+    leaf = x[own].to(device).requires_grad_()
+    y = layer(leaf)
+    y.backward(dy[own].to(device))
+    return [t.detach().cpu() for t in (y, leaf.grad, layer.running_mean, layer.running_var)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_reproducible_statistics_have_the_bits_of_one_process_and_of_the_cpu(dtype):
+    whole, on_cpu = (train_reproducibly([(0, 7)], device, dtype) for device in (DEVICE, "cpu"))
+    parts = run_ranks(train_reproducibly, 2, [(0, 2), (2, 7)], DEVICE, dtype, timeout=TIMEOUT)
+    for which in range(2):
+        assert torch.equal(torch.cat([part[which] for part in parts]), whole[which])
+    for part in (*parts, on_cpu):
+        assert all(map(torch.equal, part[2:], whole[2:]))
+
+
+def test_the_default_mode_does_not():
+    """The negative control."""
+    whole = train_reproducibly([(0, 7)], DEVICE, torch.float32, reproducible=False)
+    parts = run_ranks(train_reproducibly, 2, [(0, 2), (2, 7)], DEVICE, torch.float32, False, timeout=TIMEOUT)
+    assert not all(torch.equal(torch.cat([part[which] for part in parts]), whole[which]) for which in range(2))
 
 
 @pytest.mark.parametrize("case", CONTROLS, ids=str)

@@ -145,7 +145,7 @@ def with_allowance(largest: Tensor, dtype: torch.dtype, in_double: Callable[[], 
 
 def sum_of(values: Tensor) -> Tensor:
     """Return the sum of the first digits of all values, |v| < 1, as [high, low], (2,) float64."""
-    return _sums_of_digits(values.double().reshape(-1, 1), torch.zeros(()), 1)[0].view(2)
+    return _sums_of_digits(values.double().reshape(-1, 1), values.new_zeros(()).double(), 1)[0].view(2)
 
 
 def _counted(input: Tensor, mask: Tensor | None) -> Tensor:

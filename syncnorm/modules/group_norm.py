@@ -41,8 +41,8 @@ class GroupNorm(ProcessGroupMixin, nn.GroupNorm):
             `reproducible`.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2 N num_groups + 3 float64 in forward and
-    one of 2 N num_groups + 2 in backward. The first input of each N also issues one all-gather of 512 bytes, in which
-    the ranks compare their layer, N and num_groups. Otherwise none.
+    one of 2 N num_groups + 2 in backward. With `reproducible` it is two each way. The first input of each N also issues
+    one all-gather of 512 bytes, in which the ranks compare their layer, N and num_groups. Otherwise none.
 
     Raises:
         DesyncError: on every rank, if the ranks are in different layers or calls, or if their inputs differ in dtype.

@@ -39,8 +39,8 @@ class LayerNorm(ProcessGroupMixin, nn.LayerNorm):
             `reproducible`.
 
     Collectives: with a process group of more than one rank, one all-reduce of 2R + 3 float64 in forward, for R
-    positions, and one of 2R + 2 in backward. The first input of each size also issues one all-gather of 512 bytes, in
-    which the ranks compare their layer and their other axes. Otherwise none.
+    positions, and one of 2R + 2 in backward. With `reproducible` it is two each way. The first input of each size also
+    issues one all-gather of 512 bytes, in which the ranks compare their layer and their other axes. Otherwise none.
 
     Raises:
         DesyncError: on every rank, if the ranks are in different layers or calls, or if their inputs differ in dtype.

@@ -140,7 +140,7 @@ def _summed(message: Tensor, exchange: Exchange, *, backward: bool) -> Tensor:
 
 
 def _largest_weight(mask: Tensor) -> Tensor:
-    return mask.double().amax().view(1) if mask.numel() else torch.zeros(1, dtype=torch.float64)
+    return mask.double().amax().view(1) if mask.numel() else mask.new_zeros(1).double()
 
 
 def _count(input: Tensor, mask: Tensor | None, of_mask: Tensor) -> Tensor:
