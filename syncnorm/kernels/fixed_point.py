@@ -46,7 +46,7 @@ __all__ = [
 
 DIGIT = 51  # bits
 LOW_BITS = 36
-ROUNDING = 2.0**-20  # relative: float32 rounds far less
+ROUNDING = 2.0**-20  # what float32 adds to x - mean is far less than this part of what it cannot hold of the mean
 LEAST_PRODUCT = 2.0**-100  # of float32, whose rounding is relative
 _PART = 17  # bits: a digit is added up in three parts, so that 64 bits hold the sum of 2^46 of them
 
@@ -73,12 +73,12 @@ def sums_of_input(input: Tensor, mask: Tensor | None, exponent: Tensor, of_mask:
     levels, of_squares = digits_of(input.dtype)
     value = _scaled(_counted(input, mask), exponent)
     square = value.square()
-    rest = _error_of_square(value, square) if of_squares > 1 else torch.zeros_like(value)
+    zero = value.new_zeros(())
+    rest = _error_of_square(value, square) if of_squares > 1 else zero
     if mask is not None:
         weight = mask.to(reference.compute_dtype(input)).double()
         value, square, rest = value * weight, square * weight, rest * weight
     value, square, rest = (times_power_of_two(term, -of_mask) for term in (value, square, rest))
-    zero = torch.zeros_like(value)
     return torch.stack([*_sums_of_digits(value, zero, levels), *_sums_of_digits(square, rest, of_squares)])
 
 
@@ -116,7 +116,7 @@ class Gradient:
         """Return max |dz|, and what |dz * (x - mean)| does not exceed, (2, C) float64.
 
         They are infinite where a value is NaN or infinite. The second one is computed in the dtype of the arithmetic,
-        with an allowance for its rounding, unless it is too large or too small for that.
+        unless it is too large or too small for that, and doubled: an allowance for all rounding.
         """
         rounding = reference.per_channel(self.rounding, self.dz)
         largest = torch.stack([_largest(self.dz), _largest(self.dz * (self.in_single.abs() + rounding))])
@@ -125,7 +125,7 @@ class Gradient:
     def sums(self, exponents: Tensor) -> Tensor:
         """Return the sums of the digits of dz and dz * (x - mean), (2L, 2, C) float64. Exponents of both: (2, C)."""
         terms = [_scaled(term.double(), e) for term, e in zip((self.dz, self.product), exponents, strict=True)]
-        zero = torch.zeros_like(terms[0])
+        zero = terms[0].new_zeros(())
         return torch.stack([sum for term in terms for sum in _sums_of_digits(term, zero, self.levels)])
 
 
@@ -135,12 +135,12 @@ def with_allowance(largest: Tensor, dtype: torch.dtype, in_double: Callable[[], 
     Where float32 has no such product, it is that of `in_double`.
     """
     of_dz, of_product = largest
-    bound = of_product * (1 + ROUNDING)
+    bound = of_product
     if dtype != torch.float64:
         unknown = (of_dz > 0) & of_dz.isfinite() & ((of_product < LEAST_PRODUCT) | of_product.isinf())
         if is_compiling() or not unknown.is_cpu or unknown.any():  # a GPU is not waited for
             bound = torch.where(unknown, in_double(), bound)
-    return torch.stack([of_dz, bound])
+    return torch.stack([of_dz, 2 * bound])
 
 
 def sum_of(values: Tensor) -> Tensor:
