@@ -108,7 +108,7 @@ def _verify(
 
     if detect_launcher().launcher != "none":
         raise SystemExit("expected verify to be started alone, got it under a launcher: it starts the ranks itself")
-    files = _files(json=json, figure=figure)
+    files = _files_or_exit(json=json, figure=figure)
     try:
         batches = random_batches(input_shape, batch, steps, integers=integers, seed=seed)
         report = verify(model, batches, ranks, seed=seed, **options)
@@ -168,6 +168,8 @@ def _plan(
         parser.error("expected no --step-ms and no link within a node with --measure, which measures them")
     if not measure and between is None:
         parser.error("expected --measure, or --latency-us and --bandwidth-gbps")
+    if not measure and nodes is None and ranks_per_node is None:
+        parser.error("expected --nodes and --ranks-per-node: the cluster that the prediction is for")
     launched = detect_launcher().launcher != "none"
     if measure and not launched:
         raise SystemExit(
@@ -175,7 +177,7 @@ def _plan(
         )
     if launched and not measure:
         raise SystemExit("expected plan without --measure to be started alone, got it under a launcher")
-    files = _files(json=json, figure=figure)
+    files = _files_or_exit(json=json, figure=figure)
     try:
         if measure:
             options |= {"nodes": nodes, "ranks_per_node": ranks_per_node, "between": between}
@@ -186,7 +188,7 @@ def _plan(
             options["noise"] = planning.NOISE if options["noise"] is None else options["noise"]
             report = planning.plan(model, input_shape, batch_per_rank, **options)
     except Exception as error:  # of the model
-        print(f"plan cannot train the model: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"plan cannot run the model: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if detect_launcher().rank != 0:
         return
@@ -311,6 +313,15 @@ def _bench(benchmark: str, **options: Any) -> None:
     module = importlib.import_module(f".bench.{benchmark}", __package__)  # needs rich, as all of them
     written = {name: options.pop(name, None) for name in ("json", "markdown", "figure")}
     module.main(_files(**written), **options)
+
+
+def _files_or_exit(**written: Path | None) -> report.Files:
+    """Return what to write. Exit with status 2 if it cannot be written."""
+    try:
+        return _files(**written)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _files(**written: Path | None) -> report.Files:

@@ -53,7 +53,7 @@ def test_the_command_takes_the_time_of_a_step():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["planted:nothing", *SHAPE, *NETWORK], "plan cannot train the model: AttributeError"),
+        (["planted:nothing", *SHAPE, *NETWORK], "plan cannot run the model: AttributeError"),
         (["planted:sound", "--input-shape", "1,8,8", "--batch-per-rank", "4", *NETWORK], "the model: RuntimeError"),
         (["planted:no_gradient", *SHAPE, *NETWORK], "with a tensor that requires a gradient in its output"),
         (["planted:sound", *SHAPE], "expected --measure, or --latency-us and --bandwidth-gbps"),

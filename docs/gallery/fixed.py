@@ -15,11 +15,12 @@ BATCH, STEPS, CLASSES = 16, 40, 10
 
 def build():
     """Return the model."""
-    return nn.Sequential(
+    model = nn.Sequential(
         *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()),
         *(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, CLASSES)),
     )
+    return syncnorm.convert_sync_batchnorm(model)
 
 
 def batch(step):
@@ -34,7 +35,7 @@ def main():
     """Train on the ranks that torchrun has started."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    model = DistributedDataParallel(syncnorm.convert_sync_batchnorm(build()))
+    model = DistributedDataParallel(build())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(1, STEPS + 1):
         images, labels = (tensor.chunk(dist.get_world_size())[dist.get_rank()] for tensor in batch(step))

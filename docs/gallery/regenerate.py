@@ -33,7 +33,7 @@ def output_of(commands: str) -> str:
     if done.stderr:
         sys.exit(f"expected no errors of\n{commands}got\n{done.stderr}")
     lines = [line.rstrip() for line in done.stdout.splitlines()]
-    return "\n".join(lines).strip("\n") + "\n" + f"exit status {done.returncode}\n" * (done.returncode != 0)
+    return "\n".join(lines).strip("\n") + "\n" + f"(exit status {done.returncode})\n" * (done.returncode != 0)
 
 
 def same(one: str, other: str) -> bool:

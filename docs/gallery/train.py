@@ -13,11 +13,12 @@ BATCH, STEPS, CLASSES = 16, 40, 10
 
 def build():
     """Return the model."""
-    return nn.Sequential(
+    model = nn.Sequential(
         *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()),
         *(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, CLASSES)),
     )
+    return model
 
 
 def batch(step):

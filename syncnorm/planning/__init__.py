@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -145,7 +146,7 @@ def plan_by_measuring(
         "noise": f"{of_noise}, {'measured' if noise is None else 'as given'}",
         "within a node": f"{_told(network.within)}, measured",
         "between nodes": of_link if between is None else f"{_told(between)}, as given",
-        "of gradients": f"{_told(costs.gradients.within)}, measured",
+        "sums of gradients": f"{_told(costs.gradients.within)}, measured",
     }
     ranks_per_node = ranks_per_node or network.ranks_per_node
     step = here._replace(costs=_elsewhere(costs, ranks_per_node, between))
@@ -190,4 +191,6 @@ def _ms(seconds: float) -> str:
 
 def _told(link: Link) -> str:
     gigabits = 8e-9 * link.bandwidth
+    if math.isinf(gigabits):
+        return f"{1e6 * link.latency:.3g} µs, whatever the size"
     return f"{1e6 * link.latency:.3g} µs, {f'{gigabits:,.0f}' if gigabits >= 100 else f'{gigabits:.3g}'} Gb/s"

@@ -55,13 +55,13 @@ def advise(layers: int, batch: int, ranks_per_node: int, predictions: Sequence[P
     chosen = max((each for each in groups if each.step <= EQUAL * quickest), key=lambda each: each.group)
     if chosen.group == chosen.ranks:
         return (
-            f"Synchronize over all {over_all.ranks} ranks: no smaller group is quicker and has {ENOUGH} samples per "
-            f"statistic. The step takes {_times(chosen, unsynchronized)} as long, with {reach}."
+            f"Synchronize over all {over_all.ranks} ranks: no smaller group with {ENOUGH} samples per statistic is "
+            f"more than 1 % quicker. The step takes {_times(chosen, unsynchronized)} as long, with {reach}."
         )
     return (
-        f"Synchronize over {_named(chosen, ranks_per_node)}: {chosen.samples} samples per statistic are enough (at "
-        f"least {ENOUGH}), and synchronizing all {over_all.ranks} ranks would make the step {times:.2f} times as long "
-        f"instead of {chosen.step / unsynchronized.step:.2f}."
+        f"Synchronize over {_named(chosen, ranks_per_node)}: {chosen.samples} samples per statistic are enough (the "
+        f"threshold is {ENOUGH}), and synchronizing all {over_all.ranks} ranks would make the step {times:.3f} times "
+        f"as long instead of {chosen.step / unsynchronized.step:.3f}."
     )
 
 

@@ -64,6 +64,7 @@ class Step(NamedTuple):
         group = min(variant.group or ranks, ranks)
         costs = self.costs
         is_converted = variant.messages is not None and variant.name != TORCH
+        collectives = self.trace.collectives_of_torch() if variant.name == TORCH else len(self.trace.messages())
         return Prediction(
             variant.name,
             ranks,
@@ -72,7 +73,7 @@ class Step(NamedTuple):
             reference=costs.compute,
             compute=costs.converted if is_converted else costs.compute,
             messages=variant.messages(self, group) if variant.messages and group > 1 else 0.0,
-            waiting=costs.noise.waiting(len(self.trace.messages()), group, ranks),
+            waiting=costs.noise.waiting(collectives, group, ranks),
             gradients=costs.gradients.gradients(self.trace.gradient_bytes, ranks),
         )
 

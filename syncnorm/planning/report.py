@@ -90,7 +90,7 @@ class Report:
         self._of_curves().show()
         if self.checks:
             rows = [_cells_of(check) for check in self.checks]
-            columns = ["variant", "ranks", "predicted ms", "measured ms", "error", ""]
+            columns = ["variant", "ranks", "predicted ms", "measured ms", "error", "times"]
             Table("This job: predicted and measured", columns, [rows], names=1).show()
         print(self.recommendation)
 
@@ -134,12 +134,12 @@ class Report:
 
     def _counts(self) -> dict[str, str]:
         trace, messages = self.step.trace, self.step.trace.messages()
-        backward = sum(call.backward for call in trace.calls)
+        forward = sum(len(call._replace(backward=False).messages()) for call in trace.calls)
         return {
             "synchronized layers": _listed(trace.kinds()),
             "channels": f"{sum(call.channels for call in trace.calls):,}",
             "other norms": _listed(trace.local),
-            "messages of a step": f"{len(trace.calls)} forward and {backward} backward, {sum(messages):,} bytes",
+            "messages of a step": f"{forward} forward and {len(messages) - forward} backward, {sum(messages):,} bytes",
             "gradients": f"{trace.gradient_bytes:,} bytes",
         }
 

@@ -66,6 +66,10 @@ class Trace:
         """Return the bytes of all all-reduces of the synchronized layers in a step."""
         return [size for call in self.calls for size in call.messages()]
 
+    def collectives_of_torch(self) -> int:
+        """Return how many collectives torch.nn.SyncBatchNorm issues in a step."""
+        return len(self.calls) + sum(call.backward for call in self.calls)
+
     def kinds(self) -> dict[str, int]:
         """Return how many synchronized layers there are of each class. A layer that is called twice is one."""
         return dict(Counter({call.layer: call.kind for call in self.calls}.values()))

@@ -67,7 +67,10 @@ def verify(
 
     Raises:
         ValueError: a batch has tensors with different numbers of samples, or a split is unknown.
+        RuntimeError: the backend is "nccl", and there is no CUDA device.
     """
+    if backend == "nccl" and not torch.cuda.is_available():
+        raise RuntimeError('expected a CUDA device for backend="nccl", found none')
     if isinstance(batches, Tensor | dict | tuple):
         batches = [batches]
     splits = tuple(splits)
@@ -91,7 +94,7 @@ def verify(
                 runs[-1].fail(error)
                 break  # the others would wait as long
             runs[-1].take(found, traits)
-    return Report(name_of(build_model), backend, runs, seed)
+    return Report(name_of(build_model), backend, runs, seed, convert)
 
 
 def assert_matches_whole_batch(
@@ -99,7 +102,8 @@ def assert_matches_whole_batch(
 ) -> None:
     """Raise AssertionError unless a model trains on several ranks as one process does on the whole batch.
 
-    The message names the first layer that departs, and why. Arguments are those of `verify`, with one `world_size`.
+    The message names the first layer that departs, and why. Arguments are those of `verify`, with one `world_size`. So
+    the BatchNorm layers are converted first, unless convert=False.
     """
     report = verify(build_model, batch, [world_size], **options)
     if not report.passed:

@@ -82,8 +82,9 @@ class Run:
 class Report:
     """All trainings of a model."""
 
-    def __init__(self, model: str, backend: str, runs: Sequence[Run], seed: int):
+    def __init__(self, model: str, backend: str, runs: Sequence[Run], seed: int, is_converted: bool = True):
         self.model, self.backend, self.runs, self.seed = model, backend, runs, seed
+        self.is_converted = is_converted
 
     @property
     def passed(self) -> bool:
@@ -107,7 +108,10 @@ class Report:
         """Return a sentence, and the reason of the first training that failed."""
         failed = [run for run in self.runs if not run.passed]
         if not failed:
-            return f"{self.model} trains on several ranks as one process does on the whole batch ({self.backend})."
+            how = "with its BatchNorm layers converted (--no-convert leaves them), " if self.is_converted else ""
+            return (
+                f"{self.model}, {how}trains on several ranks as one process does on the whole batch ({self.backend})."
+            )
         lines = [f"{self.model} departs from one process on the whole batch ({self.backend}, {failed[0]})."]
         if (where := failed[0].departure) is not None:
             times = f": {where.units:.3g} times the tolerance" if math.isfinite(where.units) else ""
