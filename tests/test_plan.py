@@ -20,7 +20,7 @@ def by_command(*arguments, **options):
 
 
 SHAPE = ["--input-shape", "3,8,8", "--batch-per-rank", "4"]
-NETWORK = ["--latency-us", "20", "--bandwidth-gbps", "100"]
+NETWORK = ["--latency-us", "20", "--bandwidth-gbps", "100", "--ranks-per-node", "1"]
 
 
 def test_the_command(tmp_path):
@@ -56,6 +56,8 @@ def test_the_command_takes_the_time_of_a_step():
         (["planted:nothing", *SHAPE, *NETWORK], "plan cannot run the model: AttributeError"),
         (["planted:sound", "--input-shape", "1,8,8", "--batch-per-rank", "4", *NETWORK], "the model: RuntimeError"),
         (["planted:no_gradient", *SHAPE, *NETWORK], "with a tensor that requires a gradient in its output"),
+        (["planted:sound", *SHAPE, *NETWORK[:4]], "expected --nodes and --ranks-per-node"),
+        (["planted:sound", *SHAPE, *NETWORK, "--json", "nowhere/found.json"], "expected a file that can be written"),
         (["planted:sound", *SHAPE], "expected --measure, or --latency-us and --bandwidth-gbps"),
         (["planted:sound", *SHAPE, "--latency-us", "3"], "expected both --latency-us and a positive --bandwidth-gbps"),
         (["planted:sound", *SHAPE, *NETWORK, "--noise", "-1"], "expected a number of 0 or more, got -1"),

@@ -205,6 +205,10 @@ def test_the_command(tmp_path):
     [
         (["planted:nothing", "--input-shape", "3,8,8"], "verify cannot train the model: AttributeError"),
         (["planted:sound", "--input-shape", "1,8,8"], "verify cannot train the model: RuntimeError"),
+        (
+            ["planted:sound", "--input-shape", "3,8,8", "--json", "nowhere/found.json"],
+            "expected a file that can be written",
+        ),
         (["planted:sound", "--input-shape", "3x8"], "expected positive integers with commas between them, got 3x8"),
         (["planted:sound", "--input-shape", "3,8,8", "--splits", "odd"], "expected even, random, empty, with commas"),
     ],
@@ -227,3 +231,9 @@ def test_an_error_of_the_model_comes_from_one_process():
     with pytest.raises(RuntimeError) as caught:
         verify(planted.sound, torch.zeros(4, 2, 8, 8), [2])
     assert isinstance(caught.value.__cause__, RankError)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NOT TESTED: there is a CUDA device")
+def test_a_backend_without_its_device_is_an_error_not_a_departure():
+    with pytest.raises(RuntimeError, match='expected a CUDA device for backend="nccl", found none'):
+        verify(planted.sound, torch.zeros(4, 3, 8, 8), [2], backend="nccl")
