@@ -188,7 +188,8 @@ class Normalize(Function):
             kept = _in_saved_order(kept, ctx.channels_last)
         if grad_output is None:
             grad_output = torch.zeros_like(kept.input)
-        passes = chosen.Backward(grad_output, kept, statistics, weight, bias, mask=mask, epilogue=config.epilogue)
+        given, options = (grad_output, kept, statistics, weight, bias), {"mask": mask, "epilogue": config.epilogue}
+        passes = chosen.Backward(*given, **options)
         through_statistics = needs_input and not config.constant
         stamp = config.exchange.stamp(backward=True) if through_statistics else None
         grad_weight = grad_bias = summed = grad_input = None
@@ -197,10 +198,10 @@ class Normalize(Function):
                 raise RuntimeError(NOT_DIFFERENTIABLE)
             stamp = None
             exchange = config.exchange if through_statistics else NO_EXCHANGE
+            implementation, in_fixed_point = kernels.with_fixed_point(chosen)
+            summing = passes if implementation is chosen else implementation.Backward(*given, **options)
             grad_weight, grad_bias, sums = sums_in_fixed_point(
-                *(grad_output, kept, statistics, weight, bias),
-                mask=mask,
-                epilogue=config.epilogue,
+                *(in_fixed_point, summing, grad_output, kept.input, statistics, weight),
                 dtype=ctx.dtype,
                 exchange=exchange,
             )

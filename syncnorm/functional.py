@@ -69,9 +69,8 @@ def sync_batch_norm(
 
     Collectives: in training on a group of more than one rank, one all-reduce of 2C + 3 float64 in forward and one of
     2C + 2 in backward (none if the input needs no gradient), with `reproducible` two each. All ranks of the group must
-    issue them, in the same order.
-    Unlike the module, the function does not compare which layer and call the ranks are in. For forward-mode AD and vmap
-    see the class.
+    issue them, in the same order. Unlike the module, the function does not compare which layer and call the ranks are
+    in. For forward-mode AD and vmap see the class.
     """
     if is_dynamo_compiling():
         return _batch_norm_in_graph(

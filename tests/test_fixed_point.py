@@ -8,7 +8,7 @@ import pytest
 import torch
 from interpreter import run_python
 
-from syncnorm.kernels import Saved, Statistics, fixed_point
+from syncnorm.kernels import Saved, Statistics, fixed_point, reference
 from syncnorm.reproducible.double_double import DoubleDouble
 from syncnorm.reproducible.exponents import MOST_RANKS, exponents_of, levels_in, levels_of, slots_of
 
@@ -55,9 +55,14 @@ def passes(implementation, shape, dtype, *, channels_last=False, mask=None):
     mask = drawn_mask(shape, mask)
     largest = implementation.largest_input(x, mask)
     sums = implementation.sums_of_input(x, mask, exponents(largest), torch.tensor(0))
-    gradient = implementation.Gradient(dy, Saved(x), statistics_of(shape[1]), None, None, mask=mask)
-    largest_gradient = gradient.largest()
-    return largest, sums, largest_gradient, gradient.sums(exponents(largest_gradient))
+    backward = backward_of(implementation, dy, x, statistics_of(shape[1]), mask)
+    largest_gradient = implementation.largest_gradient(backward)
+    return largest, sums, largest_gradient, implementation.sums_of_gradient(backward, exponents(largest_gradient))
+
+
+def backward_of(implementation, dy, x, statistics, mask=None):
+    kind = reference.Backward if implementation is fixed_point else implementation.Backward
+    return kind(dy, Saved(x), statistics, None, None, mask=mask)
 
 
 def check_bits():
@@ -153,9 +158,9 @@ def test_what_is_not_finite_is_seen(dtype, bad):
     x[1, 2, 7] = bad
     for _, passes_of in implementations():
         assert passes_of.largest_input(x).isinf().tolist() == [False, False, True, False]
-        for given in (Saved(x), Saved(dy)):
-            gradient = passes_of.Gradient(dy if given.input is x else x, given, statistics_of(4), None, None)
-            assert gradient.largest()[1].isinf().tolist() == [False, False, True, False]
+        for grad, given in ((dy, x), (x, dy)):
+            largest = passes_of.largest_gradient(backward_of(passes_of, grad, given, statistics_of(4)))
+            assert largest[1].isinf().tolist() == [False, False, True, False]
         masked = torch.ones(3, 1, 50)
         masked[1, 0, 7] = 0
         assert passes_of.largest_input(x, masked).isfinite().all()
@@ -180,7 +185,7 @@ def test_products_that_float32_cannot_hold(of_x, of_dy):
     statistics = Statistics(torch.tensor([0.3 * of_x] * 3 + [1.0] * 4, dtype=torch.float64))
     products = (dy.double() * (x.double() - 0.3 * of_x)).abs().amax((0, 2))
     for _, passes_of in implementations():
-        largest = passes_of.Gradient(dy, Saved(x), statistics, None, None).largest()
+        largest = passes_of.largest_gradient(backward_of(passes_of, dy, x, statistics))
         assert (largest[1] >= products).all()
         assert (largest[1] <= products * 4.001).all()
 
@@ -192,7 +197,7 @@ def test_the_bound_holds_where_float32_cannot_hold_the_mean():
     mean = x.double().mean()
     statistics = Statistics(torch.stack([mean, torch.ones_like(mean), torch.full_like(mean, 3)]))
     for _, passes_of in implementations():
-        largest = passes_of.Gradient(dy, Saved(x), statistics, None, None).largest()[1]
+        largest = passes_of.largest_gradient(backward_of(passes_of, dy, x, statistics))[1]
         assert largest >= (dy.double() * (x.double() - mean)).abs().max()
 
 

@@ -26,7 +26,7 @@ import os
 import warnings
 from collections.abc import Callable
 from types import NoneType
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -43,7 +43,6 @@ __all__ = [
     "Backward",
     "Epilogue",
     "FixedPoint",
-    "Gradient",
     "Kernels",
     "Packed",
     "RawMoments",
@@ -55,12 +54,12 @@ __all__ = [
     "fixed_point",
     "flags",
     "halves",
-    "in_fixed_point",
     "of_cpu",
     "plain",
     "quick_check",
     "reference",
     "select",
+    "with_fixed_point",
 ]
 
 
@@ -141,36 +140,19 @@ class FixedPoint(Protocol):
         """Input, exponents of x and w -> digits of Σ w x and Σ w x², (L + K, 2, C)."""
         ...
 
-    def Gradient(  # noqa: N802
-        self,
-        grad_output: Tensor,
-        saved: Saved,
-        statistics: Statistics,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        *,
-        mask: Tensor | None = None,
-        epilogue: Epilogue = PLAIN,
-    ) -> Gradient:
-        """As `Kernels.Backward` -> the passes over dz and dz * (x - mean)."""
+    def largest_gradient(self, backward: Any) -> Tensor:
+        """`Backward` of the same implementation -> what |dz| and |dz * (x - mean)| do not exceed, (2, C)."""
+        ...
+
+    def sums_of_gradient(self, backward: Any, exponents: Tensor) -> Tensor:
+        """The same, and exponents of both, (2, C) -> digits of the sums, (2L, 2, C)."""
         ...
 
 
-class Gradient(Protocol):
-    """The passes over dz and dz * (x - mean)."""
-
-    def largest(self) -> Tensor:
-        """-> what their absolute values do not exceed, (2, C)."""
-        ...
-
-    def sums(self, exponents: Tensor) -> Tensor:
-        """Exponents of both, (2, C) -> digits of the sums, (2L, 2, C)."""
-        ...
-
-
-def in_fixed_point(kernels: Kernels) -> FixedPoint:
-    """Return the passes of an implementation in fixed point. Those of GPUs are made of torch's operations."""
-    return getattr(kernels, "fixed_point", fixed_point)
+def with_fixed_point(kernels: Kernels) -> tuple[Kernels, FixedPoint]:
+    """Return an implementation with passes in fixed point, and these: the given one, or on GPUs the reference."""
+    own = getattr(kernels, "fixed_point", None)
+    return (reference, fixed_point) if own is None else (kernels, own)
 
 
 def select(tensor: Tensor, *others: Tensor | None) -> Kernels:

@@ -28,17 +28,17 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import reference
-from .epilogue import PLAIN, Epilogue, Saved
-from .vectors import Statistics, halves
+from .vectors import halves
 
 __all__ = [
     "DIGIT",
     "LOW_BITS",
-    "Gradient",
     "digits_of",
+    "largest_gradient",
     "largest_input",
     "power_of_two",
     "sum_of",
+    "sums_of_gradient",
     "sums_of_input",
     "times_power_of_two",
     "with_allowance",
@@ -82,51 +82,37 @@ def sums_of_input(input: Tensor, mask: Tensor | None, exponent: Tensor, of_mask:
     return torch.stack([*_sums_of_digits(value, zero, levels), *_sums_of_digits(square, rest, of_squares)])
 
 
-class Gradient:
-    """dz, the gradient with respect to z, and dz * (x - mean): their largest values, and their sums.
+def largest_gradient(backward: reference.Backward) -> Tensor:
+    """Return max |dz|, and what |dz * (x - mean)| does not exceed, (2, C) float64.
 
-    Arguments: as those of `reference.Backward`.
+    They are infinite where a value is NaN or infinite. The second one is computed in the dtype of the arithmetic,
+    unless it is too large or too small for that, and doubled: an allowance for all rounding.
     """
+    dz, magnitude = backward.dz, backward.centered.abs()
+    if not backward.epilogue.inplace:  # else x - mean is not computed from the mean
+        mean, _ = halves(backward.statistics)
+        magnitude = magnitude + reference.per_channel((mean - mean.to(dz.dtype)).abs() * ROUNDING, dz)
+    largest = torch.stack([_largest(dz), _largest(dz * magnitude)])
+    return with_allowance(largest, dz.dtype, lambda: _largest(_product(backward)))
 
-    def __init__(
-        self,
-        grad_output: Tensor,
-        saved: Saved,
-        statistics: Statistics,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        *,
-        mask: Tensor | None = None,
-        epilogue: Epilogue = PLAIN,
-    ):
-        backward = reference.Backward(grad_output, saved, statistics, weight, bias, mask=mask, epilogue=epilogue)
-        self.levels, _ = digits_of(saved.input.dtype)
-        self.dz, self.in_single = backward.dz, backward.centered
-        if epilogue.inplace:
-            self.rounding, centered = torch.zeros_like(statistics[0]), backward.centered.double()
-        else:
-            mean, _ = halves(statistics)
-            self.rounding = (mean - mean.to(self.dz.dtype)).abs() * ROUNDING
-            centered = saved.input.double() - reference.per_channel(mean, statistics.new_empty([0] * saved.input.dim()))
-            if mask is not None:
-                centered = torch.where((mask == 0) & (self.dz == 0), 0, centered)
-        self.product = self.dz.double() * centered
 
-    def largest(self) -> Tensor:
-        """Return max |dz|, and what |dz * (x - mean)| does not exceed, (2, C) float64.
+def sums_of_gradient(backward: reference.Backward, exponents: Tensor) -> Tensor:
+    """Return the sums of the digits of dz and dz * (x - mean), (2L, 2, C) float64. Exponents of both: (2, C)."""
+    levels, _ = digits_of(backward.input.dtype)
+    terms = backward.dz.double(), _product(backward)
+    scaled = [_scaled(term, exponent) for term, exponent in zip(terms, exponents, strict=True)]
+    zero = scaled[0].new_zeros(())
+    return torch.stack([sum for term in scaled for sum in _sums_of_digits(term, zero, levels)])
 
-        They are infinite where a value is NaN or infinite. The second one is computed in the dtype of the arithmetic,
-        unless it is too large or too small for that, and doubled: an allowance for all rounding.
-        """
-        rounding = reference.per_channel(self.rounding, self.dz)
-        largest = torch.stack([_largest(self.dz), _largest(self.dz * (self.in_single.abs() + rounding))])
-        return with_allowance(largest, self.dz.dtype, lambda: _largest(self.product))
 
-    def sums(self, exponents: Tensor) -> Tensor:
-        """Return the sums of the digits of dz and dz * (x - mean), (2L, 2, C) float64. Exponents of both: (2, C)."""
-        terms = [_scaled(term.double(), e) for term, e in zip((self.dz, self.product), exponents, strict=True)]
-        zero = terms[0].new_zeros(())
-        return torch.stack([sum for term in terms for sum in _sums_of_digits(term, zero, self.levels)])
+def _product(backward: reference.Backward) -> Tensor:
+    """Return dz * (x - mean) in float64."""
+    dz, x, mask = backward.dz.double(), backward.input, backward.mask
+    if backward.epilogue.inplace:
+        return dz * backward.centered.double()
+    mean, _ = halves(backward.statistics)
+    centered = x.double() - reference.per_channel(mean, dz)
+    return dz * (centered if mask is None else torch.where((mask == 0) & (dz == 0), 0, centered))
 
 
 def with_allowance(largest: Tensor, dtype: torch.dtype, in_double: Callable[[], Tensor]) -> Tensor:

@@ -218,6 +218,7 @@ class Backward:
         epilogue: Epilogue = PLAIN,
     ):
         self.input, self.statistics, self.weight, self.mask = saved.input, statistics, weight, mask
+        self.epilogue = epilogue
         self.dtype_of_dz = grad_output.dtype if saved.has_residual else None
         self.centered, self.dz = _centered_and_grad(grad_output, saved, statistics, weight, bias, mask, epilogue)
 

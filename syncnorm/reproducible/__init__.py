@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import finite, kernels, transforms
 from ..exchange import Exchange
-from ..kernels import PLAIN, Epilogue, RawMoments, Saved, StampError, Statistics, fixed_point, halves
+from ..kernels import Backward, FixedPoint, RawMoments, StampError, Statistics, fixed_point, halves
 from ..kernels.fixed_point import times_power_of_two
 from ..moments import Moments
 from .double_double import DoubleDouble
@@ -52,7 +52,7 @@ def moments_in_fixed_point(
     if transforms.active():
         raise RuntimeError(NOT_DIFFERENTIABLE)
     chosen = kernels.select(input, mask, *others)
-    passes = kernels.in_fixed_point(chosen)
+    _, passes = kernels.with_fixed_point(chosen)
     dtype = input.dtype
     largest = passes.largest_input(input, mask)  # (C,)
     of_mask = largest.new_ones(1) if mask is None else _largest_weight(mask).to(largest)
@@ -73,14 +73,13 @@ def moments_in_fixed_point(
 
 
 def sums_in_fixed_point(
+    passes: FixedPoint,
+    backward: Backward,
     grad_output: Tensor,
-    saved: Saved,
+    input: Tensor,
     statistics: Statistics,
     weight: Tensor | None,
-    bias: Tensor | None,
     *,
-    mask: Tensor | None,
-    epilogue: Epilogue = PLAIN,
     dtype: torch.dtype,
     exchange: Exchange,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,12 +89,10 @@ def sums_in_fixed_point(
 
     Collectives: on more than one rank, an all-reduce of 8C + 2 float64 and one of 4C + 2, for float64 input 8C + 2.
     """
-    passes = kernels.in_fixed_point(kernels.select(saved.input, grad_output, weight, bias, mask, *saved[1:]))
-    gradient = passes.Gradient(grad_output, saved, statistics, weight, bias, mask=mask, epilogue=epilogue)
-    of_input, channels = saved.input.dtype, saved.input.shape[1]
-    largest = gradient.largest()  # (2, C), of dz and dz * (x - mean)
+    of_input, channels = input.dtype, input.shape[1]
+    largest = passes.largest_gradient(backward)  # (2, C), of dz and dz * (x - mean)
     exponent, is_finite = _largest_exponent(largest.flatten(), of_input, exchange, backward=True)
-    digits = gradient.sums(exponent.view(2, channels))
+    digits = passes.sums_of_gradient(backward, exponent.view(2, channels))
     summed = _summed(digits, exchange, backward=True)
     _, invstd = halves(statistics)
 

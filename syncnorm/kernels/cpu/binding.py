@@ -100,7 +100,7 @@ def normalize(
 class Backward:
     """See `reference.Backward`."""
 
-    __slots__ = "arguments", "has_residual", "statistics", "weight", "x"
+    __slots__ = "arguments", "given", "has_residual", "statistics", "weight", "x"
 
     def __init__(
         self,
@@ -113,6 +113,7 @@ class Backward:
         mask: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
     ):
+        self.given = (grad_output, saved, statistics, weight, bias), mask, epilogue
         input, signs, residual = saved
         x, last = dense(input)
         dy = grad_output

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import fixed_point as reference
-from ..epilogue import PLAIN, Epilogue, Saved
+from .. import fixed_point, reference
 from ..fixed_point import digits_of, power_of_two
-from ..vectors import Statistics
-from . import binding
-from .binding import CPU, dense, functions, weights_of
+from .binding import CPU, Backward, dense, functions, weights_of
 
-__all__ = ["Gradient", "largest_input", "sums_of_input"]
+__all__ = ["largest_gradient", "largest_input", "sums_of_gradient", "sums_of_input"]
 
 _largest_input, _sums_of_input, _largest_gradient, _largest_in_double, _sums_of_gradient = functions("fixed_point", 5)
 LARGEST = 500  # the exponent of x up to which x² and its origin, 3 times as large, have a float64
@@ -30,48 +28,33 @@ def sums_of_input(input: Tensor, mask: Tensor | None, exponent: Tensor, of_mask:
     """See `fixed_point.sums_of_input`."""
     exponents = torch.stack([exponent, 2 * exponent]) + of_mask
     if input.dtype is torch.float64 and exponents.numel() and exponents.max() > 2 * LARGEST:
-        return reference.sums_of_input(input, mask, exponent, of_mask)
+        return fixed_point.sums_of_input(input, mask, exponent, of_mask)
     sums = torch.zeros(sum(digits_of(input.dtype)), 2, input.shape[1], dtype=torch.float64, device=CPU)
     return _over_input(_sums_of_input, input, mask, 3 * power_of_two(exponents), sums)
 
 
-class Gradient:
-    """See `fixed_point.Gradient`."""
+def largest_gradient(backward: Backward) -> Tensor:
+    """See `fixed_point.largest_gradient`."""
+    largest = _over_gradient(_largest_gradient, backward, None, 2)
+    in_double = functools.partial(_over_gradient, _largest_in_double, backward, None, 2)
+    return fixed_point.with_allowance(largest, backward.x.dtype, lambda: in_double()[1])
 
-    def __init__(
-        self,
-        grad_output: Tensor,
-        saved: Saved,
-        statistics: Statistics,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        *,
-        mask: Tensor | None = None,
-        epilogue: Epilogue = PLAIN,
-    ):
-        self.given = grad_output, saved, statistics, weight, bias
-        self.mask, self.epilogue = mask, epilogue
-        self.arguments = binding.Backward(*self.given, mask=mask, epilogue=epilogue).arguments
-        self.dtype, self.channels = saved.input.dtype, saved.input.shape[1]
 
-    def largest(self) -> Tensor:
-        """See `fixed_point.Gradient.largest`."""
-        if not self.given[0].numel():
-            return torch.zeros(2, self.channels, dtype=torch.float64, device=CPU)
-        largest = self._run(_largest_gradient, None, 2)
-        return reference.with_allowance(largest, self.dtype, lambda: self._run(_largest_in_double, None, 2)[1])
+def sums_of_gradient(backward: Backward, exponents: Tensor) -> Tensor:
+    """See `fixed_point.sums_of_gradient`."""
+    dtype = backward.x.dtype
+    if dtype is torch.float64 and exponents.numel() and exponents.max() > 2 * LARGEST:
+        given, mask, epilogue = backward.given
+        return fixed_point.sums_of_gradient(reference.Backward(*given, mask=mask, epilogue=epilogue), exponents)
+    return _over_gradient(_sums_of_gradient, backward, 3 * power_of_two(exponents), 2 * digits_of(dtype)[0], 2)
 
-    def sums(self, exponents: Tensor) -> Tensor:
-        """See `fixed_point.Gradient.sums`."""
-        if self.dtype is torch.float64 and exponents.numel() and exponents.max() > 2 * LARGEST:
-            return reference.Gradient(*self.given, mask=self.mask, epilogue=self.epilogue).sums(exponents)
-        return self._run(_sums_of_gradient, 3 * power_of_two(exponents), 2 * digits_of(self.dtype)[0], 2)
 
-    def _run(self, function: Callable[..., None], origins: Tensor | None, *size: int) -> Tensor:
-        result = torch.zeros(*size, self.channels, dtype=torch.float64, device=CPU)
-        if self.given[0].numel():
-            function(self.arguments, origins, result)
-        return result
+def _over_gradient(function: Callable[..., None], backward: Backward, origins: Tensor | None, *size: int) -> Tensor:
+    """Run a pass, unless there are no values. Return its result."""
+    result = torch.zeros(*size, backward.x.shape[1], dtype=torch.float64, device=CPU)
+    if backward.x.numel():
+        function(backward.arguments, origins, result)
+    return result
 
 
 def _over_input(function: Callable[..., None], input: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
