@@ -214,6 +214,12 @@ template <class M, bool BY_PERIOD> struct SumsOfGradient : Gradient<M> {
     }
 };
 
+template <bool FIRST, class A, class B> struct Either { using type = A; };
+template <class A, class B> struct Either<false, A, B> { using type = B; };
+struct Larger {
+    template <class I> I operator()(I one, I other) const { return one > other ? one : other; }
+};
+
 // The sums or the largest values of `Of` over all the memory: segment(thread, at, entry, n) gives what it reads.
 template <class Of> class Accumulation {
     using Lane = typename Of::Lane;
@@ -223,6 +229,7 @@ template <class Of> class Accumulation {
     using IntsInMemory = typename Register<Int>::in_memory;
     static constexpr int COUNT = Of::COUNT;
     static constexpr bool IS_SUM = Int(-1) > 0;
+    static constexpr typename Either<IS_SUM, Add, Larger>::type combine{};
     static constexpr int64_t LANES = Register<Lane>::size, LOW = (int64_t{1} << LOW_BITS) - 1;
 
   public:
@@ -270,25 +277,10 @@ template <class Of> class Accumulation {
             int64_t i = 0;
             for (; i + LANES <= n; i += LANES) of.template add<Lanes>(i, 0, lanes);
             for (; i < n; ++i) of.template add<Lane>(i, 0, total);
-            for (int k = 0; k < COUNT; ++k) total[k] = combined<Int>(total[k], across_lanes<LANES>(&lanes[k]));
+            for (int k = 0; k < COUNT; ++k) total[k] = combine(total[k], across<Int, LANES>(&lanes[k], combine));
             if constexpr (IS_SUM) of.template take_off<Lane>(0, n, total);
             for (int k = 0; k < COUNT; ++k) keep(total[k], start + k * walk_.entries() + entry);
         });
-    }
-    template <class I> static I combined(I one, I other) {
-        if constexpr (IS_SUM) return one + other;
-        else return one > other ? one : other;
-    }
-    template <int64_t LEFT> static Int across_lanes(const void *lanes) {  // half a register and the other each time
-        if constexpr (LEFT == 1) {
-            return *static_cast<const Int *>(lanes);
-        } else {
-            typedef Int Half __attribute__((vector_size(LEFT / 2 * sizeof(Int))));
-            Half halves[2];
-            memcpy(halves, lanes, sizeof(halves));
-            Half half = combined(halves[0], halves[1]);
-            return across_lanes<LEFT / 2>(&half);
-        }
     }
     template <class Segment> void add_periods(int64_t start, int64_t thread, const Segment &segment) {
         int64_t added = 0;

@@ -67,16 +67,19 @@ template <class R> inline typename Vector<R>::bits from_place(int64_t place) {
     return *reinterpret_cast<const typename Vector<R>::bits *>(filled.bits + size - place);
 }
 
-// The sum of n values, half a vector added to the other each time.
-template <class R, int64_t n> inline R across(const void *values) {
+// n values combined to one, half a vector and the other each time: their sum, unless told otherwise.
+struct Add {
+    template <class X> X operator()(X one, X other) const { return one + other; }
+};
+template <class R, int64_t n, class Combine = Add> inline R across(const void *values, const Combine &combine = {}) {
     if constexpr (n == 1) {
         return *static_cast<const R *>(values);
     } else {
         typedef R Half __attribute__((vector_size(n / 2 * sizeof(R))));
         Half halves[2];
         memcpy(halves, values, sizeof(halves));
-        Half sum = halves[0] + halves[1];
-        return across<R, n / 2>(&sum);
+        Half combined = combine(halves[0], halves[1]);
+        return across<R, n / 2>(&combined, combine);
     }
 }
 
