@@ -30,6 +30,7 @@ from typing import NamedTuple
 import cnn
 import transformer
 from common import check_writable, on_all_ranks, on_rank_0, write
+from progress import progress_bar
 from training import positive
 
 import syncnorm
@@ -112,9 +113,6 @@ def read(directory, runs):
 
 def train(runs, args, group):
     """Train the runs, on the ranks of the group, and write their records."""
-    from rich import progress as shown
-    from rich.console import Console
-
     on_all_ranks(group, "--ranks", check_ranks, args.ranks, group.size)
     on_all_ranks(group, "--out", check_folder, args.out)  # most ranks write records
     runs = group.all_gather_object(runs)[0]  # one rank's view of what is there
@@ -122,16 +120,7 @@ def train(runs, args, group):
     apart = sorted((run for run in runs if not run.split), key=lambda run: -run.cost)
     mine = apart[group.rank :: group.size]
     share = sum(run.cost for run in apart) / max(1e-9, sum(run.cost for run in mine))  # all runs' for one of mine
-    columns = shown.TextColumn("{task.description}"), shown.BarColumn(), shown.TaskProgressColumn()
-    with shown.Progress(
-        *columns,
-        shown.TimeElapsedColumn(),
-        shown.TextColumn("left:"),
-        shown.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=group.rank != 0,
-        speed_estimate_period=300,
-    ) as progress:
+    with progress_bar(disable=group.rank != 0) as progress:
         task = progress.add_task("", total=sum(run.cost for run in runs))
 
         def go(run, group, weight):

@@ -1,37 +1,27 @@
 """The report of examples/contrast.py: a table, figures, and below each what its numbers say and what to take when.
 
-A *cell* is a model, a norm and a number of samples per rank; a value of it has one number a seed. Two values differ
-clearly if their means are further apart than CLEAR times their joint standard deviation. Among many comparisons some
-come out clear by chance, so few are made: a norm against SyncBatchNorm once, by the mean over all sizes; BatchNorm
-against it from the fewest samples per rank on, up to the first size where the difference is not clear.
+A *cell* is a model, a norm and a number of samples per rank; a value of it has one number a seed. Among many
+comparisons of values some come out clear by chance, so few are made: a norm against SyncBatchNorm once, by the mean
+over all sizes; BatchNorm against it from the fewest samples per rank on, up to the first size where the difference is
+not clear.
 """
 
 import csv
 import io
 import itertools
-import math
-from typing import NamedTuple
 
 import numpy as np
 from common import write
-from scipy import stats
+from contrast_figures import DRAWINGS, MODELS, TITLES
+from figures import NAMES, draw
+from spread import CLEAR, Value, chance
+from words import listed, plural, spanned
 
-from syncnorm.report import COLOURS, Table
+from syncnorm.report import Table
 
-CLEAR = 2
 DEAR = 1.5  # times as long
 COMPARED = 8  # steps
 ROUNDING = 1e-5  # of float32 losses after some steps; one that turns a ReLU about grows, in one process as well
-NAMES = {"bn": "BatchNorm", "sync_bn": "SyncBatchNorm", "gn": "GroupNorm", "ln": "LayerNorm", "rms": "RMSNorm"}
-STYLES = {  # colours and markers
-    "bn": (COLOURS["vermillion"], "s"),
-    "sync_bn": (COLOURS["blue"], "o"),
-    "gn": (COLOURS["green"], "^"),
-    "ln": (COLOURS["purple"], "D"),
-    "rms": (COLOURS["grey"], "v"),
-}
-COMPUTE, COMMUNICATION = "#9AA5B1", COLOURS["orange"]
-MODELS = {"cnn": "CNN", "transformer": "Transformer"}
 SPREAD = "Values are mean ± standard deviation over seeds{of_error}. "
 CLEARLY = (
     "A difference is called clear if it is more than {clear} times the joint standard deviation of the two{of_error}. "
@@ -60,40 +50,6 @@ COLLECTIVES = {  # what takes the time that synchronization adds?
 }
 ONE_SEED = "With one seed no difference is clear: take no advice on quality from this report."
 FIGURES = {"error": "cnn", "step-time": None, "collectives": None, "transformer": "transformer"}  # and what it needs
-
-
-class Value(NamedTuple):
-    """Numbers, one a seed; `resolution` is the smallest spread that can be meant."""
-
-    numbers: tuple
-    resolution: float = 0.0
-
-    @classmethod
-    def over(cls, values):
-        """Return the mean of values, seed by seed. All are of the same test images: it resolves no more than one."""
-        return cls(tuple(np.mean([value.numbers for value in values], axis=0)), values[0].resolution)
-
-    @property
-    def mean(self):
-        return float(np.mean(self.numbers))
-
-    @property
-    def spread(self):
-        """The standard deviation over seeds."""
-        return max(float(np.std(self.numbers, ddof=1)) if len(self.numbers) > 1 else 0.0, self.resolution)
-
-    def clearly_above(self, other):
-        joint = math.sqrt((self.spread**2 + other.spread**2) / 2)
-        return len(self.numbers) > 1 and self.mean - other.mean > CLEAR * joint
-
-    def text(self, digits, unit=""):
-        spread = f" ± {self.spread:.{digits}f}" if len(self.numbers) > 1 else ""
-        return f"{self.mean:.{digits}f}{spread}{unit}"
-
-
-def chance(seeds):
-    """Return how often two values that do not differ would differ clearly, by Student's t-test."""
-    return 2 * stats.t.sf(CLEAR * math.sqrt(seeds / 2), 2 * seeds - 2)
 
 
 class Cells(dict):
@@ -130,6 +86,11 @@ class Cells(dict):
         """Return the value of each number of samples per rank."""
         return [self[model, norm, samples][what] for samples in self.sizes(model)]
 
+    def training_seconds(self, model, norm, samples):
+        """Return how long a whole training takes on all ranks."""
+        cell = self[model, norm, samples]
+        return cell["steps"] * cell["step"].mean / 1000
+
 
 def quality(model, records):
     """Return the qualities of a cell: error in percent, or bits per character."""
@@ -154,21 +115,6 @@ def costs(records):
         result[f"{what} collectives"] = records[0]["per_step"][what]["collectives"]
         result[f"{what} kB"] = records[0]["per_step"][what]["bytes"] / 1000
     return result
-
-
-def listed(words, last="and"):
-    *most, word = words
-    return f"{', '.join(most)} {last} {word}" if most else word
-
-
-def spanned(words):
-    """Return the first and the last word, or the only one."""
-    words = list(words)
-    return listed(dict.fromkeys([words[0], words[-1]]), "to")
-
-
-def plural(number, noun):
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def advise(text, cases):
@@ -306,17 +252,14 @@ def advise_transformer(cells):
     comparison, take = against_synchronized(cells, "transformer", "bits", 3, "bits per character")
     ends = []
     for norm in norms:
-        cell, size = min(((cells["transformer", norm, size], size) for size in sizes), key=lambda c: c[0]["bits"].mean)
-        ends.append(f"{NAMES[norm]} {cell['bits'].text(3)} in {training_seconds(cell):.0f} s (at {size})")
+        bits = dict(zip(sizes, cells.values("transformer", norm, "bits"), strict=True))
+        size = min(sizes, key=lambda size: bits[size].mean)
+        seconds = cells.training_seconds("transformer", norm, size)
+        ends.append(f"{NAMES[norm]} {bits[size].text(3)} in {seconds:.0f} s (at {size})")
     return (
         f"{comparison} At the number of samples per rank that suits each best, the trainings end at: {listed(ends)}. "
         f"{gap} **In a Transformer like this one take {take}.**"
     )
-
-
-def training_seconds(cell):
-    """Return how long a whole training takes on all ranks."""
-    return cell["steps"] * cell["step"].mean / 1000
 
 
 ADVICE = {
@@ -324,12 +267,6 @@ ADVICE = {
     "step-time": advise_time,
     "collectives": advise_collectives,
     "transformer": advise_transformer,
-}
-TITLES = {
-    "error": "Test error of the CNN against samples per rank",
-    "step-time": "Time of a step: compute and communication",
-    "collectives": "Collectives and bytes of a step",
-    "transformer": "The Transformer: quality against time, and what eval mode loses",
 }
 
 
@@ -423,7 +360,7 @@ def write_report(directory, records):
     for name, needed in FIGURES.items():
         if needed and needed not in cells.models():
             continue
-        draw(name, cells, directory)
+        draw(directory / name, DRAWINGS[name], cells)
         parts += [f"## {TITLES[name]}", f"![{TITLES[name]}]({name}.png)", ADVICE[name](cells)]
     parts += [
         "## All numbers",
@@ -433,214 +370,3 @@ def write_report(directory, records):
     write(directory / "data.csv", rows(records).encode())
     write(directory / "report.md", ("\n\n".join(parts) + "\n").encode())
     print(f"report: {directory / 'report.md'}")
-
-
-def draw(name, cells, directory):
-    """Draw a figure as PNG and SVG, 830 pixels wide at 100 dots per inch."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    settings = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "contrast"}
-    with plt.rc_context(settings):
-        figure = DRAWINGS[name](plt, cells)
-        for suffix in "png", "svg":
-            image = io.BytesIO()
-            figure.savefig(image, format=suffix, dpi=180)
-            write(directory / f"{name}.{suffix}", image.getbuffer())
-        plt.close(figure)
-
-
-def ink(colour):
-    """Return a darker shade of a colour, to write in."""
-    from matplotlib.colors import to_rgb
-
-    return tuple(0.7 * part for part in to_rgb(colour))
-
-
-def apart(heights, gap):
-    """Return ascending heights moved up and down to at least `gap` from one another, the last to at most 1."""
-    up = itertools.accumulate(heights, lambda below, height: max(height, below + gap))
-    down = itertools.accumulate(reversed(heights), lambda above, height: min(height, above - gap))
-    middle = [(one + other) / 2 for one, other in zip(up, reversed(list(down)), strict=True)]
-    return [height - max(0, middle[-1] - 1) for height in middle]
-
-
-def label_ends(axis, ends, gap):
-    """Write each curve's name beside its end, at least `gap` (of the axis's height) apart; {norm: (x, y)}."""
-    places = {n: axis.transAxes.inverted().transform(axis.transData.transform(end)) for n, end in ends.items()}
-    ordered = sorted(places, key=lambda n: places[n][1])
-    for norm, height in zip(ordered, apart([places[n][1] for n in ordered], gap), strict=True):
-        axis.annotate(
-            NAMES[norm],
-            xy=places[norm],
-            xytext=(1.05, height),
-            xycoords="axes fraction",
-            va="center",
-            color=ink(STYLES[norm][0]),
-            arrowprops={
-                "arrowstyle": "-",
-                "color": STYLES[norm][0],
-                "linewidth": 0.7,
-                "relpos": (0, 0.5),
-                "shrinkB": 3,
-            },
-        )
-
-
-def sizes_axis(axis, sizes):
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(sizes, [str(size) for size in sizes])
-    axis.minorticks_off()
-    if len(sizes) == 1:
-        axis.set_xlim(sizes[0] / 4, sizes[0] * 4)  # or what little lies beside one another would fill the width
-    axis.set_xlabel("samples per rank (number)")
-
-
-def log_ticks(low, high, steps):
-    """Return round numbers, `steps` of each decade, from low to high, or from below to above if these are not two."""
-    numbers = [step * 10**power for power in range(-4, 7) for step in steps]
-    ticks = [number for number in numbers if low <= number <= high]
-    if len(ticks) < 2:
-        ticks = [max(n for n in numbers if n <= low), *ticks, min(n for n in numbers if n >= high)]
-    return ticks
-
-
-def curve(axis, norm, x, values, **options):
-    colour, marker = STYLES[norm]
-    mean, spread = [value.mean for value in values], [value.spread for value in values]
-    axis.errorbar(
-        x, mean, spread, color=colour, marker=marker, capsize=3, linewidth=1.8, elinewidth=1.2, markersize=5, **options
-    )
-
-
-def draw_error(plt, cells):
-    figure, axis = plt.subplots(figsize=(8.3, 4.4), layout="constrained")
-    sizes = cells.sizes("cnn")
-    ends, values = {}, []
-    for place, norm in enumerate(cells.norms("cnn")):
-        aside = 2 ** (0.08 * (place - 2))  # so that bars of equal height do not hide one another
-        errors = cells.values("cnn", norm, "error")
-        curve(axis, norm, [size * aside for size in sizes], errors)
-        ends[norm] = sizes[-1] * aside, max(errors[-1].mean, 0.1)
-        values += errors
-    low, high = 0.8 * max(0.1, min(v.mean - v.spread for v in values)), 1.2 * max(v.mean + v.spread for v in values)
-    axis.set_yscale("log", nonpositive="clip")
-    sizes_axis(axis, sizes)
-    ticks = log_ticks(low, high, (1, 2, 3, 5))
-    axis.set_ylim(min(low, ticks[0]), max(high, ticks[-1]))
-    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.minorticks_off()
-    axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    axis.set_ylabel("test error (%, logarithmic)")
-    label_ends(axis, ends, 0.065)
-    of = "mean and standard deviation over seeds" if cells.seeds() > 1 else "one seed"
-    axis.set_title(f"CNN: {of}", loc="left")
-    return figure
-
-
-def draw_step_time(plt, cells):
-    models = cells.models()
-    figure, axes = plt.subplots(
-        len(models), figsize=(8.3, 0.3 + 3.1 * len(models)), layout="constrained", squeeze=False
-    )
-    for axis, model in zip(axes[:, 0], models, strict=True):
-        place, ticks, top = 0, [], max(c["step"].mean + c["step"].spread for k, c in cells.items() if k[0] == model)
-        for norm in cells.norms(model):
-            start = place
-            for samples in cells.sizes(model):
-                cell = cells[model, norm, samples]
-                step, communication = cell["step"], cell["communication"].mean
-                axis.bar(place, step.mean - communication, color=COMPUTE)
-                axis.bar(place, communication, bottom=step.mean - communication, color=COMMUNICATION)
-                axis.errorbar(place, step.mean, step.spread, color="black", capsize=2, linewidth=1)
-                ticks.append((place, samples))
-                place += 1
-            middle = (start + place - 1) / 2
-            axis.text(middle, 1, NAMES[norm], ha="center", va="top", transform=axis.get_xaxis_transform())
-            place += 0.8
-        axis.set_xticks(*zip(*ticks, strict=True))
-        axis.tick_params(axis="x", length=0)
-        axis.set(xlabel="samples per rank (number)", ylabel="time of a step (ms)", ylim=(0, 1.2 * top))
-        axis.set_title(MODELS[model], loc="left")
-        for x, text, colour in (0.62, "compute", COMPUTE), (0.98, "communication, with waiting", COMMUNICATION):
-            axis.text(x, 1.04, f"■ {text}", color=ink(colour), ha="right", transform=axis.transAxes, weight="bold")
-    return figure
-
-
-def draw_collectives(plt, cells):
-    models = cells.models()
-    count = sum(len(cells.norms(model)) for model in models)
-    figure, axes = plt.subplots(1, 2, figsize=(8.3, 1.2 + 0.33 * count), layout="constrained", sharey=True)
-    labels, place = [], 0
-    for model in models:
-        for norm in cells.norms(model):
-            cell = cells[model, norm, cells.sizes(model)[0]]
-            for axis, unit, digits in (axes[0], "collectives", 0), (axes[1], "kB", 1):
-                gradients, norms = cell[f"gradients {unit}"], cell[f"norm {unit}"]
-                axis.barh(place, gradients, color=COMPUTE)
-                axis.barh(place, norms, left=gradients, color=COMMUNICATION)
-                text = f" {gradients:.{digits}f} + {norms:.{digits}f}" if norms else f" {gradients:.{digits}f}"
-                axis.text(gradients + norms, place, text, va="center")
-            labels.append((place, f"{MODELS[model]}, {NAMES[norm]}"))
-            place += 1
-        place += 0.6
-    axes[0].set_yticks(*zip(*labels, strict=True))
-    axes[0].invert_yaxis()
-    axes[0].set_xlabel("collectives per step (number)")
-    axes[1].set_xlabel("given by each rank per step (kB)")
-    for axis in axes:
-        axis.tick_params(axis="y", length=0)
-        axis.set_xlim(0, 1.4 * axis.get_xlim()[1])
-        for x, text, colour in (0, "gradients", COMPUTE), (0.4, "+ norms", COMMUNICATION):
-            axis.text(x, 1.03, f"■ {text}", size=9, color=ink(colour), weight="bold", transform=axis.transAxes)
-    return figure
-
-
-def draw_transformer(plt, cells):
-    figure, axes = plt.subplots(1, 2, figsize=(8.3, 4.0), layout="constrained", width_ratios=[1.25, 1])
-    sizes, norms = cells.sizes("transformer"), cells.norms("transformer")
-    seconds = {norm: [training_seconds(cells["transformer", norm, size]) for size in sizes] for norm in norms}
-    slowest = max(("ln", "rms"), key=lambda norm: seconds[norm][-1])  # of the two curves that lie near each other
-    for norm in norms:
-        bits = cells.values("transformer", norm, "bits")
-        curve(axes[0], norm, seconds[norm], bits)
-        curve(axes[1], norm, sizes, cells.values("transformer", norm, "gap"))
-        for size, second, value in zip(sizes, seconds[norm], bits, strict=True):
-            axes[0].annotate(
-                str(size),
-                (second, value.mean),
-                xytext=(5, 4) if norm == slowest else (-5, -4),
-                textcoords="offset points",
-                ha="left" if norm == slowest else "right",
-                va="bottom" if norm == slowest else "top",
-                color=ink(STYLES[norm][0]),
-                size=9,
-            )
-    axes[0].margins(0.16, 0.1)
-    axes[1].margins(y=0.15)
-    axes[0].set_xscale("log")
-    low, high = axes[0].get_xlim()
-    ticks = log_ticks(low, high, (1, 2, 5))
-    axes[0].set_xlim(min(low, ticks[0]), max(high, ticks[-1]))
-    axes[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes[0].minorticks_off()
-    axes[0].set_xlabel("training on all ranks (s, logarithmic)")
-    axes[0].set_ylabel("validation, eval mode (bits per character)")
-    axes[0].set_title("quality against time, by samples per rank", loc="left", size=10)
-    sizes_axis(axes[1], sizes)
-    axes[1].axhline(0, color="#BBBBBB", linewidth=0.8, zorder=0)
-    axes[1].set_ylabel("eval − train mode (bits per character)")  # noqa: RUF001
-    axes[1].set_title("above 0: eval mode is worse", loc="left", size=10)
-    label_ends(axes[0], {n: (seconds[n][0], cells["transformer", n, sizes[0]]["bits"].mean) for n in norms}, 0.075)
-    label_ends(axes[1], {n: (sizes[-1], cells["transformer", n, sizes[-1]]["gap"].mean) for n in norms}, 0.075)
-    return figure
-
-
-DRAWINGS = {
-    "error": draw_error,
-    "step-time": draw_step_time,
-    "collectives": draw_collectives,
-    "transformer": draw_transformer,
-}

@@ -13,8 +13,12 @@ from launchers import launch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import contrast as contrast_example
+import contrast_figures
 import contrast_report
-from contrast_report import Cells, Value
+import figures
+import spread
+from contrast_report import Cells
+from spread import Value
 
 CONTRAST = Path(contrast_report.__file__).with_name("contrast.py")
 TINY = ["--quick", "--ranks", 2, "--sizes", 2, 4, "--seeds", 2, "--cnn-samples", 40, "--timed-steps", 2]
@@ -153,13 +157,13 @@ def test_chance_is_that_of_equal_values(seeds):
     """Told by drawing pairs."""
     first, second = np.random.default_rng(0).standard_normal((2, 100_000, seeds))
     joint = np.sqrt((first.var(1, ddof=1) + second.var(1, ddof=1)) / 2)
-    differ = np.abs(first.mean(1) - second.mean(1)) > contrast_report.CLEAR * joint
-    assert contrast_report.chance(seeds) == pytest.approx(differ.mean(), abs=0.005)
+    differ = np.abs(first.mean(1) - second.mean(1)) > spread.CLEAR * joint
+    assert spread.chance(seeds) == pytest.approx(differ.mean(), abs=0.005)
 
 
 def test_labels_are_moved_apart():
-    assert contrast_report.apart([0.1, 0.5, 0.5], 0.1) == pytest.approx([0.1, 0.45, 0.55])
-    assert contrast_report.apart([0.97, 0.97], 0.1) == pytest.approx([0.9, 1.0])
+    assert figures.apart([0.1, 0.5, 0.5], 0.1) == pytest.approx([0.1, 0.45, 0.55])
+    assert figures.apart([0.97, 0.97], 0.1) == pytest.approx([0.9, 1.0])
 
 
 WU_AND_HE = {"bn": [30, 5], "sync_bn": [5, 5], "gn": [5, 5]}
@@ -361,7 +365,7 @@ ERRORS = [[1.3, 1.3, 1.25], [2.4, 2.5, 2.6], [0.1, 0.1, 0.1], [1, 10, 30]]
 @pytest.mark.parametrize("errors", ERRORS, ids=str)
 def test_the_error_figure_of_one_size_is_narrow_and_has_labels(plt, errors):
     by_norm = {norm: [error] for norm, error in zip(("bn", "sync_bn", "gn"), errors, strict=True)}
-    figure = contrast_report.draw_error(plt, cells(by_norm, sizes=(8,)))
+    figure = contrast_figures.draw_error(plt, cells(by_norm, sizes=(8,)))
     figure.canvas.draw()
     (axis,) = figure.axes
     points = [container.lines[0].get_xydata()[0] for container in axis.containers]
@@ -375,9 +379,32 @@ def test_the_error_figure_of_one_size_is_narrow_and_has_labels(plt, errors):
 
 def test_the_figure_of_a_transformer_of_one_size_has_labels_of_time(plt):
     made_up = cells(bits={norm: [2] for norm in ("ln", "rms", "sync_bn")}, sizes=(8,))
-    axis = contrast_report.draw_transformer(plt, made_up).axes[0]
+    axis = contrast_figures.draw_transformer(plt, made_up).axes[0]
     low, high = axis.get_xlim()
     assert sum(low <= x <= high for x in axis.get_xticks()) >= 2
+
+
+def test_a_figure_drawn_again_has_the_same_bytes(plt, tmp_path):
+    """So a report that is written again from the same numbers differs in nothing."""
+    written = []
+    for name in "first", "second":
+        (tmp_path / name).mkdir()
+        figures.draw(tmp_path / name / "1.5-error", contrast_figures.draw_error, cells(WU_AND_HE))
+        written.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert written[0].keys() == {"1.5-error.png", "1.5-error.svg"}
+    assert written[0] == written[1]
+
+
+def test_curves_of_other_things_than_norms_have_names_and_styles_of_their_own(plt):
+    axis = plt.figure().add_subplot()
+    names, styles = {"sent": "bytes sent"}, {"sent": ("#123456", "P")}
+    figures.curve(axis, "sent", [1, 2], [Value((1.0, 2.0)), Value((3.0, 3.0))], styles)
+    figures.label_ends(axis, {"sent": (2, 3)}, 0.1, names, styles)
+    figures.sizes_axis(axis, [1, 2], "ranks (number)")
+    line = axis.containers[0].lines[0]
+    assert (line.get_color(), line.get_marker(), axis.get_xlabel()) == ("#123456", "P", "ranks (number)")
+    (label,) = axis.texts
+    assert (label.get_text(), label.get_color()) == ("bytes sent", figures.ink("#123456"))
 
 
 def test_one_rank_is_refused(monkeypatch, capsys):
