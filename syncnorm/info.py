@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import socket
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,7 @@ from .communicators.process_group import ProcessGroupCommunicator
 from .job.init import init
 from .job.launcher import detect_launcher
 
-__all__ = ["job", "machine"]
+__all__ = ["job", "machine", "processor"]
 
 
 def machine() -> dict[str, str]:
@@ -38,6 +39,13 @@ def machine() -> dict[str, str]:
         "kernels on cpu": _kernels("cpu"),
         "kernels on cuda": _kernels("cuda") if torch.cuda.is_available() else "no CUDA device",
     }
+
+
+def processor() -> str:
+    """Return the processor's name, which Linux keeps in a file."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def job(*, join: bool = True) -> dict[str, str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -68,7 +66,8 @@ def header(job: Mapping[str, str]) -> dict[str, str]:
     triton = {"triton": machine["triton"]} if os.environ.get("SYNCNORM_KERNELS") == "triton" else {}
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": f"{_cpu()}, {os.cpu_count()} cores, of which rank 0 may use {len(os.sched_getaffinity(0))}",
+        "machine": f"{info.processor()}, {os.cpu_count()} cores, "
+        f"of which rank 0 may use {len(os.sched_getaffinity(0))}",
         **({**gpu, "L2 cache": _l2_cache()} if torch.cuda.is_available() else triton),
         **{name: machine[name] for name in ("syncnorm", "python", "torch", "mpi4py", "mpi", "kernels on cpu")},
         **{name: fact for name, fact in job.items() if name not in ("rank", "local rank")},
@@ -188,10 +187,3 @@ def _l2_cache() -> str:
     """Return the size of the GPU's last cache and what the benchmarks do about it."""
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     return f"{size / 1e6:.0f} MB, not flushed between calls: smaller tensors stay in it"
-
-
-def _cpu() -> str:
-    """Return the processor's name, which Linux keeps in a file."""
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return named[1] if named else platform.processor() or platform.machine()

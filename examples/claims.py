@@ -1,0 +1,155 @@
+"""Measure what texts claim about BatchNorm, LayerNorm, RMSNorm and GroupNorm, and say what holds here.
+
+    python examples/claims.py --quick              # within 6 minutes on 2 cores
+    python examples/claims.py                      # within an hour
+    python examples/claims.py --only convergence   # one claim, or several
+
+Each claim is an experiment in examples/experiments: small trainings, each with several seeds, in processes that share
+out the cores. Its verdict, "holds here", "holds only if ..." or "does not hold here", is computed from the numbers.
+
+A run whose record is there is not run again, so an interrupted command goes on where it was. Records of another version
+are measured again. The report, its figures and its data as CSV go to runs/claims.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from common import check_writable, write
+from experiments import CLAIMS
+from experiments.run import Run, measured, read, record_of
+from progress import progress_bar
+from training import positive
+from words import plural
+
+from syncnorm.testing import run_ranks
+
+SLOW = 20  # times the estimated seconds, and a minute, after which runs on ranks are given up
+
+
+def runs_of(claim, quick, seeds):
+    return [
+        Run(claim.name, tuple(settings.items()), seed, seconds)
+        for settings, seconds in claim.cases(quick)
+        for seed in range(seeds)
+    ]
+
+
+def stages(runs, cores):
+    """Return (processes, [runs that are started together]) of each stage, in order.
+
+    What measures time has the machine for itself. Runs on ranks are started with all their seeds. Of the others there
+    are as many at a time as there are cores, the longest first.
+    """
+    undisturbed = [[run] for run in runs if CLAIMS[run.claim].undisturbed]
+    rest = [run for run in runs if not CLAIMS[run.claim].undisturbed]
+    on_ranks = [run for run in rest if run.ranks > 1]
+    together = [list(group) for _, group in itertools.groupby(on_ranks, lambda run: (run.claim, run.settings))]
+    alone = [[run] for run in sorted(rest, key=lambda run: -run.seconds) if run.ranks == 1]
+    return [(1, undisturbed), (1, together), (cores, alone)]
+
+
+def results(runs):
+    """Measure runs of one case, in this process or on ranks; return the metrics and seconds of each."""
+    ranks = runs[0].ranks
+    if ranks == 1:
+        return measured(runs)
+    return run_ranks(measured, ranks, runs, timeout=60 + SLOW * sum(run.seconds for run in runs))[0]
+
+
+def train(runs, directory, jobs):
+    """Run what is missing and write the records."""
+    with progress_bar() as progress:
+        task = progress.add_task("", total=sum(run.seconds for run in runs))
+        for processes, batches in stages(runs, jobs):
+            if not batches:
+                continue
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(min(processes, len(batches)), context, _leave_interrupts_to_the_parent) as pool:
+                pending = {pool.submit(results, batch): batch for batch in batches}
+                try:
+                    for future in as_completed(pending):
+                        batch = pending[future]
+                        progress.update(task, description=batch[0].claim)
+                        for run, (metrics, seconds) in zip(batch, future.result(), strict=True):
+                            write(directory / run.path, record_of(CLAIMS[run.claim], run, metrics, seconds))
+                            progress.advance(task, run.seconds)
+                except BaseException:
+                    for process in list(pool._processes.values()):
+                        process.terminate()
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+
+
+def _leave_interrupts_to_the_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer cases, and shorter trainings")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of these claims: {', '.join(CLAIMS)}")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of each case (default: 3)")
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="runs at a time (default: one a core)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/claims"), metavar="FOLDER", help="(default: %(default)s)"
+    )
+    args = parser.parse_args()
+    unknown = [name for name in args.only or [] if name not in CLAIMS]
+    if unknown:
+        parser.error(f"expected --only of {', '.join(CLAIMS)}, got {', '.join(unknown)}")
+    return args
+
+
+def main():
+    args = arguments()
+    try:
+        check_writable(args.out / "report.md")
+    except OSError as error:
+        raise SystemExit(f"--out: {error}") from error
+    runs = [run for name in args.only or CLAIMS for run in runs_of(CLAIMS[name], args.quick, args.seeds)]
+    found = {run: read(args.out, CLAIMS[run.claim], run) for run in runs}
+    others = [record for record in found.values() if isinstance(record, str)]
+    if others:
+        versions = ", ".join(sorted(set(others)))
+        print(f"{args.out}: {plural(len(others), 'record')} of another version ({versions}): measured again")
+    missing = [run for run, record in found.items() if not isinstance(record, dict)]
+    try:
+        train(missing, args.out, args.jobs)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        raise SystemExit(f"--out: {error}") from error
+    from claims_report import header, write_report  # needs scipy
+
+    every = [run for name in CLAIMS for run in runs_of(CLAIMS[name], args.quick, args.seeds)]
+    records = {
+        name: [(run, read(args.out, CLAIMS[name], run)) for run in of_claim] for name, of_claim in _by_claim(every)
+    }
+    whole = {
+        name: of_claim for name, of_claim in records.items() if all(isinstance(record, dict) for _, record in of_claim)
+    }
+    verdicts = write_report(args.out, whole, header(args, whole))
+    for name, verdict in verdicts.items():
+        print(f"{name}: {verdict.held}")
+    print(f"report: {args.out / 'report.md'}")
+
+
+def _by_claim(runs):
+    return [(name, list(of_claim)) for name, of_claim in itertools.groupby(runs, lambda run: run.claim)]
+
+
+if __name__ == "__main__":
+    main()

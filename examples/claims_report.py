@@ -1,0 +1,99 @@
+"""The report of examples/claims.py: what each claim's numbers say, their figures, and the norms compared by them."""
+
+import os
+from datetime import datetime, timezone
+
+import torch
+from common import write
+from experiments import CLAIMS
+from experiments.claim import Data
+from figures import draw
+from words import plural
+
+import syncnorm
+from syncnorm.info import processor
+from syncnorm.report import Table
+
+INTRODUCTION = (
+    "Values are mean ± standard deviation over seeds. Two values differ *clearly* if their means are further apart "
+    "than twice their joint standard deviation. Every verdict is computed from the numbers in the CSV file beside its "
+    "figure. The models and data are small: the verdicts say what holds *here*."
+)
+
+
+def write_report(directory, records, header):
+    """Write the report, its figures and its data. Returns the verdicts by claim.
+
+    Args:
+        directory: of the files.
+        records: {name of a claim: [(run, record)]}.
+        header: a paragraph that says when, where and how it ran.
+    """
+    data = {}
+    for name, found in records.items():
+        text = Data.of_records([(dict(run.settings), run.seed, record["metrics"]) for run, record in found]).csv()
+        write(directory / f"{name}.csv", text.encode())
+        data[name] = Data.of_csv(text)
+        draw(directory / name, CLAIMS[name].draw, data[name])
+    write(directory / "report.md", report(data, header).encode())
+    return {name: CLAIMS[name].judge(of_claim) for name, of_claim in data.items()}
+
+
+def read_data(directory):
+    """Return the Data of the CSV files in a folder, by claim."""
+    return {
+        name: Data.of_csv((directory / f"{name}.csv").read_text())
+        for name in CLAIMS
+        if (directory / f"{name}.csv").exists()
+    }
+
+
+def header(args, records):
+    """Return when, where and how the records were measured."""
+    seconds = sum(record["seconds"] for of_claim in records.values() for _, record in of_claim)
+    quick = ", with `--quick`" if args.quick else ""
+    return (
+        f"Measured on {datetime.now(timezone.utc):%Y-%m-%d} by `python examples/claims.py`{quick}: "
+        f"{plural(args.seeds, 'seed')}, {plural(len(os.sched_getaffinity(0)), 'core')} of {processor()}, syncnorm "
+        f"{syncnorm.__version__}, PyTorch {torch.__version__}. The runs took {seconds / 60:.0f} minutes together, of "
+        "one core each."
+    )
+
+
+def report(data, header):
+    """Return the report in Markdown."""
+    parts = ["# Claims about norms, measured", header, INTRODUCTION, summary(data).markdown().rstrip()]
+    parts += [section(CLAIMS[name], of_claim) for name, of_claim in data.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(data):
+    """Return the table of all claims and verdicts."""
+    rows = [
+        [f"[{CLAIMS[name].sentence}](#{anchor(CLAIMS[name].title)})", CLAIMS[name].judge(of_claim).held]
+        for name, of_claim in data.items()
+    ]
+    return Table("", ["claim", "verdict"], [rows])
+
+
+def section(claim, data):
+    """Return a claim, its figure and its verdict in Markdown."""
+    verdict = claim.judge(data)
+    parts = [
+        f"## {claim.title}",
+        f"> {claim.sentence} ({claim.source})",
+        f"{claim.experiment} {plural(len(data.seeds), 'seed')}; data: [{claim.name}.csv]({claim.name}.csv).",
+        f"![{claim.caption(data)}]({claim.name}.png)",
+        f"**It {verdict.held}.** {verdict.finding}",
+    ]
+    if verdict.table:
+        parts.append(verdict.table.markdown().rstrip())
+    if claim.published:
+        rows = [[p.what, p.published, p.ours(data), p.differs] for p in claim.published]
+        parts.append(Table("", ["", "published", "here", "what differs"], [rows], names=4).markdown().rstrip())
+    return "\n\n".join(parts)
+
+
+def anchor(title):
+    """Return the anchor of a heading, as GitHub and Sphinx make it."""
+    return title.lower().replace(",", "").replace(" ", "-")

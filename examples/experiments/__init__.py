@@ -1,0 +1,5 @@
+"""The claims about norms that examples/claims.py measures, one a file."""
+
+from experiments import convergence
+
+CLAIMS = {module.CLAIM.name: module.CLAIM for module in (convergence,)}
