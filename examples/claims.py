@@ -62,32 +62,51 @@ def results(runs):
     return run_ranks(measured, ranks, runs, timeout=60 + SLOW * sum(run.seconds for run in runs))[0]
 
 
+def finished(batches, processes):
+    """Yield (runs, their results) of each batch when it is done, so many at a time.
+
+    Raises:
+        RuntimeError: a run failed, or its process was killed; the run is named.
+    """
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(processes, len(batches)), context, _leave_interrupts_to_the_parent)
+    try:
+        pending = {pool.submit(results, batch): batch for batch in batches}
+        for future in as_completed(pending):
+            batch = pending[future]
+            try:
+                found = future.result()
+            except Exception as error:
+                raise RuntimeError(f"failed: {batch[0].title}") from error
+            yield batch, found
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _leave_interrupts_to_the_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def train(runs, directory, jobs):
     """Run what is missing and write the records."""
     with progress_bar() as progress:
         task = progress.add_task("", total=sum(run.seconds for run in runs))
         for processes, batches in stages(runs, jobs):
-            if not batches:
-                continue
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(min(processes, len(batches)), context, _leave_interrupts_to_the_parent) as pool:
-                pending = {pool.submit(results, batch): batch for batch in batches}
-                try:
-                    for future in as_completed(pending):
-                        batch = pending[future]
-                        progress.update(task, description=batch[0].claim)
-                        for run, (metrics, seconds) in zip(batch, future.result(), strict=True):
-                            write(directory / run.path, record_of(CLAIMS[run.claim], run, metrics, seconds))
-                            progress.advance(task, run.seconds)
-                except BaseException:
-                    for process in list(pool._processes.values()):
-                        process.terminate()
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+            for batch, found in finished(batches, processes) if batches else ():
+                progress.update(task, description=batch[0].claim)
+                for run, (metrics, seconds) in zip(batch, found, strict=True):
+                    write(directory / run.path, record_of(CLAIMS[run.claim], run, metrics, seconds))
+                    progress.advance(task, run.seconds)
 
 
-def _leave_interrupts_to_the_parent():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def complete(directory, quick, seeds):
+    """Return {claim: [(run, record)]} of the claims of which all records are there."""
+    found = {}
+    for claim in CLAIMS.values():
+        records = [(run, read(directory, claim, run)) for run in runs_of(claim, quick, seeds)]
+        if all(isinstance(record, dict) for _, record in records):
+            found[claim.name] = records
+    return found
 
 
 def arguments():
@@ -116,39 +135,33 @@ def main():
     args = arguments()
     try:
         check_writable(args.out / "report.md")
+        missing = missing_runs(args)
+        if missing:
+            train(missing, args.out, args.jobs)
+        from claims_report import header, write_report  # need what draws
+
+        records = complete(args.out, args.quick, args.seeds)
+        verdicts = write_report(args.out, records, header(records, args.quick, args.seeds))
     except OSError as error:
         raise SystemExit(f"--out: {error}") from error
-    runs = [run for name in args.only or CLAIMS for run in runs_of(CLAIMS[name], args.quick, args.seeds)]
-    found = {run: read(args.out, CLAIMS[run.claim], run) for run in runs}
-    others = [record for record in found.values() if isinstance(record, str)]
-    if others:
-        versions = ", ".join(sorted(set(others)))
-        print(f"{args.out}: {plural(len(others), 'record')} of another version ({versions}): measured again")
-    missing = [run for run, record in found.items() if not isinstance(record, dict)]
-    try:
-        train(missing, args.out, args.jobs)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
-    except OSError as error:
-        raise SystemExit(f"--out: {error}") from error
-    from claims_report import header, write_report  # needs scipy
-
-    every = [run for name in CLAIMS for run in runs_of(CLAIMS[name], args.quick, args.seeds)]
-    records = {
-        name: [(run, read(args.out, CLAIMS[name], run)) for run in of_claim] for name, of_claim in _by_claim(every)
-    }
-    whole = {
-        name: of_claim for name, of_claim in records.items() if all(isinstance(record, dict) for _, record in of_claim)
-    }
-    verdicts = write_report(args.out, whole, header(args, whole))
     for name, verdict in verdicts.items():
         print(f"{name}: {verdict.held}")
     print(f"report: {args.out / 'report.md'}")
 
 
-def _by_claim(runs):
-    return [(name, list(of_claim)) for name, of_claim in itertools.groupby(runs, lambda run: run.claim)]
+def missing_runs(args):
+    """Return the runs without a record, or with one of another version, which is said."""
+    claims = [CLAIMS[name] for name in args.only or CLAIMS]
+    runs = [run for claim in claims for run in runs_of(claim, args.quick, args.seeds)]
+    found = [read(args.out, CLAIMS[run.claim], run) for run in runs]
+    others = [record for record in found if isinstance(record, str)]
+    if others:
+        versions = ", ".join(sorted(set(others)))
+        print(f"{args.out}: {plural(len(others), 'record')} of another version ({versions}), measured again")
+    return [run for run, record in zip(runs, found, strict=True) if not isinstance(record, dict)]
 
 
 if __name__ == "__main__":

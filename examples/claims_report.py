@@ -48,15 +48,14 @@ def read_data(directory):
     }
 
 
-def header(args, records):
+def header(records, quick, seeds):
     """Return when, where and how the records were measured."""
     seconds = sum(record["seconds"] for of_claim in records.values() for _, record in of_claim)
-    quick = ", with `--quick`" if args.quick else ""
+    shortened = ", with `--quick`" if quick else ""
     return (
-        f"Measured on {datetime.now(timezone.utc):%Y-%m-%d} by `python examples/claims.py`{quick}: "
-        f"{plural(args.seeds, 'seed')}, {plural(len(os.sched_getaffinity(0)), 'core')} of {processor()}, syncnorm "
-        f"{syncnorm.__version__}, PyTorch {torch.__version__}. The runs took {seconds / 60:.0f} minutes together, of "
-        "one core each."
+        f"Measured on {datetime.now(timezone.utc):%Y-%m-%d} by `python examples/claims.py`{shortened}: "
+        f"{plural(seeds, 'seed')}, {plural(len(os.sched_getaffinity(0)), 'core')} of {processor()}, syncnorm "
+        f"{syncnorm.__version__}, PyTorch {torch.__version__}. The runs took {seconds / 60:.0f} minutes together."
     )
 
 

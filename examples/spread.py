@@ -7,7 +7,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 CLEAR = 2
 
@@ -43,4 +42,6 @@ class Value(NamedTuple):
 
 def chance(seeds):
     """Return how often two values that do not differ would differ clearly, by Student's t-test."""
+    from scipy import stats
+
     return 2 * stats.t.sf(CLEAR * math.sqrt(seeds / 2), 2 * seeds - 2)

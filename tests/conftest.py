@@ -30,8 +30,8 @@ TIERS = {  # the files of each tier, without test_
     """,
     "launchers": """
         agreement bench_comm bench_figure bench_kernels bench_layer bench_memory bench_report bench_train bootstrap
-        checkpoints cli contrast datasets demo desync docs elastic examples forks gpu_run help install mpich plan readme
-        rejoin rendezvous shared_memory_faults store timed_communicator transformer typing unfinished_collectives
+        checkpoints claims cli contrast datasets demo desync docs elastic examples forks gpu_run help install mpich plan
+        readme rejoin rendezvous shared_memory_faults store timed_communicator transformer typing unfinished_collectives
     """,
     "system": "faults launch slurm virtual_cluster",  # root and networks
     "gpu": "gpu_kernels gpu_numerics gpu_ranks gpu_training triton_code triton_kernels",  # see docs/gpu.md

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["demo", "docs", "gpu", "mpirun", "slurm-mpi.sbatch", "slurm-torchrun.sbatch", "test", "torchrun"]
 SCRIPTS += ["virtual-cluster", "wheel"]
-EXAMPLES = ["cnn.py", "contrast.py", "transformer.py"]
+EXAMPLES = ["claims.py", "cnn.py", "contrast.py", "transformer.py"]
 UNUSED = ["matplotlib", "mpi4py", "rich.console", "scipy", "sklearn"]  # by a program that only prints its options
 
 

@@ -15,6 +15,8 @@ from syncnorm.testing import RankError, assert_matches_whole_batch, verify
 from syncnorm.testing.whole_batch import random_batches
 from syncnorm.testing.whole_batch.training import Plan, shards
 
+HELPERS = Path(planted.__file__).parent
+
 BATCHES = random_batches((3, 10, 10), 12, 3)
 HELPERS = Path(__file__).parent / "helpers"
 
@@ -151,6 +153,13 @@ def test_the_assertion_says_what_departs():
         ),
         (planted.sound, BATCHES, {"splits": ["odd"]}, r"expected a split of even, random, empty, got 'odd'"),
         ("planted", BATCHES, {}, r'expected "MODULE:FUNCTION", got \'planted\''),
+        ("planted:soud", BATCHES, {}, r"expected a function of planted, got 'soud'; the nearest names are sound\b"),
+        (
+            f"{HELPERS}/plantd.py:sound",
+            BATCHES,
+            {},
+            r"expected a file, .*/plantd\.py; the nearest names are planted\.py",
+        ),
         (planted.no_module, BATCHES, {}, r"expected a function that returns a torch.nn.Module, got list"),
         (planted.lazy, BATCHES, {}, r"expected a model with initialized parameters, got lazy ones"),
         (planted.no_gradient, BATCHES, {}, r"expected a model with a tensor that requires a gradient in its output"),
