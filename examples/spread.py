@@ -31,9 +31,12 @@ class Value(NamedTuple):
         """The standard deviation over seeds."""
         return max(float(np.std(self.numbers, ddof=1)) if len(self.numbers) > 1 else 0.0, self.resolution)
 
+    def clear_difference(self, other):
+        """Return how far apart the means have to be for the values to differ clearly."""
+        return CLEAR * math.sqrt((self.spread**2 + other.spread**2) / 2)
+
     def clearly_above(self, other):
-        joint = math.sqrt((self.spread**2 + other.spread**2) / 2)
-        return len(self.numbers) > 1 and self.mean - other.mean > CLEAR * joint
+        return len(self.numbers) > 1 and self.mean - other.mean > self.clear_difference(other)
 
     def text(self, digits, unit=""):
         spread = f" ± {self.spread:.{digits}f}" if len(self.numbers) > 1 else ""

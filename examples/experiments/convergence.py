@@ -8,13 +8,12 @@ from figures import NAMES
 from spread import Value
 
 from experiments.claim import FAILS, HOLDS, Claim, Verdict, only_if
-from experiments.loop import train
+from experiments.loop import smoothed, steps_to, train
 from experiments.models import NORMS, plain_cnn
 from experiments.panel import WIDTH, panel
 from syncnorm.report import Table
 
-TARGET = 0.1  # the loss to reach: nats, the mean of SMOOTHED steps
-SMOOTHED = 20
+TARGET = 0.1  # the loss to reach: nats
 LARGER = 2  # times the rate
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 COMPARED = ("none", "bn", "gn", "ln", "rms")
@@ -29,13 +28,8 @@ def measure(seed, norm, lr, steps):
     images, labels = datasets.load()[0]
     torch.manual_seed(seed)
     model = plain_cnn(1, 10, NORMS[norm])
-    losses = torch.tensor(train(model, images, labels, steps=steps, batch=64, lr=lr, seed=seed))
-    smooth = losses.unfold(0, SMOOTHED, 1).mean(1)
-    reached = (smooth < TARGET).nonzero()
-    return {
-        "last loss": smooth[-1].item(),
-        "steps to the loss": reached[0].item() + SMOOTHED if len(reached) else math.inf,
-    }
+    losses = train(model, images, labels, steps=steps, batch=64, lr=lr, seed=seed)
+    return {"last loss": smoothed(losses)[-1].item(), "steps to the loss": steps_to(TARGET, losses)}
 
 
 def largest_rate(data, norm):

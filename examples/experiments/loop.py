@@ -1,11 +1,15 @@
 """Training of a small model in one process, by the loop that all examples share."""
 
+import math
+
 import torch
 from torch.nn.functional import cross_entropy
 from training import option_parser, parsed, training_loop
 
 from syncnorm.communicators import LocalCommunicator
 from syncnorm.testing import TimedCommunicator
+
+SMOOTHED = 20  # steps
 
 
 def train(model, inputs, targets, *, steps, batch, lr, seed, momentum=0.9, loss=cross_entropy, after_step=None):
@@ -61,3 +65,20 @@ def train_with(model, optimizer, loss_of, samples, *, steps, batch, seed, after_
         track,
     )
     return record["loss"]
+
+
+def smoothed(losses):
+    """Return the means of SMOOTHED losses in a row, as a tensor."""
+    return torch.tensor(losses).unfold(0, SMOOTHED, 1).mean(1)
+
+
+def steps_to(target, losses):
+    """Return the steps after which the smoothed loss is first below the target, infinity if it never is."""
+    reached = (smoothed(losses) < target).nonzero()
+    return reached[0].item() + SMOOTHED if len(reached) else math.inf
+
+
+@torch.no_grad()
+def error_rate(model, inputs, targets):
+    """Return the share of inputs that the model, put into eval mode, labels wrong."""
+    return (model.eval()(inputs).argmax(1) != targets).float().mean().item()
