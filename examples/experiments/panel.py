@@ -104,6 +104,33 @@ def bars(axis, heights, *, ylabel, title="", styles=STYLES, names=NAMES, digits=
     axis.set_title(title, loc="left", size=10)
 
 
+def grouped_bars(axis, groups, *, ylabel, styles, names, title="", digits=1):
+    """Draw bars {group: {key: Value}}, the keys of a group beside one another, with their numbers on top.
+
+    `styles` are {key: (colour, hatch)}, and `names` what a legend says. The legend is left to the caller.
+    """
+    width = 0.8 / len(styles)
+    for number, (key, (colour, hatch)) in enumerate(styles.items()):
+        values = [heights[key] for heights in groups.values()]
+        places = [group + (number - (len(styles) - 1) / 2) * width for group in range(len(groups))]
+        means, spreads = [value.mean for value in values], [value.spread or math.nan for value in values]
+        look = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": names[key]}
+        axis.bar(places, means, width, yerr=spreads, capsize=2, **look)
+        for place, value in zip(places, values, strict=True):
+            axis.annotate(
+                f"{value.mean:.{digits}f}",
+                (place, value.mean + value.spread),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                size=7.5,
+            )
+    axis.set_xticks(range(len(groups)), list(groups), size=9)
+    axis.margins(y=0.12)
+    axis.set(ylabel=ylabel)
+    axis.set_title(title, loc="left", size=10)
+
+
 def _band(axis, style, x, values):
     colour, marker = style
     mean, spread = [value.mean for value in values], [value.spread for value in values]
