@@ -1,5 +1,6 @@
 """The claims about norms that examples/claims.py measures, one a file."""
 
-from experiments import cnn_layer_norm, convergence, cost
+from experiments import cnn_layer_norm, convergence, cost, covariate_shift
 
-CLAIMS = {module.CLAIM.name: module.CLAIM for module in (convergence, cnn_layer_norm, cost)}
+MODULES = (convergence, covariate_shift, cnn_layer_norm, cost)
+CLAIMS = {module.CLAIM.name: module.CLAIM for module in MODULES}

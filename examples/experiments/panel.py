@@ -134,7 +134,10 @@ def grouped_bars(axis, groups, *, ylabel, styles, names, title="", digits=1):
 def _band(axis, style, x, values):
     colour, marker = style
     mean, spread = [value.mean for value in values], [value.spread for value in values]
-    low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
+    high = [m + s for m, s in zip(mean, spread, strict=True)]
+    low = [m - s for m, s in zip(mean, spread, strict=True)]
+    if axis.get_yscale() == "log":  # which has no place for what is not positive: as far below as above
+        low = [below if below > 0 else m * m / above for below, m, above in zip(low, mean, high, strict=True)]
     axis.plot(x, mean, color=colour, linewidth=1.8, linestyle=DASHES[marker])
     axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
