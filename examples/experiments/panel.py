@@ -69,7 +69,7 @@ def panel(
             _band(axis, styles[key], x, values)
         else:
             curve(axis, key, x, values, styles=styles)
-        ends[key] = x[-1], values[-1].mean
+        ends[key] = axis.convert_xunits(x[-1]), values[-1].mean
         seen += [value.mean for value in values]
     if ticks:
         axis.set_xticks(ticks, [f"{tick:g}" if isinstance(tick, float | int) else tick for tick in ticks])
