@@ -12,7 +12,9 @@ from syncnorm.testing import TimedCommunicator
 SMOOTHED = 20  # steps
 
 
-def train(model, inputs, targets, *, steps, batch, lr, seed, momentum=0.9, loss=cross_entropy, after_step=None):
+def train(
+    model, inputs, targets, *, steps, batch, lr, seed, momentum=0.9, loss=cross_entropy, decay=None, after_step=None
+):
     """Train by stochastic gradient descent; return the loss of each step.
 
     Args:
@@ -21,10 +23,11 @@ def train(model, inputs, targets, *, steps, batch, lr, seed, momentum=0.9, loss=
         targets: (N, ...).
         steps: of training.
         batch: samples of a step.
-        lr: learning rate, constant.
+        lr: learning rate.
         seed: of the order of the samples.
         momentum: of SGD.
         loss: (outputs, targets) -> scalar.
+        decay: warm the learning rate up and let it fall to 0 in so many steps; None keeps it constant.
         after_step: called with the number of each step, from 0, when its update is done.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
@@ -36,13 +39,16 @@ def train(model, inputs, targets, *, steps, batch, lr, seed, momentum=0.9, loss=
         steps=steps,
         batch=batch,
         seed=seed,
+        decay=decay,
         after_step=after_step,
     )
 
 
-def train_with(model, optimizer, loss_of, samples, *, steps, batch, seed, after_step=None):
+def train_with(model, optimizer, loss_of, samples, *, steps, batch, seed, decay=None, after_step=None):
     """Train with an optimizer and a loss of your own, loss_of(model, which): the numbers of the samples, (batch,)."""
     words = {"--steps": steps, "--batch-per-rank": batch, "--seed": seed, "--lr": optimizer.param_groups[0]["lr"]}
+    if decay:
+        words["--decay"] = decay
     args = parsed(option_parser("", steps=steps, lr=0.1), [str(word) for option in words.items() for word in option])
     args.norm = ""
     alone = LocalCommunicator()
