@@ -232,13 +232,16 @@ def arguments(words=None):
 
 
 @functools.lru_cache(maxsize=1)
-def data(file, context, device):
-    """Return the samples to train on and to validate with, split the same way in every run, and their checksum."""
+def data(file, context, device, kind=Samples):
+    """Return the samples to train on and to validate with, split the same way in every run, and their checksum.
+
+    kind: (paragraphs, context, device) -> samples.
+    """
     text = paragraphs(file)
     order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0)).tolist()
     held_out = len(text) // VALIDATION
-    valid = Samples([text[i] for i in order[:held_out]], context, device)
-    train = Samples([text[i] for i in order[held_out:]], context, device)
+    valid = kind([text[i] for i in order[:held_out]], context, device)
+    train = kind([text[i] for i in order[held_out:]], context, device)
     return train, valid, zlib.crc32(b"\n\n".join(text))
 
 
