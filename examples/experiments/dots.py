@@ -31,7 +31,7 @@ def dots(axis, rows, series, *, xlabel, title="", names, styles):
                 capsize=3,
             )
     axis.set_yticks(range(len(rows)), [names[row] for row in reversed(rows)])
-    for label, row in zip(axis.get_yticklabels(), reversed(rows), strict=True):
+    for label, row in zip(axis.get_yticklabels(), reversed(rows), strict=False):
         label.set_color(ink(styles[row][0]))
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.grid(axis="both", color="#DDDDDD", linewidth=0.6)
