@@ -141,7 +141,7 @@ def main():
         from claims_report import header, write_report  # need what draws
 
         records = complete(args.out, args.quick, args.seeds)
-        verdicts = write_report(args.out, records, header(records, args.quick, args.seeds))
+        verdicts = write_report(args.out, records, header(args.quick, args.seeds))
     except OSError as error:
         raise SystemExit(f"--out: {error}") from error
     except KeyboardInterrupt:

@@ -3,10 +3,11 @@
 import os
 from datetime import datetime, timezone
 
+import comparison
 import torch
 from common import write
 from experiments import CLAIMS
-from experiments.claim import Data
+from experiments.claim import Data, anchor
 from figures import draw
 from words import plural
 
@@ -35,6 +36,7 @@ def write_report(directory, records, header):
         write(directory / f"{name}.csv", text.encode())
         data[name] = Data.of_csv(text)
         draw(directory / name, CLAIMS[name].draw, data[name])
+    draw(directory / "moments", comparison.draw_moments)
     write(directory / "report.md", report(data, header).encode())
     return {name: CLAIMS[name].judge(of_claim) for name, of_claim in data.items()}
 
@@ -48,22 +50,23 @@ def read_data(directory):
     }
 
 
-def header(records, quick, seeds):
+def header(quick, seeds):
     """Return when, where and how the records were measured."""
-    seconds = sum(record["seconds"] for of_claim in records.values() for _, record in of_claim)
     shortened = ", with `--quick`" if quick else ""
     return (
         f"Measured on {datetime.now(timezone.utc):%Y-%m-%d} by `python examples/claims.py`{shortened}: "
         f"{plural(seeds, 'seed')}, {plural(len(os.sched_getaffinity(0)), 'core')} of {processor()}, syncnorm "
-        f"{syncnorm.__version__}, PyTorch {torch.__version__}. The runs took {seconds / 60:.0f} minutes together."
+        f"{syncnorm.__version__}, PyTorch {torch.__version__}."
     )
 
 
 def report(data, header):
     """Return the report in Markdown."""
     parts = ["# Claims about norms, measured", header, INTRODUCTION, summary(data).markdown().rstrip()]
+    if data.keys() >= {*comparison.NEEDED}:
+        parts += [f"## {comparison.TITLE}", f"![{comparison.CAPTION}](moments.png)", comparison.table(data).markdown()]
     parts += [section(CLAIMS[name], of_claim) for name, of_claim in data.items()]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
 def summary(data):
@@ -91,8 +94,3 @@ def section(claim, data):
         rows = [[p.what, p.published, p.ours(data), p.differs] for p in claim.published]
         parts.append(Table("", ["", "published", "here", "what differs"], [rows], names=4).markdown().rstrip())
     return "\n\n".join(parts)
-
-
-def anchor(title):
-    """Return the anchor of a heading, as GitHub and Sphinx make it."""
-    return title.lower().replace(",", "").replace(" ", "-")

@@ -15,7 +15,8 @@ import syncnorm
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 TABLE = DOCS / "compatibility-table.md"  # which compatibility.md includes
-PAGES = sorted(set(DOCS.glob("*.md")) - {TABLE})
+PAGES = sorted({*DOCS.glob("*.md"), DOCS / "claims/report.md"} - {TABLE})
+READMES = [ROOT / folder / "README.md" for folder in ("", "launch", "examples")]
 PROGRAMS = [page for page in PAGES if page.stem != "frameworks"]  # which tests/ecosystem runs
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LAUNCHER = re.compile(r"# (torchrun|mpirun) .*?-n\S* (\d) ")  # the first line of a block for several ranks
@@ -63,7 +64,7 @@ def test_help_is_answered_without_installing(tmp_path):
     assert completed.stderr == ""
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "launch/README.md", *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*READMES, *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_that_are_there(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
@@ -72,8 +73,9 @@ def test_links_lead_to_files_that_are_there(page):
 
 
 def test_every_page_is_reached_from_the_index():
-    listed = re.findall(r"^[\w-]+$", (DOCS / "index.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == [page.stem for page in PAGES if page.stem != "index"]
+    listed = re.findall(r"^[\w/-]+$", (DOCS / "index.md").read_text(), re.MULTILINE)
+    pages = {str(page.relative_to(DOCS).with_suffix("")) for page in PAGES} - {"index"}
+    assert sorted(listed) == sorted(pages)
 
 
 @pytest.mark.parametrize("page", [page for page in PROGRAMS if blocks(page)], ids=lambda page: page.stem)

@@ -30,7 +30,7 @@ from syncnorm.report import COLOURS, Table
 
 RANKS = 4
 RECOMPUTED = "bn, recomputed"
-COMPARED = ("bn", "sync_bn", "gn", "ln")
+COMPARED = ("bn", "sync_bn", "gn", "ln", "rms")
 ONLINE = ("bn", "gn", "ln", "none")
 IMAGE = 100 / 297  # percent of the test images
 LABELS = NAMES | {RECOMPUTED: "BatchNorm, recomputed"}
@@ -195,7 +195,7 @@ CLAIM = Claim(
     draw=draw,
     caption=lambda data: (
         f"Left: test error of the CNN against the samples per rank, from {sizes_of(data)[0]} to {sizes_of(data)[-1]}, "
-        "with BatchNorm, BatchNorm with recomputed statistics, SyncBatchNorm, GroupNorm and LayerNorm. Top right: test "
+        "with each norm, and with BatchNorm that has recomputed statistics. Top right: test "
         "error of online learning. Bottom right: collectives per norm layer and step."
     ),
     published=(

@@ -7,7 +7,6 @@ with several seeds. Each run measures numbers by name, and curves, which are num
 import csv
 import inspect
 import io
-import math
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -169,5 +168,6 @@ def _parsed(word):
     return word
 
 
-def finite(numbers):
-    return all(math.isfinite(number) for number in numbers)
+def anchor(title):
+    """Return the anchor of a heading, as GitHub and Sphinx make it."""
+    return title.lower().replace(",", "").replace(" ", "-")

@@ -25,7 +25,8 @@ from torch import nn
 
 import syncnorm
 from experiments.claim import FAILS, HOLDS, Claim, Published, Verdict, only_if
-from experiments.loop import error_rate, smoothed, steps_to, train
+from experiments.evaluation import loss_and_error
+from experiments.loop import smoothed, steps_to, train
 from experiments.models import NORMS
 from experiments.panel import WIDTH, bars, panel
 from syncnorm.report import COLOURS, Table
@@ -72,7 +73,7 @@ def measure_one(seed, norm, lr, steps):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     losses = train(model, images[:TRAINING], labels[:TRAINING], steps=steps, batch=BATCH, lr=lr, seed=seed)
     return {
-        "test error": 100 * error_rate(model, images[TRAINING:], labels[TRAINING:]),
+        "test error": 100 * loss_and_error(model, images[TRAINING:], labels[TRAINING:])[1],
         "last loss": smoothed(losses)[-1].item(),
         "steps to the loss": steps_to(TARGET, losses),
     }

@@ -82,9 +82,3 @@ def steps_to(target, losses):
     """Return the steps after which the smoothed loss is first below the target, infinity if it never is."""
     reached = (smoothed(losses) < target).nonzero()
     return reached[0].item() + SMOOTHED if len(reached) else math.inf
-
-
-@torch.no_grad()
-def error_rate(model, inputs, targets):
-    """Return the share of inputs that the model, put into eval mode, labels wrong."""
-    return (model.eval()(inputs).argmax(1) != targets).float().mean().item()

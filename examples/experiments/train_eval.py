@@ -8,7 +8,7 @@ belong to the same weights. The ratio of the two losses is 1 if the modes do not
 
 The two reasons for a difference are told apart by the recomputed statistics, which belong to the last weights. What
 they leave is the difference between a batch and all data, of which Ioffe, 2017, speaks. Running statistics that do
-worse lag behind the weights, or are averages of too few samples. LayerNorm and GroupNorm do the same in both modes and
+worse lag behind the weights, or are averages of too few samples. GroupNorm, LayerNorm and RMSNorm do the same in both modes and
 are the control.
 """
 
@@ -36,7 +36,7 @@ STATISTICS = (RECOMPUTED, *MOMENTA)
 LABELS = {name: "cumulative" if momentum is None else f"momentum {name}" for name, momentum in MOMENTA.items()}
 LABELS[RECOMPUTED] = "recomputed"
 SAID = LABELS | {"cumulative": "a cumulative average"}
-CONTROLS = ("ln", "gn")
+CONTROLS = ("gn", "ln", "rms")
 ORDERS = 2  # of the test images, for the mean loss in train mode
 TESTED = 256  # images of each order
 RECOMPUTED_OVER = 512  # images
