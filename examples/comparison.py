@@ -56,11 +56,11 @@ def _note(data):
     epochs = max(data["train-eval"].all("epochs"))
     without = regularization.gap(data["regularization"], "none", [_batch(data["regularization"], "sync_bn")])
     return (
-        f"There are {batch_size.RANKS} ranks. Few and many samples are {few} and {many} per rank. The losses in both modes "
-        f"are those of {modes} samples per rank and a momentum of 0.1, after {epochs} epochs. Overfitting is the test "
-        f"loss less the training loss, with {gaps} samples per rank. Without a norm it is {without.text(3)}. Time is that  of "
-        "forward and backward on one core of a CPU, as a multiple of the time of a copy of the tensor. SyncBatchNorm "
-        "adds its collectives to it."
+        f"There are {batch_size.RANKS} ranks. Few and many samples are {few} and {many} per rank. The losses in both "
+        f"modes are those of {modes} samples per rank and a momentum of 0.1, after {epochs} epochs. Overfitting is the "
+        f"test loss less the training loss, with {gaps} samples per rank. Without a norm it is {without.text(3)}. Time "
+        "is that of forward and backward on one core of a CPU, as a multiple of the time of a copy of the tensor. "
+        "SyncBatchNorm adds its collectives to it."
     )
 
 
@@ -127,8 +127,8 @@ MARKED = {  # norm: is the value of (sample, channel, position) among those of t
     "rms": lambda n, c, p: n == 0 and p == 0,
 }
 CAPTION = (
-    "A batch of four samples on two ranks, a row each, with six channels and four positions. For each norm those "
-    "values are marked that share a mean and a variance. BatchNorm: one channel of the samples of a rank. SyncBatchNorm: one "
+    "A batch of four samples on two ranks, a row each, with six channels and four positions. For each norm those values "
+    "are marked that share a mean and a variance. BatchNorm: one channel of the samples of a rank. SyncBatchNorm: one "
     "channel of all samples. GroupNorm: one sample, half of the channels. LayerNorm and RMSNorm: one position of one "
     "sample, all channels."
 )

@@ -35,19 +35,21 @@ SAMPLES = 300  # of a training
 TEST_IMAGES = 1497
 TARGET = 0.01  # the training loss in nats, within a factor of 2, at which networks are compared
 POINTS = 60  # of a training, at which the losses are taken
-ALL = {8: (1200, (0.003, 0.01, 0.03)), 32: (400, (0.01, 0.03, 0.1)), 128: (200, (0.03, 0.1, 0.3))}
-ALL |= {SAMPLES: (200, (0.03, 0.1, 0.3))}
+RUNS = {  # the steps of each rate, by batch size: so many that the target is reached, at the lowest rates too
+    8: {0.003: 1200, 0.01: 1200, 0.03: 1200},
+    32: {0.003: 1200, 0.01: 400, 0.03: 400},
+    128: {0.01: 400, 0.03: 200, 0.1: 200},
+    SAMPLES: {0.01: 400, 0.03: 200, 0.1: 200},
+}
 
 
 def cases(quick):
+    folds = 1 if quick else 3
     return [
-        (
-            {"norm": norm, "batch": batch, "lr": lr, "steps": steps, "folds": 1 if quick else 3},
-            (0.001 * steps + 0.2) * (1 if quick else 3),
-        )
+        ({"norm": norm, "batch": batch, "lr": lr, "steps": steps, "folds": folds}, (0.001 * steps + 0.2) * folds)
         for norm in NORMS
-        for batch, (steps, rates) in ALL.items()
-        for lr in (rates[1:2] if quick else rates)
+        for batch, runs in RUNS.items()
+        for lr, steps in (list(runs.items())[1:2] if quick else runs.items())
         if not quick or batch in (8, 128)
     ]
 

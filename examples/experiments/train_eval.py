@@ -8,8 +8,8 @@ belong to the same weights. The ratio of the two losses is 1 if the modes do not
 
 The two reasons for a difference are told apart by the recomputed statistics, which belong to the last weights. What
 they leave is the difference between a batch and all data, of which Ioffe, 2017, speaks. Running statistics that do
-worse lag behind the weights, or are averages of too few samples. GroupNorm, LayerNorm and RMSNorm do the same in both modes and
-are the control.
+worse lag behind the weights, or are averages of too few samples. GroupNorm, LayerNorm and RMSNorm do the same in both
+modes and are the control.
 """
 
 import itertools
