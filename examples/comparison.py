@@ -127,10 +127,10 @@ MARKED = {  # norm: is the value of (sample, channel, position) among those of t
     "rms": lambda n, c, p: n == 0 and p == 0,
 }
 CAPTION = (
-    "A batch of four samples on two ranks, a row each, with six channels and four positions. For each norm those values "
-    "are marked that share a mean and a variance. BatchNorm: one channel of the samples of a rank. SyncBatchNorm: one "
-    "channel of all samples. GroupNorm: one sample, half of the channels. LayerNorm and RMSNorm: one position of one "
-    "sample, all channels."
+    "A batch of four samples on two ranks, a row each, with six channels and four positions. The values that share the "
+    "first mean and variance are marked. BatchNorm: one channel of a rank's samples. SyncBatchNorm: one channel of all "
+    "samples. GroupNorm: one sample, half of the channels. LayerNorm and RMSNorm: one position of one sample, all "
+    "channels."
 )
 
 

@@ -9,6 +9,7 @@ import inspect
 import io
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from spread import Value
@@ -16,6 +17,8 @@ from spread import Value
 from syncnorm.report import Table
 
 HOLDS, FAILS = "holds here", "does not hold here"
+DRAWING = ("figures", "spread", "words", "experiments", "experiments.claim", "experiments.dots", "experiments.panel")
+EXAMPLES = Path(__file__).parents[1]
 COLUMNS = ("seed", "metric", "step", "value")
 
 
@@ -82,9 +85,22 @@ class Claim(NamedTuple):
     undisturbed: bool = False
 
     @property
+    def modules(self):
+        """The modules of the examples by which it measures: its own, and what they import beside DRAWING."""
+        found, open_ = {}, [inspect.getmodule(self.measure)]
+        while open_:
+            module = open_.pop()
+            if module.__name__ not in {*found, *DRAWING} and EXAMPLES in Path(inspect.getfile(module)).parents:
+                found[module.__name__] = module
+                used = map(inspect.getmodule, vars(module).values())
+                open_ += [other for other in used if hasattr(other, "__file__")]
+        return found
+
+    @property
     def version(self):
         """A checksum of what measures: records of another one are no records of this claim."""
-        return f"{zlib.crc32(inspect.getsource(self.measure).encode()):08x}"
+        sources = (source for _, source in sorted((name, inspect.getsource(m)) for name, m in self.modules.items()))
+        return f"{zlib.crc32(''.join(sources).encode()):08x}"
 
 
 class Data:
