@@ -154,6 +154,16 @@ def less_time(implementation):
     return text
 
 
+def fused(data):
+    """Return how much less memory BatchNorm keeps, and how much less time it takes, if it computes its ReLU itself."""
+    here = Costs(data, "cpu")
+    memory, seconds = (
+        ratio(*(here.value("bn", f"ours{ending} ReLU", what) for ending in (" with", ", then"))).mean
+        for what in ("kept", "both")
+    )
+    return f"{100 * (1 - memory):.0f} % less, in {100 * seconds:.0f} % of the time"
+
+
 PUBLISHED = "7 % to 64 % ([Zhang and Sennrich, 2019](https://arxiv.org/abs/1910.07467))"
 DIFFERS = "the training time of whole models there, a layer by itself on one core here"
 
@@ -177,6 +187,13 @@ CLAIM = Claim(
         Published("time that RMSNorm saves of LayerNorm's, this library", PUBLISHED, less_time("ours"), DIFFERS),
         Published(
             "time that RMSNorm saves of LayerNorm's, composed of operations", PUBLISHED, less_time("composed"), DIFFERS
+        ),
+        Published(
+            "memory that BatchNorm and its activation keep if they are one operation",
+            "up to 50 % less, in 100.8 % to 102 % of the time "
+            "([Rota Bulò et al., 2018](https://arxiv.org/abs/1712.02616), abstract)",
+            fused,
+            "whole networks, in place, on GPUs there; one layer, not in place, with a ReLU here",
         ),
     ),
     undisturbed=True,

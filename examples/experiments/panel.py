@@ -11,6 +11,7 @@ from figures import NAMES, STYLES, curve, ink, label_ends, log_ticks
 from syncnorm.report import COLOURS
 
 WIDTH = 8.3  # inches of a figure, as wide as a README
+FEW = 5  # bars that leave room for a number and its spread on one line
 MANY = 12  # points, of which no markers are drawn
 DASHES = dict(
     zip("soD^vxP*", ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (7, 3))), strict=True)
@@ -90,7 +91,7 @@ def bars(axis, heights, *, ylabel, title="", styles=STYLES, names=NAMES, digits=
     for place, (key, value) in enumerate(heights.items()):
         axis.bar(place, value.mean, color=styles[key][0], yerr=value.spread, capsize=3)
         axis.annotate(
-            value.text(digits),
+            value.text(digits).replace(" ±", "\n±" if len(heights) > FEW else " ±"),
             (place, value.mean + value.spread),
             xytext=(0, 3),
             textcoords="offset points",
@@ -99,7 +100,7 @@ def bars(axis, heights, *, ylabel, title="", styles=STYLES, names=NAMES, digits=
             color=ink(styles[key][0]),
         )
     axis.set_xticks(range(len(heights)), [names[key] for key in heights], rotation=20, ha="right")
-    axis.margins(y=0.15)
+    axis.margins(y=0.17)
     axis.set(ylabel=ylabel)
     axis.set_title(title, loc="left", size=10)
 
