@@ -6,6 +6,7 @@
 
 Each claim is an experiment in examples/experiments: small trainings, each with several seeds, in processes that share
 out the cores. Its verdict, "holds here", "holds only if ..." or "does not hold here", is computed from the numbers.
+--quick trains for less time, so some of its verdicts are others.
 
 A run whose record is there is not run again, so an interrupted command goes on where it was. Records of another version
 are measured again. The report, its figures and its data as CSV go to runs/claims.
@@ -89,6 +90,8 @@ def _leave_interrupts_to_the_parent():
 
 def train(runs, directory, jobs):
     """Run what is missing and write the records."""
+    if not runs:
+        return
     with progress_bar() as progress:
         task = progress.add_task("", total=sum(run.seconds for run in runs))
         for processes, batches in stages(runs, jobs):
@@ -121,6 +124,7 @@ def arguments():
         metavar="N",
         help="runs at a time (default: one a core)",
     )
+    parser.add_argument("--redraw", action="store_true", help="write the report in --out again, from its CSV files")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/claims"), metavar="FOLDER", help="(default: %(default)s)"
     )
@@ -135,13 +139,16 @@ def main():
     args = arguments()
     try:
         check_writable(args.out / "report.md")
-        missing = missing_runs(args)
-        if missing:
-            train(missing, args.out, args.jobs)
-        from claims_report import header, write_report  # need what draws
+        if not args.redraw:
+            train(missing_runs(args), args.out, args.jobs)
+        import claims_report  # needs what draws
 
-        records = complete(args.out, args.quick, args.seeds)
-        verdicts = write_report(args.out, records, header(args.quick, args.seeds))
+        if args.redraw:
+            data, header = claims_report.read_report(args.out)
+        else:
+            data = claims_report.write_data(args.out, complete(args.out, args.quick, args.seeds))
+            header = claims_report.header(args.quick, args.seeds)
+        verdicts = claims_report.write_report(args.out, data, header)
     except OSError as error:
         raise SystemExit(f"--out: {error}") from error
     except KeyboardInterrupt:

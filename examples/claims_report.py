@@ -22,32 +22,37 @@ INTRODUCTION = (
 )
 
 
-def write_report(directory, records, header):
-    """Write the report, its figures and its data. Returns the verdicts by claim.
-
-    Args:
-        directory: of the files.
-        records: {name of a claim: [(run, record)]}.
-        header: a paragraph that says when, where and how it ran.
-    """
+def write_data(directory, records):
+    """Write the numbers of {name of a claim: [(run, record)]} as CSV; return them as {name: Data}."""
     data = {}
     for name, found in records.items():
         text = Data.of_records([(dict(run.settings), run.seed, record["metrics"]) for run, record in found]).csv()
         write(directory / f"{name}.csv", text.encode())
         data[name] = Data.of_csv(text)
-        draw(directory / name, CLAIMS[name].draw, data[name])
+    return data
+
+
+def write_report(directory, data, header):
+    """Write the report and its figures; return the verdicts by claim.
+
+    Args:
+        directory: of the files.
+        data: {name of a claim: Data}.
+        header: a paragraph that says when, where and how they were measured.
+    """
+    for name, of_claim in data.items():
+        draw(directory / name, CLAIMS[name].draw, of_claim)
     draw(directory / "moments", comparison.draw_moments)
     write(directory / "report.md", report(data, header).encode())
     return {name: CLAIMS[name].judge(of_claim) for name, of_claim in data.items()}
 
 
-def read_data(directory):
-    """Return the Data of the CSV files in a folder, by claim."""
-    return {
-        name: Data.of_csv((directory / f"{name}.csv").read_text())
-        for name in CLAIMS
-        if (directory / f"{name}.csv").exists()
-    }
+def read_report(directory):
+    """Return the Data of the claims in a report, from the CSV files beside it, and its header."""
+    text = (directory / "report.md").read_text()
+    names = [name for name in CLAIMS if f"({name}.csv)" in text]
+    data = {name: Data.of_csv((directory / f"{name}.csv").read_text()) for name in names}
+    return data, text.split("\n\n")[1]
 
 
 def header(quick, seeds):

@@ -96,6 +96,19 @@ def test_only_what_is_missing_or_of_another_version_is_measured(directory):
     assert (directory / "report.md").read_text() == report
 
 
+def test_redrawing_gives_the_same_report_from_the_csv(directory):
+    before = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    job = launch("alone", 1, CLAIMS_PY, "--redraw", "--out", directory)
+    assert job.returncode == 0, job.stderr
+    assert {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()} == before
+    csv_file = directory / f"{CHEAP}.csv"
+    exchanged = {"ln": "bn", "bn": "ln"}
+    csv_file.write_text(re.sub("^(ln|bn),", lambda m: f"{exchanged[m[1]]},", csv_file.read_text(), flags=re.MULTILINE))
+    launch("alone", 1, CLAIMS_PY, "--redraw", "--out", directory)
+    assert (directory / "report.md").read_bytes() != before["report.md"]
+    csv_file.write_bytes(before[csv_file.name])
+
+
 def test_an_interrupted_command_goes_on_from_there(tmp_path):
     command = [sys.executable, CLAIMS_PY, *map(str, TINY), "--out", tmp_path, "--jobs", "1"]
     environment = os.environ | {"NO_COLOR": "1", "OMP_NUM_THREADS": "1"}

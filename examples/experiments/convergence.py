@@ -58,7 +58,7 @@ def judge(data):
     if larger and faster:
         held = HOLDS
     elif larger or faster:
-        held = only_if("it speaks of the rate alone" if larger else "it speaks of the speed alone")
+        held = only_if("it is about the rate alone" if larger else "it is about the speed alone")
     else:
         held = FAILS
     rows = [[NAMES[norm], rates[norm].text(2), f"{best[norm][0]:g}", best[norm][1].text(0)] for norm in COMPARED]

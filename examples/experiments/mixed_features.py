@@ -108,7 +108,7 @@ def judge(data):
         held = only_if(f"the scales differ by a factor of {ln} or more")
     columns = ["norm", *(f"{scale} times" for scale in scales), "inner erased"]
     rows = [[NAMES[norm], *(error(data, norm, scale).text(1) for scale in data.all("scale"))] for norm in NORMS]
-    text = {(norm, scale): error(data, norm, scale).text(1, "%") for norm in NORMS for scale in data.all("scale")}
+    text = {(norm, scale): error(data, norm, scale).text(1, " %") for norm in NORMS for scale in data.all("scale")}
     return Verdict(
         held,
         f"With outer pixels {last} times larger, the test error is {text['ln', last]} with LayerNorm and "

@@ -136,7 +136,7 @@ def judge(data):
         held = only_if(clause)
     elif regularizes(data, "bn", batches):
         less = all(gaps[norm].clearly_above(gaps["bn"]) for norm in ("ln", "rms"))
-        held = only_if('"hardly" means less than BatchNorm' if less else "it speaks of BatchNorm alone")
+        held = only_if('"hardly" means less than BatchNorm' if less else "it is about BatchNorm alone")
     else:
         held = FAILS
     return Verdict(

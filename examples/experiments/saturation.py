@@ -147,7 +147,7 @@ def judge(data):
     elif both:
         held = only_if(condition(both, every))
     elif every in (linear, back):
-        held = only_if("it speaks of saturation alone" if linear else "it speaks of gamma and beta alone")
+        held = only_if("it is about saturation alone" if linear else "it is about gamma and beta alone")
     else:
         held = FAILS
     slowest = min(data.all("lr"))
