@@ -4,12 +4,14 @@
     python examples/claims.py                      # within an hour
     python examples/claims.py --only convergence   # one claim, or several
 
-Each claim is an experiment in examples/experiments: small trainings, each with several seeds, in processes that share
-out the cores. Its verdict, "holds here", "holds only if ..." or "does not hold here", is computed from the numbers.
---quick trains for less time, so some of its verdicts are others.
+Each claim is an experiment in examples/experiments: small trainings with several seeds. Its verdict, "holds here",
+"holds only if ..." or "does not hold here", is computed from the numbers. --quick trains for less time, so some of its
+verdicts differ. All cores are used, one by each run. The claim `cost` measures time, also on a GPU if there is one, and
+wants an idle machine. Nothing is downloaded.
 
-A run whose record is there is not run again, so an interrupted command goes on where it was. Records of another version
-are measured again. The report, its figures and its data as CSV go to runs/claims.
+Each finished run is stored in a folder `records`. Repeat the same command to resume, or with another --only to add
+claims to the report. Runs of another version of syncnorm or of the experiment are measured again. The report, its
+figures and its data as CSV are written to the folder --out.
 """
 
 import argparse
@@ -124,7 +126,9 @@ def arguments():
         metavar="N",
         help="runs at a time (default: one a core)",
     )
-    parser.add_argument("--redraw", action="store_true", help="write the report in --out again, from its CSV files")
+    parser.add_argument(
+        "--redraw", action="store_true", help="write the report and figures in --out again, from the CSV files there"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/claims"), metavar="FOLDER", help="(default: %(default)s)"
     )

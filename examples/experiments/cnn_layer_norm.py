@@ -118,7 +118,7 @@ def table(data):
         reached = steps.text(0) if math.isfinite(steps.mean) else "not by all seeds"
         name = NAMES.get(norm, NAMES["ln"])
         rows.append([name, OVER[norm], f"{lr:g}", best[norm].text(2), loss.text(4), reached])
-    columns = ["norm", "moments over", "best rate", "test error (%)", "last loss (nats)"]
+    columns = ["norm", "moments over", "best learning rate", "test error (%)", "last loss (nats)"]
     clear = [f"{best[form].clear_difference(best['bn']):.1f}" for form in FORMS]
     note = (
         f"LayerNorm's test error is clearly above BatchNorm's if it is larger by more than {clear[0]} points over "

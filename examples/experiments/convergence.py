@@ -6,6 +6,7 @@ import datasets
 import torch
 from figures import NAMES
 from spread import Value
+from words import listed, spanned
 
 from experiments.claim import FAILS, HOLDS, Claim, Verdict, only_if
 from experiments.loop import smoothed, steps_to, train
@@ -61,14 +62,29 @@ def judge(data):
         held = only_if("it is about the rate alone" if larger else "it is about the speed alone")
     else:
         held = FAILS
-    rows = [[NAMES[norm], rates[norm].text(2), f"{best[norm][0]:g}", best[norm][1].text(0)] for norm in COMPARED]
+    rows = [[NAMES[norm], span(rates[norm]), f"{best[norm][0]:g}", best[norm][1].text(0)] for norm in COMPARED]
+    note = (
+        f"A rate trains if the last loss is below {TARGET} nats. Of the rates {listed(f'{r:g}' for r in data.all('lr'))} "
+        "the best is the one with the fewest steps."
+    )
     return Verdict(
         held,
-        f"The largest learning rate that trains is {rates['bn'].text(2)} with BatchNorm and {rates['none'].text(2)} "
+        f"The largest learning rate that trains is {span(rates['bn'])} with BatchNorm and {span(rates['none'])} "
         f"without a norm. At the best rate of each, a loss of {TARGET} takes {steps.text(0)} steps with BatchNorm and "
         f"{without.text(0)} without.",
-        Table("", ["norm", "largest rate that trains", "best rate", f"steps to a loss of {TARGET}"], [rows], names=1),
+        Table(
+            "",
+            ["norm", "largest learning rate that trains", "best learning rate", f"steps to a loss of {TARGET}"],
+            [rows],
+            names=1,
+            note=note,
+        ),
     )
+
+
+def span(value):
+    """Return the smallest and the largest number of the seeds, or the only one."""
+    return spanned(f"{number:g}" for number in sorted(value.numbers))
 
 
 def draw(plt, data):

@@ -97,6 +97,12 @@ def worse_from(data, norm):
     return start
 
 
+NOTE = (
+    "Test error in percent, by the scale of the outer pixels. The two groups of GroupNorm are the outer and the inner "
+    "pixels. Without a norm all pixels are divided by one number."
+)
+
+
 def judge(data):
     scales = finite_scales(data)
     last, ln, bn = scales[-1], worse_from(data, "ln"), worse_from(data, "bn")
@@ -114,9 +120,9 @@ def judge(data):
         f"With outer pixels {last} times larger, the test error is {text['ln', last]} with LayerNorm and "
         f"{text['bn', last]} with BatchNorm, after {text['ln', 1]} and {text['bn', 1]} with equal scales. "
         f"Without a norm it is {text['none', last]}, with LayerNorm in float64 "
-        f"{error(data, 'ln', last, 'float64').text(1, '%')}, and with LayerNorm and erased inner pixels "
+        f"{error(data, 'ln', last, 'float64').text(1, ' %')}, and with LayerNorm and erased inner pixels "
         f"{text['ln', math.inf]}.",
-        Table("", columns, [rows], names=1, note="Test error in percent, by the scale of the outer pixels."),
+        Table("", columns, [rows], names=1, note=NOTE),
     )
 
 
@@ -124,6 +130,7 @@ def draw(plt, data):
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.9), layout="constrained")
     ticks = [f"{scale:g}" if math.isfinite(scale) else ERASED for scale in data.all("scale")]
     curves = {norm: (ticks, [error(data, norm, scale) for scale in data.all("scale")]) for norm in NORMS}
+    axes[0].axvspan(len(ticks) - 1.5, len(ticks) - 0.5, color="#EEEEEE", zorder=0)  # is no scale
     panel(axes[0], curves, xlabel="scale of the outer pixels (times)", ylabel="test error (%)")
     case = {"scale": finite_scales(data)[-1], "dtype": "float32"}
     by_step = {}
@@ -139,7 +146,7 @@ CLAIM = Claim(
     name="mixed-features",
     title="Features of two kinds",
     sentence="LayerNorm assumes features of one kind.",
-    source="[Ba et al., 2016](https://arxiv.org/abs/1607.06450)",
+    source="after [Ba et al., 2016](https://arxiv.org/abs/1607.06450), section 6.7, who say it of the units of a layer",
     experiment=(
         "A perceptron that starts with a norm learns digits. Their 32 outer pixels are multiplied by a scale. The "
         "inner ones, which are needed for the label, are not."

@@ -76,7 +76,7 @@ def panel(
         axis.set_xticks(ticks, [f"{tick:g}" if isinstance(tick, float | int) else tick for tick in ticks])
         axis.minorticks_off()
     if logy and seen and min(seen) > 0:
-        _plain_numbers(axis, min(seen), max(seen))
+        _plain_numbers(axis, 0.8 * min(seen), 1.2 * max(seen))
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.set_title(title, loc="left", size=10)
     axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)

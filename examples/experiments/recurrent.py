@@ -149,11 +149,12 @@ def judge(data):
         helped += [name] if worse(none, best) else []
     if helped:
         sentences.append(f"So BatchNorm clearly helps the {' and the '.join(helped)}, too.")
+    sentences.append(f"The best of {len(batch_norms)} BatchNorms is chosen by the same text, which favours it.")
     return Verdict(held(data), " ".join(sentences), table(data))
 
 
 def table(data):
-    columns = ["norm and running statistics", "cell", "rate", *(f"bits, {name}" for name, _ in MODES.values())]
+    columns = ["norm and running statistics", "cell", "learning rate", *(f"bits, {name}" for name, _ in MODES.values())]
     rows = [
         [
             variant.name,

@@ -129,11 +129,14 @@ def judge(data):
         [data.value(f"mean {name}", norm=norm, lr=lr).text(digits) for name, (_unit, digits) in MEASURES.items()]
         for norm in ("bn", "none")
     )
+    variation, (_, digits) = next(iter(MEASURES.items()))
+    equal = [data.value(f"{variation} at equal losses", norm=norm, lr=lr).text(digits) for norm in ("bn", "none")]
     return Verdict(
         held({lr: lower(data, lr, WAYS[:1]) for lr in rates}, {lr: lower(data, lr, WAYS) for lr in rates}),
         f"Along the gradient, at a learning rate of {lr:g}, the loss varies by {norm[0]} nats with BatchNorm and by "
         f"{without[0]} nats without norms. The gradient changes by {norm[1]} with BatchNorm and by {without[1]} "
-        f"without. The effective β-smoothness is {norm[2]} with BatchNorm and {without[2]} without.",
+        f"without. The effective β-smoothness is {norm[2]} with BatchNorm and {without[2]} without. While the loss is "
+        f"between 0.1 and 1, it varies by {equal[0]} nats with BatchNorm and by {equal[1]} nats without.",
         table(data),
     )
 
@@ -179,8 +182,10 @@ def table(data):
 def draw(plt, data):
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.4), layout="constrained")
     for axis, (name, (unit, _digits)) in zip(axes, MEASURES.items(), strict=True):
-        curves = {norm: data.curve(name, norm=norm, lr=middle(data.all("lr"))) for norm in COMPARED}
+        lr = middle(data.all("lr"))
+        curves = {norm: data.curve(name, norm=norm, lr=lr) for norm in COMPARED}
         panel(axis, curves, xlabel="step (number)", ylabel=unit, title=name, logy=True, labels=axis is axes[-1])
+    figure.suptitle(f"learning rate {lr:g}", size=10)
     return figure
 
 

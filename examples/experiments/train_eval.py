@@ -117,7 +117,8 @@ def judge(data):
     return Verdict(
         held,
         f"With recomputed statistics, eval mode's loss after {plural(trained[0].epochs, 'epoch')} is {few} times train "
-        f"mode's in batches of {batches[0]} and {many} times in batches of {batches[-1]}. It is highest with "
+        f"mode's in batches of {batches[0]} and {many} times in batches of {batches[-1]}. Below 1, eval mode is the "
+        "better one: train mode normalizes by the statistics of few samples. The ratio is highest with "
         f"{SAID[worst.statistics]}, in batches of {worst.batch} after {plural(worst.epochs, 'epoch')}: "
         f"{ratio(data, worst).text(2)} times, and {remedied} times when the statistics are recomputed.",
         table(data),
