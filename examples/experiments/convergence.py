@@ -64,8 +64,8 @@ def judge(data):
         held = FAILS
     rows = [[NAMES[norm], span(rates[norm]), f"{best[norm][0]:g}", best[norm][1].text(0)] for norm in COMPARED]
     note = (
-        f"A rate trains if the last loss is below {TARGET} nats. Of the rates {listed(f'{r:g}' for r in data.all('lr'))} "
-        "the best is the one with the fewest steps."
+        f"A rate trains if the last loss is below {TARGET} nats. Of the rates "
+        f"{listed(f'{lr:g}' for lr in data.all('lr'))}, the best is the one with the fewest steps."
     )
     return Verdict(
         held,
