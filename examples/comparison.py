@@ -112,7 +112,8 @@ def _time(data, norm):
 def _used(data, norm):
     """Return (text, claim) of each kind of network that the norm is used in, with its quality there."""
     cnn = cnn_layer_norm.best_errors(data["cnn-layer-norm"])
-    in_cnns = [(f"CNNs ({cnn[_as_one_process(norm)].text(1)} % error)", "cnn-layer-norm")] if norm != "rms" else []
+    alone = _as_one_process(norm)
+    in_cnns = [(f"CNNs ({cnn[alone].text(1)} % error)", "cnn-layer-norm")] if alone in cnn and norm != "rms" else []
     if norm not in ("ln", "rms"):
         return in_cnns
     bits = rms_norm.number(data["rms-norm"], norm)
