@@ -212,7 +212,7 @@ def test_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["planted:nothing", "--input-shape", "3,8,8"], "verify cannot train the model: AttributeError"),
+        (["planted:nothing", "--input-shape", "3,8,8"], "verify cannot train the model: ValueError"),
         (["planted:sound", "--input-shape", "1,8,8"], "verify cannot train the model: RuntimeError"),
         (
             ["planted:sound", "--input-shape", "3,8,8", "--json", "nowhere/found.json"],
