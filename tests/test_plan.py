@@ -53,7 +53,7 @@ def test_the_command_takes_the_time_of_a_step():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["planted:nothing", *SHAPE, *NETWORK], "plan cannot run the model: AttributeError"),
+        (["planted:nothing", *SHAPE, *NETWORK], "plan cannot run the model: ValueError"),
         (["planted:sound", "--input-shape", "1,8,8", "--batch-per-rank", "4", *NETWORK], "the model: RuntimeError"),
         (["planted:no_gradient", *SHAPE, *NETWORK], "with a tensor that requires a gradient in its output"),
         (["planted:sound", *SHAPE, *NETWORK[:4]], "expected --nodes and --ranks-per-node"),
