@@ -45,10 +45,16 @@ def write_report(directory, data, header):
         data: {name of a claim: Data}.
         header: a paragraph that says when, where and how they were measured.
     """
+    verdicts = judge(data)
     for name, of_claim in data.items():
         draw(directory / name, CLAIMS[name].draw, of_claim)
     draw(directory / "moments", comparison.draw_moments)
-    write(directory / "report.md", report(data, header).encode())
+    write(directory / "report.md", report(data, verdicts, header).encode())
+    return verdicts
+
+
+def judge(data):
+    """Return the verdict of each claim."""
     return {name: CLAIMS[name].judge(of_claim) for name, of_claim in data.items()}
 
 
@@ -70,23 +76,23 @@ def header(quick, seeds):
     )
 
 
-def report(data, header):
+def report(data, verdicts, header):
     """Return the report in Markdown."""
     seeds = max(len(of_claim.seeds) for of_claim in data.values())
-    introduction = INTRODUCTION.format(seeds=seeds, clear=CLEAR, chance=100 * chance(seeds) if seeds > 1 else 100)
-    parts = ["# Claims about norms, measured", header, introduction, summary(data).markdown()]
+    introduction = INTRODUCTION.format(seeds=seeds, clear=CLEAR, chance=100 * chance(seeds) if seeds > 1 else 0)
+    parts = ["# Claims about norms, measured", header, introduction, summary(verdicts).markdown()]
     if data.keys() >= {*comparison.NEEDED}:
         parts += [f"## {comparison.TITLE}", figure("moments", comparison.TITLE, comparison.CAPTION)]
         parts.append(comparison.table(data).markdown())
-    parts += [section(CLAIMS[name], of_claim) for name, of_claim in data.items()]
+    parts += [section(CLAIMS[name], of_claim, verdicts[name]) for name, of_claim in data.items()]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
-def summary(data):
+def summary(verdicts):
     """Return the table of all claims and verdicts."""
     rows = [
-        [f"[{CLAIMS[name].sentence}](#{anchor(CLAIMS[name].title)})", CLAIMS[name].judge(of_claim).held]
-        for name, of_claim in data.items()
+        [f"[{CLAIMS[name].sentence}](#{anchor(CLAIMS[name].title)})", verdict.held]
+        for name, verdict in verdicts.items()
     ]
     return Table("", ["claim", "verdict"], [rows])
 
@@ -96,9 +102,8 @@ def figure(name, title, caption):
     return f"![{title}]({name}.png)\n\n*{caption}*"
 
 
-def section(claim, data):
+def section(claim, data, verdict):
     """Return a claim, its figure and its verdict in Markdown."""
-    verdict = claim.judge(data)
     parts = [
         f"## {claim.title}",
         f"> {claim.sentence} ({claim.source})",

@@ -23,6 +23,7 @@ from words import listed, plural
 
 from experiments import on_ranks
 from experiments.claim import FAILS, HOLDS, Claim, Published, Verdict, only_if
+from experiments.evaluation import best_rate
 from experiments.models import FEATURE_NORMS
 from experiments.online import one_vector, online
 from experiments.panel import WIDTH, bars, panel
@@ -67,8 +68,8 @@ def error_of(data, norm, samples):
 
 def online_error(data, norm, metric="error"):
     """Return the error of online learning at the learning rate where it is lowest."""
-    rates = data.where(part="online").all("lr")
-    return min((data.value(metric, IMAGE, part="online", norm=norm, lr=lr) for lr in rates), key=lambda v: v.mean)
+    case = {"part": "online", "norm": norm}
+    return data.value(metric, IMAGE, lr=best_rate(data, metric, **case), **case)
 
 
 def communicated(data, norm, what):

@@ -25,9 +25,9 @@ from torch import nn
 
 import syncnorm
 from experiments.claim import FAILS, HOLDS, Claim, Published, Verdict, only_if
-from experiments.evaluation import loss_and_error
+from experiments.evaluation import best_rate, loss_and_error
 from experiments.loop import smoothed, steps_to, train
-from experiments.models import NORMS
+from experiments.models import NORMS, draw_as_he
 from experiments.panel import WIDTH, bars, panel
 from syncnorm.report import COLOURS, Table
 
@@ -68,9 +68,7 @@ def measure_one(seed, norm, lr, steps):
     images, labels = (torch.cat(parts) for parts in zip(*datasets.load(), strict=True))
     torch.manual_seed(seed)
     model = cnn(1, 10, MODEL_NORMS[norm])
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    draw_as_he(model, nn.Conv2d)
     losses = train(model, images[:TRAINING], labels[:TRAINING], steps=steps, batch=BATCH, lr=lr, seed=seed)
     return {
         "test error": 100 * loss_and_error(model, images[TRAINING:], labels[TRAINING:])[1],
@@ -86,7 +84,7 @@ def error(data, norm, lr):
 
 def best_rates(data):
     """Return the rate with the lowest mean test error, for each norm."""
-    return {norm: min(data.all("lr"), key=lambda lr: error(data, norm, lr).mean) for norm in data.all("norm")}
+    return {norm: best_rate(data, "test error", norm=norm) for norm in data.all("norm")}
 
 
 def best_errors(data):

@@ -9,6 +9,7 @@ from spread import Value
 from words import listed, spanned
 
 from experiments.claim import FAILS, HOLDS, Claim, Verdict, only_if
+from experiments.evaluation import best_rate
 from experiments.loop import smoothed, steps_to, train
 from experiments.models import NORMS, plain_cnn
 from experiments.panel import WIDTH, panel
@@ -45,9 +46,8 @@ def largest_rate(data, norm):
 
 def fewest_steps(data, norm):
     """Return the rate at which the loss is reached in the fewest steps by all seeds, and these steps."""
-    steps = {lr: data.value("steps to the loss", norm=norm, lr=lr) for lr in data.all("lr")}
-    best = min(steps, key=lambda lr: steps[lr].mean)
-    return best, steps[best]
+    best = best_rate(data, "steps to the loss", norm=norm)
+    return best, data.value("steps to the loss", norm=norm, lr=best)
 
 
 def judge(data):

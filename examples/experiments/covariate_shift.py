@@ -30,6 +30,7 @@ from words import listed
 
 from experiments.claim import FAILS, HOLDS, Claim, Verdict, only_if
 from experiments.convergence import TARGET
+from experiments.evaluation import best_rate
 from experiments.loop import SMOOTHED, smoothed, steps_to, train
 from experiments.models import NORMS, plain_cnn
 from experiments.panel import CHOICE, WIDTH, panel
@@ -76,13 +77,10 @@ def measure(seed, norm, noise, lr, steps):
     }
 
 
-def best_rate(data):
-    """Return the learning rate at which the network without norms is fastest."""
-    return min(data.all("lr"), key=lambda lr: of(data, "steps to the loss", PLAIN, lr).mean)
-
-
-def mean_of(value):
-    return value.mean
+def fastest_rate(data, network):
+    """Return the learning rate at which a network is fastest."""
+    norm, noise = network
+    return best_rate(data, "steps to the loss", norm=norm, noise=noise)
 
 
 def of(data, metric, network, lr):
@@ -102,7 +100,7 @@ def steps_text(value, data):
 
 
 def judge(data):
-    lr = best_rate(data)
+    lr = fastest_rate(data, PLAIN)
     steps = {network: of(data, "steps to the loss", network, lr) for network in NAMES}
     shifts = {name: {network: of(data, f"mean {name}", network, lr) for network in NAMES} for name in SHIFTS}
     words = [steps_text(steps[network], data) for network in NAMES]
@@ -132,12 +130,11 @@ def held(steps, shifts):
 
 
 def table(data, lr):
-    rates = data.all("lr")
     rows = [
         [
             name,
             steps_text(of(data, "steps to the loss", network, lr), data),
-            steps_text(min((of(data, "steps to the loss", network, rate) for rate in rates), key=mean_of), data),
+            steps_text(of(data, "steps to the loss", network, fastest_rate(data, network)), data),
             *(of(data, f"mean {metric}", network, lr).text(4) for metric in METRICS),
         ]
         for network, name in NAMES.items()
@@ -153,7 +150,7 @@ def table(data, lr):
 
 def draw(plt, data):
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.6), layout="constrained")
-    lr = best_rate(data)
+    lr = fastest_rate(data, PLAIN)
     for axis, metric, ylabel, title in (
         (axes[0, 0], "loss", "loss (nats)", "training"),
         (axes[1, 0], "shift of inputs", "shift per step (standard deviations)", "shift of inputs"),

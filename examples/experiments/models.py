@@ -61,3 +61,10 @@ def perceptron(features, classes, norm, activation, widths=(100, 100, 100)):
         layers.append(nn.Sequential(nn.Linear(features, wide, bias=False), norm(wide), activation()))
         features = wide
     return nn.Sequential(*layers, nn.Linear(features, classes))
+
+
+def draw_as_he(model, kind):
+    """Draw the weights of all layers of a kind as in He et al., 2015, which helps a network without norms most."""
+    for layer in model.modules():
+        if isinstance(layer, kind):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

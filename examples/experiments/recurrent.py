@@ -22,6 +22,7 @@ from figures import NAMES, STYLES
 
 from experiments.claim import FAILS, HOLDS, Claim, Verdict, only_if
 from experiments.dots import dots, legend
+from experiments.evaluation import best_rate
 from experiments.panel import WIDTH, panel
 from experiments.recurrent_model import Pairs, Recurrent, norms
 from experiments.text import bits, curve_of, late, samples_of, train_on_text
@@ -92,10 +93,9 @@ def variants(data):
     ]
 
 
-def best_rate(data, cell, variant):
+def rate_of(data, cell, variant):
     """Return the learning rate with the fewest bits in eval mode."""
-    found = {lr: data.value("bits" + variant.ending, cell=cell, norm=variant.norm, lr=lr) for lr in data.all("lr")}
-    return min(found, key=lambda lr: finite_first(found[lr]))
+    return best_rate(data, "bits" + variant.ending, cell=cell, norm=variant.norm)
 
 
 def finite_first(value):
@@ -109,7 +109,7 @@ def number(data, cell, variant, metric="bits"):
         ending, metric = "", metric if variant.norm in BATCH_NORMS else "bits"
     else:
         ending = variant.ending
-    return data.value(metric + ending, cell=cell, norm=variant.norm, lr=best_rate(data, cell, variant))
+    return data.value(metric + ending, cell=cell, norm=variant.norm, lr=rate_of(data, cell, variant))
 
 
 def worse(one, other):
@@ -159,7 +159,7 @@ def table(data):
         [
             variant.name,
             CELLS[cell],
-            f"{best_rate(data, cell, variant):g}",
+            f"{rate_of(data, cell, variant):g}",
             *(number(data, cell, variant, metric).text(3) for metric in MODES),
         ]
         for cell in CELLS
@@ -194,7 +194,7 @@ def modes_of(variant):
 def draw_losses(axes, data):
     for axis, (cell, name) in zip(axes, CELLS.items(), strict=True):
         curves = {
-            norm: late(*data.curve("loss", cell=cell, norm=norm, lr=best_rate(data, cell, Variant(norm))))
+            norm: late(*data.curve("loss", cell=cell, norm=norm, lr=rate_of(data, cell, Variant(norm))))
             for norm in ("none", "bn", "ln")
         }
         panel(axis, curves, xlabel="step (number)", ylabel="training loss (nats per byte)", title=name)

@@ -23,7 +23,7 @@ import syncnorm
 from experiments.claim import FAILS, HOLDS, Claim, Verdict, only_if
 from experiments.evaluation import best_rate, loss_and_error, percent
 from experiments.loop import train
-from experiments.models import FEATURE_NORMS, perceptron
+from experiments.models import FEATURE_NORMS, draw_as_he, perceptron
 from experiments.panel import WIDTH, panel
 from syncnorm.report import Table
 
@@ -72,9 +72,7 @@ def measure_fold(number, seed, norm, batch, lr, steps):
     (inputs, labels), rest = fold(number)
     torch.manual_seed(seed)
     model = perceptron(inputs.shape[1], 10, NORMS[norm], nn.ReLU)
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    draw_as_he(model, nn.Linear)
     near, last = [], {}
 
     def test(step):

@@ -1,5 +1,6 @@
 """A run of an experiment: one case with one seed, in a process of its own or on ranks, and its record."""
 
+import functools
 import json
 import re
 import time
@@ -47,7 +48,9 @@ def measured(runs):
     return results
 
 
+@functools.cache
 def version(claim):
+    """Return what measures the claim: records of another version are no records of it."""
     return f"syncnorm {syncnorm.__version__}, experiment {claim.version}"
 
 
